@@ -1,0 +1,1 @@
+"""understudy: teach a small language model to play the big one's part."""

@@ -1,0 +1,143 @@
+"""Examples, the ragged things a method trains on, and Batch, the tensors a model reads.
+
+The one idea: everything before the model is ragged lists of token ids, everything after it is one row per
+response token. Padding happens once, here; masks come from lengths, never from comparing ids with a padding id.
+
+Shapes: B sequences, T positions, N response tokens in the whole batch.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Author = Literal["dataset", "student", "teacher", "corpus"]
+Reduction = Literal["sequence", "token", "sum"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and one response to it, as token ids. The response includes its end-of-sequence token, if it has one."""
+
+    prompt: list[int]
+    response: list[int]
+    author: Author = "dataset"
+    row: int = -1  # the dataset row that the prompt comes from
+    pair: int = -1  # examples that are compared with each other share this number and one micro-batch
+    truncated: bool = False  # did the response run out of room before it ended?
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as tensors, padded on the right.
+
+    `predicts` marks the positions whose next token belongs to a response: the last prompt token (it predicts the
+    response's first token) up to the last but one token of the sequence. Rows of `tokens` and `owner` come in that order.
+    """
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    predicts: Tensor  # (B, T) bool
+    tokens: Tensor  # (N,) the response tokens, sequence after sequence
+    owner: Tensor  # (N,) the sequence that each response token belongs to
+    lengths: Tensor  # (B,) response tokens per sequence
+    examples: tuple[Example, ...]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> "Batch":
+        """Pad `examples` to their longest with the id `pad` (which may equal the end-of-sequence id).
+
+        Raises:
+            ValueError: for no examples, and for an example without a prompt token or without a response token.
+        """
+        if not examples:
+            raise ValueError("a batch needs at least one example")
+        for example in examples:
+            if not example.prompt or not example.response:
+                part = "prompt" if not example.prompt else "response"
+                raise ValueError(f"the example of row {example.row} has an empty {part}; every example needs both")
+        width = max(map(len, examples))
+        input_ids = torch.tensor([[*e.prompt, *e.response] + [pad] * (width - len(e)) for e in examples])
+        position = torch.arange(width)
+        start = torch.tensor([[len(e.prompt)] for e in examples])
+        stop = torch.tensor([[len(e)] for e in examples])
+        lengths = (stop - start)[:, 0]
+        predicts = (start - 1 <= position) & (position < stop - 1)
+        return cls(
+            input_ids=input_ids.to(device),
+            attention_mask=(position < stop).long().to(device),
+            predicts=predicts.to(device),
+            tokens=torch.tensor([token for e in examples for token in e.response]).to(device),
+            owner=torch.arange(len(examples)).repeat_interleave(lengths).to(device),
+            lengths=lengths.to(device),
+            examples=tuple(examples),
+        )
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Sum token values (N,) into sequence values (B,)."""
+        return values.new_zeros(len(self.examples)).index_add(0, self.owner, values)
+
+    def written_by(self, author: Author) -> Tensor:
+        """(N,) bool: does this response token belong to a response of `author`?"""
+        return torch.tensor([e.author == author for e in self.examples], device=self.owner.device)[self.owner]
+
+    def weights(self, reduction: Reduction) -> Tensor:
+        """(N,) what each token counts in Σ weight · value, before division by `units(reduction)`.
+
+        With D_bt the value of token t of sequence b:
+
+            sequence   (1/B) Σ_b (1/|y_b|) Σ_t D_bt      the GKD paper's (Eq. 2)
+            token      Σ_bt D_bt / Σ_b |y_b|
+            sum        (1/B) Σ_b Σ_t D_bt                the divergence between whole sequences
+        """
+        if reduction == "sequence":
+            return self.lengths.reciprocal()[self.owner]
+        return torch.ones(len(self.tokens), device=self.tokens.device)
+
+    def units(self, reduction: Reduction) -> int:
+        """What the weighted sum is divided by: the batch's tokens for `token`, its sequences otherwise."""
+        return len(self.tokens) if reduction == "token" else len(self.examples)
+
+
+def groups(examples: Iterable[Example]) -> list[list[Example]]:
+    """The examples in lists that must not be separated: those of one pair together, every other one alone."""
+    together: dict[tuple[str, int], list[Example]] = {}
+    for index, example in enumerate(examples):
+        key = ("pair", example.pair) if example.pair >= 0 else ("single", index)
+        together.setdefault(key, []).append(example)
+    return list(together.values())
+
+
+def deal(examples: Sequence[Example], parts: int) -> list[list[Example]]:
+    """Deal examples into exactly `parts` micro-batches of similar length inside and similar cost between.
+
+    Groups are sorted by length and cut into consecutive runs whose padded sizes are as even as a greedy cut makes
+    them, so that a micro-batch holds sequences of like length and little padding.
+
+    Raises:
+        ValueError: if there are fewer groups than parts.
+    """
+    ordered = sorted(groups(examples), key=lambda group: max(map(len, group)))
+    if len(ordered) < parts:
+        raise ValueError(
+            f"{len(ordered)} examples (pairs count once) cannot fill {parts} micro-batches; "
+            "lower gradient_accumulation_steps or raise the batch size"
+        )
+    costs = [max(map(len, group)) * len(group) for group in ordered]
+    dealt: list[list[Example]] = []
+    start = 0
+    remaining = sum(costs)
+    for part in range(parts, 0, -1):
+        target = remaining / part
+        stop, cost = start + 1, costs[start]
+        while len(ordered) - stop > part - 1 and (part == 1 or cost + costs[stop] / 2 <= target):
+            cost += costs[stop]
+            stop += 1
+        dealt.append([example for group in ordered[start:stop] for example in group])
+        start, remaining = stop, remaining - cost
+    return dealt
