@@ -1,0 +1,191 @@
+"""What a model says about every response token of a batch.
+
+The one idea: the loss is computed where the logits would have been. For the duration of one forward the model's
+output-embedding module stands in for the loss: handed the hidden states, it keeps the rows that predict a response
+token and returns what the caller makes of them in place of logits. Prompts and padding never reach the vocabulary, and
+whatever wraps the model (DDP, FSDP2, DeepSpeed, PEFT) sees an ordinary forward.
+
+Shapes: B sequences, T positions, N response tokens, V vocabulary, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch, Example
+from .divergences import Divergence, ForwardKL, ReverseKL
+from .projection import Dense, Head, Projected, Source, TopK, chosen_rule, chunk_rows, divergence_rule, project
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's opinion of N response tokens, computed when asked for.
+
+    `weights` are what the rows' losses will be weighted with; see `projection.project`.
+    """
+
+    tokens: Tensor  # (N,)
+    source: Source
+    weights: Tensor | None = None  # (N,)
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """(N,) log-probability of the tokens that are there."""
+        if isinstance(self.source, Projected):
+            return project(self.source, chosen_rule(self.tokens), self.weights)
+        if isinstance(self.source, TopK):
+            raise ValueError("a teacher known by its top tokens only does not tell the log-probability of every token")
+        return self.source.log_probs().gather(-1, self.tokens.to(self.source.values.device)[:, None])[:, 0]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(N, V), or (N, K+1) of a top-K teacher. Holds the whole vocabulary: for small models and for tests."""
+        return self.source.log_probs()
+
+    def divergence_from(self, teacher: "Scores", divergence: Divergence) -> Tensor:
+        """(N,) of this student from `teacher`, over the tokens that both vocabularies have."""
+        student, target = _shared(self.source, teacher.source)
+        if isinstance(student, Projected):
+            return project(student, divergence_rule(divergence, target), self.weights, divergence.temperature)
+        log_q = student.log_probs()
+        log_q = target.merge(log_q) if isinstance(target, TopK) else log_q
+        log_p = target.log_probs() if not isinstance(target, TopK) else target.log_probs(temperature=divergence.temperature)
+        return divergence(log_p.to(log_q.device, log_q.dtype), log_q)
+
+
+@torch.no_grad()
+def compare(teacher: Scores, student: Scores) -> dict[str, Tensor]:
+    """Forward KL, reverse KL and both entropies at every response token, each (N,), in nats; for people to watch."""
+    q, p = _shared(student.source, teacher.source)
+    rows = {"forward_kl": [], "reverse_kl": [], "student_entropy": [], "teacher_entropy": []}
+    size = chunk_rows(q.vocabulary)
+    for start in range(0, len(student.tokens), size):
+        chunk = slice(start, start + size)
+        log_q = q.log_probs(chunk)
+        log_q = p.merge(log_q, chunk) if isinstance(p, TopK) else log_q
+        log_p = p.log_probs(chunk).to(log_q.device, log_q.dtype)
+        rows["forward_kl"].append(ForwardKL()(log_p, log_q))
+        rows["reverse_kl"].append(ReverseKL()(log_p, log_q))
+        rows["student_entropy"].append(torch.special.entr(log_q.exp()).sum(-1))
+        rows["teacher_entropy"].append(torch.special.entr(log_p.exp()).sum(-1))
+    return {name: torch.cat(chunks) for name, chunks in rows.items()}
+
+
+def score(
+    model: nn.Module,
+    batch: Batch,
+    then: Callable[[Scores], Tensor],
+    *,
+    head_of: nn.Module | None = None,
+    vocabulary: int | None = None,
+    weights: Tensor | None = None,
+    project: bool = True,
+) -> Tensor:
+    """Run `model` on the batch, hand its Scores to `then` inside the forward, and return what `then` returns.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+        then: from Scores to the tensor that stands where the logits would have been, a loss for instance.
+        head_of: the model without its wrappers, which knows its output embeddings (default: `model`).
+        vocabulary: how many tokens are real; what a padded vocabulary has beyond them takes no part.
+        weights: (N,) passed on to the Scores.
+        project: whether the head may be taken apart. If not, or if it is no plain linear layer, the model makes its
+            own logits and the loss is computed from them: the plain path, which holds (B, T, V).
+    """
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    bare = model if head_of is None else head_of
+    layer = bare.get_output_embeddings() if project else None
+    if not is_projectable(layer):
+        logits = model(**inputs).logits[batch.predicts][:, :vocabulary]
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return then(Scores(batch.tokens, Dense(logits.to(wide).log_softmax(-1)), weights))
+
+    with _bare_logits(bare) as (scale, softcap):
+
+        def stand_in(hidden: Tensor) -> Tensor:
+            head = Head(layer.weight, layer.bias, scale, softcap)
+            head = head if vocabulary is None else head.cut(vocabulary)
+            return then(Scores(batch.tokens, Projected(hidden[batch.predicts.to(hidden.device)], head), weights))
+
+        with _standing_in(layer, stand_in):
+            return model(**inputs).logits
+
+
+def is_projectable(layer: nn.Module | None) -> bool:
+    """Is this output embedding a plain linear layer whose weight can be used directly?"""
+    return isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and not hasattr(layer, "_hf_hook")
+
+
+@torch.no_grad()
+def parity(model: nn.Module, token: int = 0) -> float:
+    """The largest difference between the model's own logits and those its head gives, relative to their size.
+
+    A model that does something to its logits that is not known here shows a difference, and must take the plain path.
+    """
+    if not is_projectable(model.get_output_embeddings()):
+        return float("inf")
+    device = model.get_input_embeddings().weight.device
+    batch = Batch.of([Example([token], [token + 1, token + 2, token])], pad=0, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0, :-1].float()
+        made = score(model, batch, lambda scores: scores.source.head(scores.source.hidden)).float()
+    finally:
+        model.train(was_training)
+    return float((own - made.to(own.device)).abs().max() / own.abs().max().clamp(min=1e-6))
+
+
+@contextmanager
+def _standing_in(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the layer's forward, not the layer: hooks around it (a sharded weight's gathering) still run."""
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
+
+
+@contextmanager
+def _bare_logits(model: nn.Module) -> Iterator[tuple[float, float | None]]:
+    """Keep the model from touching what its head returns, and say what it would have done: (scale, softcap).
+
+    Models differ in where they write this down: Gemma caps (`final_logit_softcapping`), Granite divides
+    (`logits_scaling`), Cohere multiplies (`logit_scale`).
+    """
+    config = model.config.get_text_config()
+    inner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
+    inner = getattr(inner, "model", model) if inner is not None else model
+    known: list[tuple[Any, str, Any]] = [
+        (config, "final_logit_softcapping", None),
+        (config, "logits_scaling", 1.0),
+        (inner, "logit_scale", 1.0),
+    ]
+    found = {name: (owner, getattr(owner, name), off) for owner, name, off in known if getattr(owner, name, None) is not None}
+    scale = float(found["logit_scale"][1]) if "logit_scale" in found else 1.0
+    scale /= float(found["logits_scaling"][1]) if "logits_scaling" in found else 1.0
+    softcap = float(found["final_logit_softcapping"][1]) if "final_logit_softcapping" in found else None
+    for name, (owner, _, off) in found.items():
+        setattr(owner, name, off)
+    try:
+        yield scale, softcap
+    finally:
+        for name, (owner, value, _) in found.items():
+            setattr(owner, name, value)
+
+
+def _shared(student: Source, teacher: Source) -> tuple[Any, Any]:
+    """Both sources over the vocabulary that they share; a top-K teacher names its tokens itself."""
+    if isinstance(teacher, TopK) or isinstance(student, TopK) or student.vocabulary == teacher.vocabulary:
+        return student, teacher
+    vocabulary = min(student.vocabulary, teacher.vocabulary)
+    return student.cut(vocabulary), teacher.cut(vocabulary)
