@@ -7,7 +7,7 @@ Shapes: B sequences, T positions, N response tokens in the whole batch.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -77,6 +77,10 @@ class Batch:
             lengths=lengths.to(device),
             examples=tuple(examples),
         )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sum token values (N,) into sequence values (B,)."""

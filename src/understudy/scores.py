@@ -11,6 +11,7 @@ Shapes: B sequences, T positions, N response tokens, V vocabulary, D width.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,15 @@ from torch import Tensor, nn
 from .batch import Batch, Example
 from .divergences import Divergence, ForwardKL, ReverseKL
 from .projection import Dense, Head, Projected, Source, TopK, chosen_rule, chunk_rows, divergence_rule, project
+
+
+class Knowledge(IntEnum):
+    """How much can be known of a model, from least to most: a teacher gives it, a method needs it."""
+
+    NOTHING = 0
+    CHOSEN = 1  # the log-probability of the tokens that are there
+    DISTRIBUTION = 2  # every token's, or the top ones'
+    MODEL = 3  # a live model that can write, and be differentiated
 
 
 @dataclass(frozen=True)

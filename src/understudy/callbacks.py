@@ -1,0 +1,133 @@
+"""What watches a run: the method's schedules, the metrics file, the progress display, a table of the student's answers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+from .batch import Example
+from .method import Method
+from .rollout import Rollout
+from .step import Step
+
+_SHOWN = ("loss", "forward_kl", "reverse_kl", "tokens_per_second")
+
+
+class AdvanceMethod(TrainerCallback):
+    """Moves the method's schedules on after each optimizer step."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.advance(Step(state.global_step, args.seed, state.max_steps))
+
+
+class WriteMetrics(TrainerCallback):
+    """Appends every log line to a JSONL file; a resumed run first drops the lines it is about to write again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _keep_until(self.path, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _append(self.path, {"step": state.global_step, **logs})
+
+
+class ShowSamples(TrainerCallback):
+    """Every so many steps, lets the student answer the same few prompts, prints the answers and keeps them as JSONL."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        every: int,
+        path: Path,
+        console: Console | None = None,
+    ) -> None:
+        self.rollout, self.examples, self.tokenizer = rollout, list(examples), tokenizer
+        self.every, self.path = every, path
+        self.console = console or Console()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _keep_until(self.path, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.every or state.global_step % self.every or not self.examples:
+            return
+        answers = self.rollout.generate(self.examples, Step(0, args.seed))
+        if not state.is_world_process_zero:
+            return
+        table = Table("prompt", "student", "reference", title=f"step {state.global_step}", show_lines=True)
+        for example, answer in zip(self.examples, answers, strict=True):
+            texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in (example.prompt, answer.response, example.response)]
+            table.add_row(*(Text(text if len(text) <= 300 else "… " + text[-298:]) for text in texts))
+            _append(self.path, {"step": state.global_step, **dict(zip(("prompt", "student", "reference"), texts, strict=True))})
+        self.console.print(table)
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with rate, remaining time and the current losses."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+        )
+        self.task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.task = self.progress.add_task(
+                "distil", total=state.max_steps, completed=state.global_step, rate="", losses=""
+            )
+            self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.task is not None:
+            speed = self.progress.tasks[self.task].speed
+            self.progress.update(self.task, completed=state.global_step, rate=f"{speed:.2f} steps/s" if speed else "")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if self.task is not None:
+            losses = "  ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
+            if losses:
+                self.progress.update(self.task, losses=losses)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that are later than `step`, and a last line that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,177 @@
+"""Responses written by a decode loop in this process, for any causal language model with a key-value cache.
+
+The one idea: every response has its own stream of uniform numbers, a function of (seed, step, row), and each token is
+the inverse of the cumulative distribution at the next number. So a response does not depend on the batch, the process
+or the order it was written in, finished ones can leave the batch at once, and sampling costs one pass over the
+vocabulary (torch.multinomial draws V exponentials per row).
+
+Shapes: R rows being written, T positions, V vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Author, Example
+from ..rollout import Rollout
+from ..step import Step
+
+_ALIVE = 0.75  # finished rows are dropped once fewer than this share of the batch is still being written
+
+
+@dataclass
+class GenerateRollout(Rollout):
+    """Samples from softmax(logits / temperature), restricted to top-k, then top-p; nothing else is applied.
+
+    A model's own `generation_config` is never inherited but for its stop tokens: on-policy means the student's
+    distribution as it is trained.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    responses: int = 1  # per prompt
+    stop_ids: list[int] | None = None  # default: the tokenizer's and the model's end-of-sequence ids
+    batch_size: int = 64  # rows written at once
+
+    _model: Any = field(default=None, init=False, repr=False)
+    _author: Author = field(default="student", init=False, repr=False)
+    _stop: Tensor = field(default_factory=lambda: torch.tensor([]), init=False, repr=False)
+    _vocabulary: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.responses < 1 or self.batch_size < 1:
+            raise ValueError("generate needs max_new_tokens, responses and batch_size of at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("generate needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
+
+    def follow(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "GenerateRollout":
+        stop = self.stop_ids
+        if stop is None:
+            own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+            stop = sorted({*_ids(own), *_ids(tokenizer.eos_token_id)})
+        if not stop:
+            raise ValueError("the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids")
+        self._model, self._author = model, author
+        self._stop = torch.tensor(stop)
+        self._vocabulary = len(tokenizer)
+        return self
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
+        if self._model is None:
+            raise ValueError("this rollout follows no model yet: call follow(model, tokenizer) first")
+        seen: Counter[int] = Counter()
+        wanted = []  # (prompt, its stream), one for each response
+        for prompt in prompts:
+            for _ in range(self.responses):
+                names = (self._author, prompt.row, seen[prompt.row])
+                wanted.append((prompt, step.stream(self.max_new_tokens, *names)))
+                seen[prompt.row] += 1
+        self._check_window(max(len(prompt.prompt) for prompt, _ in wanted))
+        order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0].prompt))
+        written: list[Example | None] = [None] * len(wanted)
+        with _writing(self._model):
+            for start in range(0, len(order), self.batch_size):
+                part = order[start : start + self.batch_size]
+                responses = self._write([wanted[i][0].prompt for i in part], torch.stack([wanted[i][1] for i in part]))
+                for i, response in zip(part, responses, strict=True):
+                    cut = response[-1] not in self._stop
+                    written[i] = replace(wanted[i][0], response=response, author=self._author, truncated=cut)
+        return written
+
+    def _check_window(self, longest: int) -> None:
+        window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if window is not None and longest + self.max_new_tokens > window:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit into the model's window of "
+                f"{window}: lower max_new_tokens or data.max_prompt_length"
+            )
+
+    def _write(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
+        """A response to each of R prompts; `uniforms` (R, max_new_tokens)."""
+        device = self._model.get_input_embeddings().weight.device
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        uniforms, stop = uniforms.to(device), self._stop.to(device)
+        takes = signature(_bare(self._model).forward).parameters
+        responses: list[list[int]] = [[] for _ in prompts]
+        rows = torch.arange(len(prompts), device=device)  # which response each row of the batch writes
+        writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        cache = None
+        for position in range(self.max_new_tokens):
+            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            if "position_ids" in takes:
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            if "logits_to_keep" in takes:
+                inputs["logits_to_keep"] = 1
+            output = self._model(**inputs)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise ValueError(f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one")
+            tokens = self._sample(output.logits[:, -1, : self._vocabulary], uniforms[rows, position])
+            for row, token, alive in zip(rows.tolist(), tokens.tolist(), writing.tolist(), strict=True):
+                if alive:
+                    responses[row].append(token)
+            writing &= ~torch.isin(tokens, stop)
+            alive = int(writing.sum())
+            if alive == 0:
+                break
+            if alive < _ALIVE * len(rows) and hasattr(cache, "batch_select_indices"):
+                keep = writing.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, tokens, mask, writing = rows[keep], tokens[keep], mask[keep], writing[keep]
+            ids = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return responses
+
+    def _sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return inverse_cdf(restrict(logits.float() / self.temperature, self.top_k, self.top_p), uniforms)
+
+
+def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # the mass of the likelier ones; the first is always kept
+        logits = logits.masked_fill(torch.zeros_like(before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
+    return logits
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """(R,) tokens: the first v with Σ_{u<=v} softmax(logits)_u > uniform, (R, V) and (R,) in [0, 1)."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+@contextmanager
+def _writing(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whatever the model does in training."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)

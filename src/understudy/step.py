@@ -1,0 +1,34 @@
+"""Where a run is, and the randomness that belongs there.
+
+The one idea: every draw is a function of (seed, step, names), never of a generator that somebody advanced before. So a
+resumed run repeats the uninterrupted one, all processes agree on what they must agree on, and a response does not
+depend on the batch or the process it was written in.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a run."""
+
+    number: int  # counted from 0
+    seed: int = 0
+    total: int = 0  # steps of the whole run, 0 if unknown
+
+    def uniform(self, *names: str | int) -> float:
+        """One draw from [0, 1) that belongs to this step and these names."""
+        return self._digest(names) / 2**64
+
+    def stream(self, count: int, *names: str | int) -> Tensor:
+        """(count,) float64 draws from [0, 1) that belong to this step and these names."""
+        generator = torch.Generator().manual_seed(self._digest(names) >> 1)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    def _digest(self, names: tuple[str | int, ...]) -> int:
+        text = repr((self.seed, self.number, *names)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

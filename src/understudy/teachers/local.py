@@ -1,0 +1,73 @@
+"""A teacher in this process: any causal language model of transformers, frozen."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..scores import Knowledge, Scores, parity, score
+from ..teacher import Teacher
+
+_PARITY = 1e-2  # relative; bfloat16 heads differ by rounding, an unknown transform by far more
+
+
+class LocalTeacher(Teacher):
+    """Scores each micro-batch just before the student needs it, without gradients.
+
+    The model keeps its own dtype, quantisation and device; nothing of the student's settings reaches it. Only hidden
+    states (N, D) are kept between its forward and the loss; the vocabulary is projected chunk by chunk there.
+
+    Args:
+        model: the teacher, or a name or folder to load it from.
+        vocabulary: how many tokens are real (`len(tokenizer)`), where the model pads its vocabulary beyond them.
+        dtype, device: where a named model is loaded to; by default in its checkpoint's dtype, beside the student.
+        quantization: fields of transformers' `BitsAndBytesConfig`.
+        options: further keyword arguments of `from_pretrained`, such as `revision` or `attn_implementation`.
+    """
+
+    gives: ClassVar[Knowledge] = Knowledge.MODEL
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        *,
+        vocabulary: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        quantization: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            model = _load(model, dtype, device, quantization, options or {})
+        self.model = model.eval().requires_grad_(False)
+        self.vocabulary = vocabulary
+        self._project = not _is_sharded(model) and parity(model) < _PARITY
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Scores:
+        said: list[Scores] = []
+
+        def keep(scores: Scores) -> Tensor:
+            said.append(scores)
+            return batch.input_ids
+
+        score(self.model, batch.to(self.model.device), keep, vocabulary=self.vocabulary, project=self._project)
+        return said[0]
+
+
+def _load(
+    name: str, dtype: str, device: str | None, quantization: dict[str, Any] | None, options: dict[str, Any]
+) -> nn.Module:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if quantization is not None:
+        options = {**options, "quantization_config": BitsAndBytesConfig(**quantization)}
+    if device is not None:
+        options = {**options, "device_map": device}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Are the weights gathered only during a forward (FSDP2, ZeRO-3), so that the head cannot be kept for later?"""
+    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())

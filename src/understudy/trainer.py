@@ -1,0 +1,242 @@
+"""The loop: collect what to train on, then learn from it.
+
+`transformers.Trainer` brings distribution (DDP, FSDP2, DeepSpeed through Accelerate), resuming, schedules, loggers,
+PEFT and the hub. Two of its public hooks are the whole algorithm:
+
+    get_batch_samples   once per optimizer step, before its forwards: the window's examples are drawn, the method says
+                        what to train on instead, this is dealt into micro-batches, and its units are counted
+    compute_loss        once per micro-batch: the teacher scores it just in time, and the student's forward returns the
+                        loss in place of logits
+
+The loss of an optimizer step is Σ weight · value over all its tokens on all processes ÷ their units, so that it does
+not depend on how the step is cut into micro-batches and processes.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .batch import Batch, Example, deal
+from .callbacks import AdvanceMethod, ShowProgress
+from .method import Method
+from .rollout import Rollout, Writers
+from .scores import Knowledge, Scores, compare, parity, score
+from .step import Step
+from .teacher import Teacher
+from .window import Window
+
+METHOD_FILE = "method.safetensors"
+_PARITY = 1e-2  # relative difference of logits above which the head is not taken apart; see `scores.parity`
+
+
+class DistillationTrainer(Trainer):
+    """Distils a teacher into a student by a method.
+
+    Args:
+        student: a causal language model of transformers, with or without PEFT adapters.
+        teacher: who scores; None for methods that need no scores.
+        method: what to train on and what to minimise.
+        rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
+        processing_class: the tokenizer that student and teacher share; required.
+        kwargs: everything else of `transformers.Trainer`: args, train_dataset (of `Example`s), eval_dataset, callbacks …
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole optimizer step itself
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        method: Method,
+        rollout: Rollout | None = None,
+        *,
+        processing_class: Any,
+        args: TrainingArguments | None = None,
+        teacher_writer: Rollout | None = None,
+        callbacks: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        args = args or TrainingArguments("runs/distillation")
+        if args.n_gpu > 1:
+            raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
+        _check(method, teacher)
+        args.remove_unused_columns = False  # rows are Examples, not columns
+        args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=list,
+            processing_class=processing_class,
+            callbacks=[AdvanceMethod(method), *callbacks],
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        if not args.disable_tqdm:
+            self.add_callback(ShowProgress())
+        self.method, self.teacher = method, teacher
+        self.vocabulary = len(processing_class)
+        self.pad = processing_class.pad_token_id
+        if self.pad is None:
+            self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
+        self.window = Window()
+        self._project = parity(student) < _PARITY
+        self.writers = self._writers(rollout, teacher_writer)
+
+    def _writers(self, rollout: Rollout | None, teacher_writer: Rollout | None) -> Writers:
+        if rollout is None:
+            return Writers()
+        model = getattr(self.teacher, "model", None)
+        if teacher_writer is None and model is not None and "teacher" in self.method.authors:
+            teacher_writer = copy.copy(rollout).follow(model, self.processing_class, "teacher")
+        return Writers(rollout.follow(self.model, self.processing_class), teacher_writer)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        drawn = list(islice(epoch_iterator, num_batches))
+        if not drawn:
+            return [], None
+        step = Step(self.state.global_step, self.args.seed, self.state.max_steps)
+        with self.window.spent("generate"):
+            examples = self.method.collect(list(chain(*drawn)), self.writers, step)
+        batches = [Batch.of(part, self.pad, device) for part in deal(examples, len(drawn))]
+        for batch in batches:
+            self.window.saw(batch)
+        with self.window.spent("learn"):
+            self.method.before_step(batches, self.model, self.teacher, step)
+        units = sum(batch.units(self.method.reduction) for batch in batches)
+        units = self.accelerator.reduce(torch.tensor(units, dtype=torch.float64, device=device), reduction="sum")
+        return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], units
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.window.spent("learn"):
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        loss = self._weighted_loss(model, inputs["batch"], diagnose=self._is_logged())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {self.state.global_step}; nothing was updated with it. "
+                f"Resume from the last checkpoint in {self.args.output_dir} with a lower learning_rate"
+                + (", or a bounded divergence such as jensen_shannon" if loss.isposinf() else "")
+            )
+        return loss * (self.accelerator.num_processes / float(num_items_in_batch))
+
+    def _weighted_loss(self, model: nn.Module, batch: Batch, diagnose: bool) -> Tensor:
+        """Σ weight · value over the batch's tokens; the divisor is the caller's."""
+        teacher: Any = None
+        if self.teacher is not None and self.method.needs > Knowledge.NOTHING:
+            with self.window.spent("score"):
+                teacher = self.teacher.score(batch)
+        weights = batch.weights(self.method.reduction)
+
+        def loss(student: Scores) -> Tensor:
+            values = self.method.loss(student, teacher, batch)
+            if diagnose and teacher is not None and self.method.needs >= Knowledge.DISTRIBUTION:
+                self.window.compared(compare(teacher, student))
+            return (weights * values).sum()
+
+        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return score(
+            model, batch, loss, head_of=bare, vocabulary=self.vocabulary, weights=weights, project=self._project
+        )
+
+    def _is_logged(self) -> bool:
+        """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
+        every = max(int(self.state.logging_steps or 1), 1)
+        return (self.state.global_step + 1) % every == 0 or (self.args.logging_first_step and self.state.global_step == 0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.window.close(self.accelerator)
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The method's own objective on a fixed set, as in training but with the same draws every time.
+
+        Returns `{prefix}_loss` and, where the teacher scores, the means over tokens that training logs.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        examples: list[Example] = list(dataset)[self.args.process_index :: self.args.world_size]
+        training, self.window = self.window, Window()  # evaluation has its own counts
+        total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for start in range(0, len(examples), self.args.per_device_eval_batch_size):
+            part = examples[start : start + self.args.per_device_eval_batch_size]
+            part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
+            batch = Batch.of(part, self.pad, self.args.device)
+            self.window.saw(batch)
+            with self.compute_loss_context_manager():
+                total += self._weighted_loss(self.model, batch, diagnose=True)
+            units += batch.units(self.method.reduction)
+        line = self.window.close(self.accelerator)
+        self.window = training
+        total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
+        line = {"loss": float(total / units)} | {name: v for name, v in line.items() if not name.startswith("seconds")}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
+        super().log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Also saves what the method owns, before the checkpoint is complete."""
+        folder = Path(output_dir or self.args.output_dir)
+        state = self.method.state_dict()
+        if state and self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / METHOD_FILE)
+        super().save_model(output_dir, _internal_call)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers; `True` resumes from the last checkpoint that was written to its end, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            file = Path(resume_from_checkpoint) / METHOD_FILE
+            if file.exists():
+                self.method.load_state_dict(load_file(file))
+        self.window = Window()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end: a killed run may leave a part of one.
+
+    The trainer's state is the last file of a checkpoint to be written.
+    """
+    found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def _check(method: Method, teacher: Teacher | None) -> None:
+    if method.needs > Knowledge.NOTHING and (teacher is None or teacher.gives < method.needs):
+        gives = "there is no teacher" if teacher is None else f"this teacher gives {teacher.gives.name.lower()}"
+        raise ValueError(
+            f"{type(method).__name__} needs a teacher that gives {method.needs.name.lower()}, and {gives}; "
+            "choose another method, or a local teacher, which gives everything"
+        )
