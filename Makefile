@@ -52,7 +52,7 @@ $(READY): pyproject.toml constraints.txt
 	else \
 		echo "Bringing $(VENV) up to date."; \
 	fi
-	@$(BIN)/python -m pip install -q $(TORCH)
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq $(TORCH)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@rm -f $(UNFINISHED)
 	@touch $@
