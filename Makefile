@@ -1,0 +1,58 @@
+# `make demo` from a fresh clone needs nothing but Python. VENV and PYTHON choose another environment and interpreter.
+
+VENV ?= .venv
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UNFINISHED := $(VENV)/.unfinished
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint check format clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+env: $(READY) ## create or update the environment
+
+demo: $(READY) ## distil a small model on the CPU, and see what came of it
+	$(BIN)/understudy demo
+
+# One thread per worker: threads of two workers on the same cores would only wait for each other.
+test: $(READY) ## run the tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(READY) ## style, types, import direction, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+
+check: lint test ## everything that CI runs
+
+format: $(READY) ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment that was interrupted while it was first built is built again. One that was there before is only added to.
+# PyTorch comes first, by its exact pin, so that pip takes the build that the machine is set up for and never weighs others.
+$(READY): pyproject.toml constraints.txt
+	@if [ ! -e $(VENV) ] || [ -e $(UNFINISHED) ]; then \
+		echo "Creating $(VENV) with $$($(PYTHON) --version); this takes a few minutes, once."; \
+		rm -rf $(VENV) && mkdir -p $(VENV) && touch $(UNFINISHED) && $(PYTHON) -m venv $(VENV); \
+	else \
+		echo "Bringing $(VENV) up to date."; \
+	fi
+	@$(BIN)/python -m pip install -qq $(TORCH)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@rm -f $(UNFINISHED)
+	@touch $@

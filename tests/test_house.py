@@ -1,0 +1,115 @@
+"""The architecture, as tests: which way imports point, how long a file may be, what every method brings along.
+
+The one idea: a rule of the house that nothing checks is forgotten within a month. The import rules themselves stand in
+pyproject.toml (tool.importlinter), where `make lint` reads them too.
+"""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+import understudy
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "understudy"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MATHEMATICS = ("batch", "scores", "divergences", "projection")
+LINES_PER_FILE = 400
+
+
+def instances(folder: str) -> list[str]:
+    """The names of what lies in one of the plural folders, as a recipe spells them."""
+    return sorted(path.stem for path in (PACKAGE / folder).glob("[!_]*.py"))
+
+
+def tracked_texts() -> dict[str, str]:
+    """The text of every file under version control; data and binaries are left out."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    texts = {}
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix not in {".json", ".jsonl"}:
+            try:
+                texts[name] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+    return texts
+
+
+def mentions(pattern: str) -> list[str]:
+    """`file:line: text` of every line under version control that `pattern` matches."""
+    return [
+        f"{name}:{number}: {line.strip()}"
+        for name, text in tracked_texts().items()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if re.search(pattern, line)
+    ]
+
+
+def test_imports_point_downwards_and_siblings_stay_apart(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+def test_the_mathematics_imports_torch_alone():
+    graph = grimp.build_graph(
+        "understudy", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+    )
+    allowed = {"torch", "understudy"} | sys.stdlib_module_names
+    for module in MATHEMATICS:
+        if (name := f"understudy.{module}") in graph.modules:
+            imported = {other.partition(".")[0] for other in graph.find_modules_directly_imported_by(name)}
+            assert imported <= allowed, f"{module}.py imports {sorted(imported - allowed)}; floor 0 is torch alone"
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
+    assert not {name: lines for name, lines in lengths.items() if lines > LINES_PER_FILE}
+
+
+def test_no_file_is_a_drawer_for_odds_and_ends():
+    drawers = {"utils", "util", "helpers", "common", "misc"}
+    assert not [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.stem in drawers]
+
+
+@pytest.mark.parametrize("method", instances("methods"))
+def test_every_method_has_a_page(method):
+    assert (ROOT / "docs" / "methods" / f"{method}.md").is_file(), f"write docs/methods/{method}.md"
+
+
+def test_the_tree_in_the_readme_names_every_module():
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("there is no README.md yet")
+    text = readme.read_text("utf-8")
+    modules = [path.name for path in PACKAGE.glob("[!_]*.py")]
+    folders = [f"{path.parent.name}/" for path in PACKAGE.glob("[!_]*/__init__.py")]
+    missing = [name for name in modules + folders if not re.search(rf"(?<![\w/]){re.escape(name)}", text)]
+    assert not missing, f"README.md shows a tree of src/understudy without {sorted(missing)}"
+
+
+def test_every_public_name_exists_and_is_listed_once():
+    """Their order is ruff's to check (RUF022)."""
+    if not hasattr(understudy, "__all__"):
+        pytest.skip("understudy lists no public names yet")
+    listed = understudy.__all__
+    assert len(listed) == len(set(listed))
+    assert not [name for name in listed if not hasattr(understudy, name)]
+    present = {name for name, value in vars(understudy).items() if not inspect.ismodule(value) and name[0] != "_"}
+    assert present <= set(listed)
+
+
+def test_no_file_knows_the_machine_that_it_was_written_on():
+    assert not mentions(r"(?<![\w.~-])/(home|root|Users|work|workspace)/[\w.]")
+
+
+def test_nothing_is_left_to_do_in_a_comment():
+    assert not mentions(r"\b(TO" r"DO|FIX" r"ME)\b")
