@@ -1,0 +1,228 @@
+"""Word problems made by code: a few steps of arithmetic told as a story, with the working written out.
+
+The one idea: a story is a few fragments, told in order, and a running total flows through them. A fragment is a
+sentence with slots and the steps it adds to the working, so that a dozen sentences make thousands of kinds of
+problem, and the text and its solution cannot disagree:
+
+    Mia has 4 bags with 6 pens in each. Mia gives 5 pens to Tom. How many pens does Mia have left?
+    4*6=24
+    24-5=19
+    #### 19
+
+The answer is written as in GSM8K (https://arxiv.org/abs/2110.14168): the working, then the result after `####`.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Split = Literal["train", "validation", "test"]
+T = TypeVar("T")
+
+LARGEST = 200  # no number of a working exceeds it
+STEPS = (2, 4)  # how many steps a working may have, both ends included
+NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Mia", "Noah", "Olga", "Tom")
+THINGS = ("apples", "balls", "books", "cards", "flowers", "marbles", "nuts", "pencils", "shells", "stamps")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A sentence, and the steps it adds to the working.
+
+    A step is an operand, an operator and an operand. `a` and `b` are the numbers that the sentence tells, `t` is the
+    running total, `c` the result of the step before. The last step's result is the new total. A step without
+    an operator sets the total and writes nothing.
+    """
+
+    text: str
+    steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Theme:
+    """What a story is made of: an opening, up to `most_events` events, a question."""
+
+    openings: tuple[Fragment, ...]
+    events: tuple[Fragment, ...]
+    questions: tuple[Fragment, ...]
+    most_events: int = 2
+
+
+THEMES = (
+    Theme(  # things that somebody owns
+        openings=(
+            Fragment("{name} has {a} {things}.", ("a",)),
+            Fragment("{name} has {a} bags with {b} {things} in each.", ("a*b",)),
+            Fragment("{name} has {a} red {things} and {b} blue {things}.", ("a+b",)),
+            Fragment("{name} has {a} {things} and {friend} has {b} times as many. They put them together.", ("a*b", "a+c")),
+        ),
+        events=(
+            Fragment("{name} finds {a} more.", ("t+a",)),
+            Fragment("{friend} gives {name} {a} more {things}.", ("t+a",)),
+            Fragment("{name} buys {a} boxes of {b} {things}.", ("a*b", "t+c")),
+            Fragment("{name} gives {a} {things} to {friend}.", ("t-a",)),
+            Fragment("{name} loses {a} of them.", ("t-a",)),
+            Fragment("{name} gives {a} {things} to each of {b} friends.", ("a*b", "t-c")),
+            Fragment("{name} sells half of the {things}.", ("t/2",)),
+        ),
+        questions=(
+            Fragment("How many {things} does {name} have now?"),
+            Fragment("How many {things} are left?"),
+            Fragment("{name} shares them equally among {a} friends. How many {things} does each friend get?", ("t/a",)),
+            Fragment("{friend} has {a} times as many. How many {things} does {friend} have?", ("t*a",)),
+            Fragment("{friend} has {a} fewer. How many {things} does {friend} have?", ("t-a",)),
+        ),
+    ),
+    Theme(  # passengers
+        openings=(
+            Fragment("A train leaves with {a} people.", ("a",)),
+            Fragment("A train has {a} cars with {b} people in each.", ("a*b",)),
+        ),
+        events=(
+            Fragment("Then {a} people get on.", ("t+a",)),
+            Fragment("Then {a} people get off.", ("t-a",)),
+            Fragment("Then {a} groups of {b} people get on.", ("a*b", "t+c")),
+            Fragment("Then half of the people get off.", ("t/2",)),
+        ),
+        questions=(
+            Fragment("How many people are on the train now?"),
+            Fragment("They sit in {a} equal rows. How many people are in each row?", ("t/a",)),
+            Fragment("Each ticket costs {a} coins. How many coins do they pay?", ("t*a",)),
+        ),
+    ),
+    Theme(  # money
+        openings=(
+            Fragment("{name} earns {a} coins a day for {b} days.", ("a*b",)),
+            Fragment("{name} has {a} coins.", ("a",)),
+        ),
+        events=(
+            Fragment("{name} buys {a} {things} for {b} coins each.", ("a*b", "t-c")),
+            Fragment("{name} pays {a} coins for lunch.", ("t-a",)),
+            Fragment("{friend} pays {name} {a} coins.", ("t+a",)),
+            Fragment("{name} spends half of the coins.", ("t/2",)),
+        ),
+        questions=(
+            Fragment("How many coins does {name} have left?"),
+            Fragment("Pens cost {a} coins each. How many pens can {name} buy?", ("t/a",)),
+        ),
+    ),
+    Theme(  # ages
+        openings=(Fragment("{name} is {a} years old.", ("a",)),),
+        events=(
+            Fragment("{friend} is {a} times as old.", ("t*a",)),
+            Fragment("{friend} is {a} years older.", ("t+a",)),
+            Fragment("{friend} is {a} years younger.", ("t-a",)),
+            Fragment("{friend} is half as old.", ("t/2",)),
+        ),
+        questions=(
+            Fragment("How old will {friend} be in {a} years?", ("t+a",)),
+            Fragment("How old was {friend} {a} years ago?", ("t-a",)),
+        ),
+        most_events=1,
+    ),
+)
+
+
+def problems(count: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
+    """`count` different problems, each `{"prompt": question and a newline, "completion": working and #### result}`.
+
+    The same arguments give the same problems on every machine and Python version. The working alone decides which
+    split a problem belongs to, whatever the seed, so that no split holds a chain of calculations of another one.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"unknown split {split!r}; the playground has train, validation and test")
+    rng = random.Random(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        question, answer = story(rng)
+        if split_of(answer) == split:
+            found.setdefault(question + "\n", answer)
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in found.items()]
+
+
+def split_of(answer: str) -> Split:
+    """The split that a working belongs to, by its checksum: 1/16 validation, 1/16 test, the rest train."""
+    checksum = zlib.crc32(answer.encode()) % 16
+    return "test" if checksum == 0 else "validation" if checksum == 1 else "train"
+
+
+def story(rng: random.Random) -> tuple[str, str]:
+    """A question and its answer. Stories whose numbers come out wrong (too large, negative, not whole) start again."""
+    while True:
+        theme = pick(rng, THEMES)
+        events = [pick(rng, theme.events) for _ in range(1 + int(rng.random() * theme.most_events))]
+        fragments = [pick(rng, theme.openings), *events, pick(rng, theme.questions)]
+        steps = sum(len(step) > 1 for fragment in fragments for step in fragment.steps)
+        if not STEPS[0] <= steps <= STEPS[1] or len(set(events)) < len(events):
+            continue
+        name = pick(rng, NAMES)
+        people = {"name": name, "friend": pick(rng, [other for other in NAMES if other != name])}
+        told = tell(rng, fragments, people | {"things": pick(rng, THINGS)})
+        if told:
+            return told
+
+
+def tell(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str]) -> tuple[str, str] | None:
+    """Fill in the fragments and write the working; None if no numbers fit."""
+    texts, working, total = [], [], 0
+    for fragment in fragments:
+        for _ in range(8):
+            numbers = {slot: draw(rng, slot, fragment) for slot in "ab"}
+            lines = work(fragment.steps, numbers | {"t": total})
+            if lines is not None:
+                break
+        else:
+            return None
+        texts.append(fragment.text.format(**words, **numbers))
+        working += [line for line, _ in lines if line]
+        total = lines[-1][1] if lines else total
+    return " ".join(texts), "\n".join([*working, f"#### {total}"])
+
+
+def draw(rng: random.Random, slot: str, fragment: Fragment) -> int:
+    """A number for a slot: 2 to 9 where it multiplies or divides, 2 to 40 elsewhere."""
+    factor = any(slot in step and ("*" in step or "/" in step) for step in fragment.steps)
+    return 2 + int(rng.random() * (8 if factor else 39))
+
+
+def work(steps: Sequence[str], values: dict[str, int]) -> list[tuple[str, int]] | None:
+    """Each step's line and result; None if a result is not a whole number from 1 to LARGEST."""
+    values = dict(values)
+    lines = []
+    for step in steps:
+        if len(step) == 1:
+            lines.append(("", values[step]))
+            continue
+        left, operator, right = step
+        x, y = values[left], values.get(right) or int(right)
+        if operator == "/" and x % y:
+            return None
+        result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[operator]
+        if not 1 <= result <= LARGEST:
+            return None
+        lines.append((f"{x}{operator}{y}={result}", result))
+        values["c"] = result
+    return lines
+
+
+def pick(rng: random.Random, items: Sequence[T]) -> T:
+    """One of the items; `random()` is the only draw that Python promises to keep the same between versions."""
+    return items[int(rng.random() * len(items))]
+
+
+def final_answer(text: str) -> str | None:
+    """The number after the last `####`, without thousands separators; None if there is none."""
+    found = re.findall(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
+    return found[-1].replace(",", "") if found else None
+
+
+def is_correct(response: str, reference: str) -> bool:
+    """Does the response end in the reference's final answer?"""
+    answer = final_answer(response)
+    return answer is not None and answer == final_answer(reference)

@@ -1,0 +1,40 @@
+"""The playground's tokenizer: every word of the stories is one token, every digit is one token.
+
+The one idea: a word carries the space before it, as in GPT-2, so that joining the tokens gives the text back exactly.
+Digits carry none, so that a digit is the same token wherever it stands; the space before a number is a token.
+"""
+
+import re
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from understudy.playground.arithmetic import NAMES, THEMES, THINGS
+
+PIECE = r"####| ?[A-Za-z]+|[\s\S]"  # the result's mark; a word with the space before it; any other character
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+
+
+def vocabulary() -> list[str]:
+    """All tokens in the order of their ids: special ones, digits and signs, words."""
+    sentences = [f.text for theme in THEMES for part in (theme.openings, theme.events, theme.questions) for f in part]
+    words = {piece for text in sentences for piece in re.findall(PIECE, " " + re.sub(r"\{\w+\}", "", text))}
+    starts = {re.findall(PIECE, f.text)[0] for theme in THEMES for f in theme.openings}  # no space at a text's start
+    slots = {*NAMES, *(f" {word}" for word in (*NAMES, *THINGS))}
+    tokens = {token for token in words | starts | slots if re.search("[A-Za-z]", token)}
+    return [*SPECIAL, "####", *"0123456789+-*/=\n .,?", *sorted(tokens)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with which `decode(encode(text)) == text` for every text of the playground; it adds no tokens."""
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary())}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
