@@ -1,0 +1,46 @@
+"""Answers that are written once: a rollout that keeps what another one wrote, row by row, in a file beside the run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .batch import Author, Example
+from .rollout import Rollout
+from .step import Step
+
+
+class KeptAnswers(Rollout):
+    """One answer per dataset row, written by `rollout` when first asked for and read from `path` ever after.
+
+    For a teacher, who does not change. Every answer is drawn as at step 0, so a row's answer does not depend on when it
+    was asked for, and losing the file costs time only.
+    """
+
+    def __init__(self, rollout: Rollout, path: Path) -> None:
+        self.rollout, self.path = rollout, path
+        self._kept: dict[int, tuple[list[int], bool]] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row, response, truncated = json.loads(line)
+            except ValueError:  # the end of a killed run's file
+                continue
+            self._kept[row] = response, truncated
+
+    def follow(self, model: Any, tokenizer: Any, author: Author = "teacher") -> "KeptAnswers":
+        self.rollout.follow(model, tokenizer, author)
+        return self
+
+    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
+        missing = {e.row: e for e in prompts if e.row not in self._kept}
+        if missing:
+            written = self.rollout.generate(list(missing.values()), replace(step, number=0))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                for answer in written:
+                    self._kept[answer.row] = answer.response, answer.truncated
+                    file.write(json.dumps([answer.row, answer.response, answer.truncated]) + "\n")
+        return [
+            replace(e, response=self._kept[e.row][0], author="teacher", truncated=self._kept[e.row][1]) for e in prompts
+        ]
