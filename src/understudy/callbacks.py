@@ -1,6 +1,8 @@
 """What watches a run: the method's schedules, the metrics file, the progress display, a table of the student's answers."""
 
 import json
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,33 @@ class AdvanceMethod(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.method.advance(Step(state.global_step, args.seed, state.max_steps))
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the run after the step at hand, with a checkpoint; a second one ends it at once.
+
+    In a run of several processes the signal reaches them at different steps, so there it keeps its usual meaning.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
 
 class WriteMetrics(TrainerCallback):

@@ -115,6 +115,11 @@ class Recipe(_Block):
         except RecipeError as error:
             raise self.complaint(error.key or word, str(error)) from None
 
+    @property
+    def name(self) -> str:
+        """The recipe's file name without its ending, or "recipe"."""
+        return Path(self._source).stem
+
     def complaint(self, key: str, message: str) -> RecipeError:
         """An error about a dotted key, with the line it stands in."""
         return RecipeError(f"{_place(self._source, self._lines, tuple(key.split('.')))}: {message}", key)

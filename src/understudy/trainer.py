@@ -35,7 +35,7 @@ from .step import Step
 from .teacher import Teacher
 from .window import Window
 
-METHOD_FILE = "method.safetensors"
+STATE_FILE = "distillation.safetensors"
 _PARITY = 1e-2  # relative difference of logits above which the head is not taken apart; see `scores.parity`
 
 
@@ -91,6 +91,7 @@ class DistillationTrainer(Trainer):
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
         self.window = Window()
+        self.tokens_seen = 0  # response tokens trained on, by all processes, over the whole run
         self._project = parity(student) < _PARITY
         self.writers = self._writers(rollout, teacher_writer)
 
@@ -114,8 +115,10 @@ class DistillationTrainer(Trainer):
             self.window.saw(batch)
         with self.window.spent("learn"):
             self.method.before_step(batches, self.model, self.teacher, step)
-        units = sum(batch.units(self.method.reduction) for batch in batches)
-        units = self.accelerator.reduce(torch.tensor(units, dtype=torch.float64, device=device), reduction="sum")
+        counts = [sum(b.units(self.method.reduction) for b in batches), sum(len(b.tokens) for b in batches)]
+        counts = torch.tensor(counts, dtype=torch.float64, device=device)
+        units, tokens = self.accelerator.reduce(counts, reduction="sum")
+        self.tokens_seen += int(tokens)
         return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], units
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,22 +201,24 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Also saves what the method owns, before the checkpoint is complete."""
-        folder = Path(output_dir or self.args.output_dir)
-        state = self.method.state_dict()
-        if state and self.args.should_save:
+        """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""
+        if _internal_call and self.args.should_save:
+            state = {f"method.{name}": tensor.contiguous() for name, tensor in self.method.state_dict().items()}
+            state["tokens_seen"] = torch.tensor(self.tokens_seen)
+            folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / METHOD_FILE)
+            save_file(state, folder / STATE_FILE)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; `True` resumes from the last checkpoint that was written to its end, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self.tokens_seen = 0
         if resume_from_checkpoint:
-            file = Path(resume_from_checkpoint) / METHOD_FILE
-            if file.exists():
-                self.method.load_state_dict(load_file(file))
+            state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
+            self.tokens_seen = int(state.pop("tokens_seen"))
+            self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
         self.window = Window()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 

@@ -1,0 +1,139 @@
+"""The command line. Heavy imports happen inside the commands, so that help and mistakes answer at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="understudy",
+    help="Teach a small language model to play the big one's part.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Add --debug to any command for the whole traceback of an error.",
+)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of data, students and sampling.")] = 0,
+) -> None:
+    """Watch a small model learn arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
+    _quiet()
+    from .playground.demo import run_demo
+
+    run_demo(folder, quick=quick, seed=seed)
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/playground/gkd.yaml.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]…", help="Dotted, such as training.max_steps=100.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what an earlier run left and begin again.")] = False,
+) -> None:
+    """Train a student as a recipe says. The same command again resumes an interrupted run."""
+    from .recipe import load
+
+    described = load(recipe, overrides or [])
+    _quiet()
+    from .run import distill, report
+
+    report(distill(described, restart=restart))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model by name or folder, or playground:arithmetic.", show_default=False)],
+    data: Annotated[str, typer.Option(help="A file, a folder, a dataset of the hub, or playground:arithmetic.")],
+    teacher: Annotated[Optional[str], typer.Option(help="Whose distribution to compare with, on the model's answers.")] = None,
+    split: Annotated[str, typer.Option(help="The dataset's split.")] = "test",
+    limit: Annotated[Optional[int], typer.Option(help="Evaluate so many rows from the beginning.")] = None,
+    columns: Annotated[Optional[list[str]], typer.Option("--column", help="ours=theirs, such as completion=de.")] = None,
+    template: Annotated[Optional[str], typer.Option(help="A format string over the data's columns: the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    output: Annotated[Optional[Path], typer.Option(help="Write every answer here, as JSONL.")] = None,
+) -> None:
+    """Let a model answer a dataset's prompts and say how many answers are right, and how far from a teacher they are."""
+    _quiet()
+    from .evaluate import evaluate_command
+
+    named = dict(_pair(column) for column in columns or [])
+    evaluate_command(model, data, teacher, split, limit, named, template, max_new_tokens, temperature, seed, output)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with their papers and options."""
+    from .methods import METHODS, describe
+
+    for name in METHODS.names():
+        typer.echo(describe(name) + "\n")
+
+
+def main() -> None:
+    """Run the command line: a mistake is one sentence and exit code 2, with --debug a traceback."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(arguments, standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        code = _explain(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        code = 130
+    sys.exit(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong in a sentence and return the exit code."""
+    import errno
+
+    name = type(error).__name__
+    message = " ".join(str(getattr(error, "format_message", lambda: error)()).split())
+    if name == "Interrupted":
+        typer.echo(message, err=True)
+        return 130
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
+    elif name == "OutOfMemoryError":
+        message = "the GPU's memory is full: lower training.per_device_train_batch_size or rollout.generate.batch_size"
+    elif not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | typer._click.ClickException):
+        message = f"{name}: {message} (unexpected; --debug shows where)"
+    typer.echo(f"error: {message}", err=True)
+    return 2
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, separator, theirs = text.partition("=")
+    if not separator:
+        raise ValueError(f"--column {text!r} should be ours=theirs, such as completion=de")
+    return ours, theirs
+
+
+def _quiet() -> None:
+    """Let only warnings of libraries through, and none of their progress bars."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()
