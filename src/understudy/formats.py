@@ -70,12 +70,15 @@ class Ending:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Ending":
-        """Find it out by rendering an answer; empty for a tokenizer without a chat template."""
+        """Found out by rendering an answer; empty without a chat template, and with one that refuses."""
         if not tokenizer.chat_template:
             return cls()
         answer = "understudy"
         chat = [{"role": "user", "content": "Who plays?"}, {"role": "assistant", "content": answer}]
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+        try:
+            tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+        except Exception:  # a template raises what it likes; rows that are conversations will show it
+            return cls()
         tokens = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
         token = re.search("|".join(map(re.escape, tokens)), tail) if tokens else None
         return cls(tail, tail[: token.end()], token.group()) if token else cls(tail)
@@ -157,8 +160,8 @@ class Format:
     def _kind(self, row: SourceRow) -> str:
         # A kind that `columns` has a name for goes before the kinds that merely happen to be there; then the one with
         # an answer goes before prompts alone.
-        named = {*self.columns}
-        kinds = [kind for kind in ("messages", *PAIRS, "text") if named & _columns_of(kind)] or ["messages", *PAIRS, "text"]
+        kinds = ["messages", *PAIRS, "text"]
+        kinds = [kind for kind in kinds if not self.columns.keys().isdisjoint(_columns_of(kind))] or kinds
         present = [kind for kind in kinds if kind in row.columns]
         for kind in present:
             if kind == "messages" or PAIRS.get(kind) in row.columns:
@@ -184,8 +187,9 @@ class Format:
         for field in self.fields:
             if field not in row.columns:
                 raise BadRow(f'{row.where}: the template names the column "{field}", but {_there(row, field)}')
-            if not isinstance(row.columns[field], str | int | float):
-                raise BadRow(f'{row.where}: the template\'s column "{field}" is {describe(row.columns[field])}, not text')
+            value = row.columns[field]
+            if not isinstance(value, str | int | float):
+                raise BadRow(f'{row.where}: the template\'s column "{field}" is {describe(value)}, not text')
         try:
             prompt = self.template.format_map(row.columns)
         except (ValueError, LookupError, AttributeError) as error:
@@ -236,7 +240,9 @@ class Format:
                 f"{where}: the chat template writes the conversation with its answer otherwise than without, so where "
                 "the answer begins is unknown; give such rows as prompt and completion strings, or another template"
             )
-        response = whole.removeprefix(prompt).removesuffix(self.ending.tail) + self.ending.end
+        response = whole.removeprefix(prompt)
+        if response.endswith(self.ending.tail):
+            response = response.removesuffix(self.ending.tail) + self.ending.end
         return Row(where, prompt, references, response, chat=True)
 
     @cached_property
@@ -262,7 +268,8 @@ def _fields(template: str) -> list[str]:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
-        raise DataError(f"the template {template!r} is not a format string ({error}); write {{{{ for a brace") from error
+        reason = f"is not a format string ({error}); write a brace that is text twice"
+        raise DataError(f"the template {template!r} {reason}") from error
     if not fields:
         raise DataError(f'the template {template!r} names no column; write one in braces, such as "{{question}}"')
     return [re.split(r"[.\[]", field)[0] for field in fields]
@@ -318,9 +325,10 @@ def _messages(where: str, name: str, value: Any, last: str | None = None) -> lis
         else:
             follows = before == "user"
         if not follows:
+            place = f"comes after the {before}'s" if before else "comes first"
             raise BadRow(
-                f"{where}: {which} is the {role}'s and comes {f'after the {before}' if before else 'first'}; after an optional "
-                "system message, user and assistant take turns, beginning with the user"
+                f"{where}: {which} is the {role}'s and {place}; after a system message, which may be missing, "
+                "user and assistant take turns, beginning with the user"
             )
         _string(where, f"content of {which}", message.get("content"))
     if value[-1]["role"] not in ([last] if last else ["user", "assistant"]):

@@ -8,11 +8,12 @@ decides whether that ends the reading.
 import csv
 import difflib
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a .txt file
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # file names that name a split
@@ -41,7 +42,7 @@ def read_rows(dataset: str | Path, split: str = "train", name: str | None = None
     those of `split` are read alone; a single file is read whole. `name` is the hub's configuration name.
 
     Raises:
-        DataError: for a dataset that is not there, a file that cannot be read, and a folder without files of these kinds.
+        DataError: for a dataset that is not there, a file that cannot be read, and a folder without such files.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -58,7 +59,7 @@ def read_rows(dataset: str | Path, split: str = "train", name: str | None = None
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a complaint about `word`: the nearest of the `known` words, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
@@ -75,7 +76,8 @@ def _looks_like_a_path(dataset: str) -> bool:
 def _files(folder: Path, split: str) -> list[Path]:
     files = [file for file in sorted(folder.iterdir()) if _kind(file) in READERS and not file.name.startswith(".")]
     if not files:
-        raise DataError(f'the folder "{folder}" holds no {", ".join(READERS)} file (.gz is understood, subfolders are not read)')
+        kinds = ", ".join(READERS)
+        raise DataError(f'the folder "{folder}" holds no file that is read here ({kinds}); subfolders are not searched')
     splits = {file: file.name.split(".")[0].split("-")[0] for file in files}
     if SPLITS.isdisjoint(splits.values()):
         return files
@@ -95,10 +97,10 @@ def _read_file(path: Path) -> Iterator[SourceRow | BadRow]:
         raise DataError(f'"{path}" cannot be read: {error}') from error
 
 
-def _open(path: Path):
+def _open(path: Path) -> TextIO:
     # Bytes that are no UTF-8 come through as lone surrogates: the row that has one is bad, its neighbours are not.
-    options = {"mode": "rt", "encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    return gzip.open(path, **options) if path.suffix == ".gz" else path.open(**options)
+    raw = gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read_json_lines(path: Path) -> Iterator[SourceRow | BadRow]:
@@ -134,11 +136,11 @@ def _row(where: str, value: Any) -> SourceRow | BadRow:
 
 def describe(value: Any) -> str:
     """A value as a complaint names it: what it is in JSON's words, and how it begins."""
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     if value is None:
         return "null"
-    shown = repr(value)
-    return f"{names.get(type(value), type(value).__name__)} ({shown if len(shown) <= 40 else shown[:37] + '...'})"
+    names = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
+    return f"{names.get(type(value), type(value).__name__)} ({shown})"
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow | BadRow]:
@@ -209,12 +211,13 @@ def _read_hub(dataset: str, split: str, name: str | None) -> Iterator[SourceRow]
     try:
         table = datasets.load_dataset(dataset, name, split=split)
     except Exception as error:
-        missing = f'there is no file or folder "{dataset}", and'
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-            raise DataError(f"{missing} the Hugging Face hub has no such dataset, or shows it only after a login") from error
-        if isinstance(error, ConnectionError):
-            raise DataError(f"{missing} the Hugging Face hub could not be reached to look for such a dataset") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{missing} the hub's dataset of that name could not be loaded: {reason}") from error
+            reason = "the Hugging Face hub has no such dataset, or shows it only after a login"
+        elif isinstance(error, ConnectionError):
+            reason = "the Hugging Face hub could not be reached to look for such a dataset"
+        else:
+            message = " ".join(str(error).split()) or type(error).__name__
+            reason = f"the hub's dataset of that name could not be loaded: {message}"
+        raise DataError(f'there is no file or folder "{dataset}", and {reason}') from error
     for number, columns in enumerate(table, 1):
         yield SourceRow(f"{dataset} ({split}), row {number}", columns)
