@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ AT_ONCE = 1000  # rows that are tokenised in one call
 
 @dataclass(frozen=True, eq=False)
 class Examples(Dataset[Example]):
-    """Examples in the order of their rows, for a DataLoader (with `collate_fn=list`) or a Trainer.
+    """Examples for a DataLoader (with `collate_fn=list`) or a Trainer.
 
     `rows[i]` holds the texts of example i: the prompt, and every reference to compare an answer with.
     """
@@ -225,10 +225,12 @@ class _Cutter:
         self.stops = stop_ids(self.tokenizer)
         # What the tokenizer's own post-processor puts before a text. Asking for it once, instead of letting it work on
         # every text, keeps it from putting an end-of-sequence token behind prompts.
-        [text] = self.encode(["a"])
+        text, newline, both = self.encode(["a", "\n", "\na"])
         whole = self.tokenizer("a")["input_ids"]
         at = next((start for start in range(len(whole)) if whole[start : start + len(text)] == text), 0)
         self.prefix: list[int] = list(whole[:at])
+        # SentencePiece tokenizers put a space before the first word of a text. A response does not begin a text.
+        self.newline = newline if both[: len(newline)] == newline and both[len(newline) :] != text else []
 
     def complain(self, error: BadRow) -> None:
         if self.on_bad_row == "error":
@@ -241,14 +243,21 @@ class _Cutter:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text as it stands behind another: without the space some tokenizers put before a text."""
+        if not self.newline:
+            return self.encode(texts)
+        behind, alone = self.encode([f"\n{text}" if text else "" for text in texts]), self.encode(texts)
+        cut = len(self.newline)
+        return [b[cut:] if b[:cut] == self.newline else a for a, b in zip(alone, behind, strict=True)]
+
     def examples(self, texts: list[Row | Document]) -> Iterator[tuple[Example, Row]]:
-        for kind, some in groupby(texts, key=type):
-            cut = self._pairs if kind is Row else self._windows
-            yield from cut(list(some))
+        yield from self._pairs([text for text in texts if isinstance(text, Row)])
+        yield from self._windows([text for text in texts if isinstance(text, Document)])
 
     def _pairs(self, rows: list[Row]) -> Iterator[tuple[Example, Row]]:
         prompts = self.encode([row.prompt for row in rows])
-        responses = self.encode([row.response for row in rows])
+        responses = self.encode_responses([row.response for row in rows])
         for row, prompt, response in zip(rows, prompts, responses, strict=True):
             if not prompt or (row.response and not response):
                 self.complain(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
@@ -278,6 +287,8 @@ class _Cutter:
         return head + prompt[len(prompt) - self.max_prompt_length + len(head) :]
 
     def _windows(self, documents: list[Document]) -> Iterator[tuple[Example, Row]]:
+        if not documents:
+            return
         if self.text_prompt < 1 or self.text_prompt > self.max_prompt_length:
             raise DataError(
                 f"text_prompt is {self.text_prompt}, and a prompt can have 1 to {self.max_prompt_length} tokens"

@@ -31,7 +31,7 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-Message = Mapping[str, Any]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Ending:
         answer = "understudy"
         chat = [{"role": "user", "content": "Who plays?"}, {"role": "assistant", "content": answer}]
         try:
-            tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+            tail = _rendered(tokenizer, chat).rpartition(answer)[2]
         except Exception:  # a template raises what it likes; rows that are conversations will show it
             return cls()
-        tokens = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
+        tokens: list[str] = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
         token = re.search("|".join(map(re.escape, tokens)), tail) if tokens else None
         return cls(tail, tail[: token.end()], token.group()) if token else cls(tail)
 
@@ -124,6 +124,9 @@ class Format:
             if ours not in COLUMNS:
                 known = ", ".join(COLUMNS)
                 raise DataError(f'columns names "{ours}", which is none of {known}{did_you_mean(ours, COLUMNS)}')
+        # Kinds that `columns` has a name for, if any, go before kinds whose columns merely happen to be there.
+        kinds = ["messages", *PAIRS, "text"]
+        self.kinds = [kind for kind in kinds if not self.columns.keys().isdisjoint(_columns_of(kind))] or kinds
         self.fields = [] if template is None else _fields(template)
 
     def read(self, row: SourceRow) -> Row | Document:
@@ -158,17 +161,13 @@ class Format:
         return {ours: row.columns[theirs] for ours, theirs in self.columns.items()}
 
     def _kind(self, row: SourceRow) -> str:
-        # A kind that `columns` has a name for goes before the kinds that merely happen to be there; then the one with
-        # an answer goes before prompts alone.
-        kinds = ["messages", *PAIRS, "text"]
-        kinds = [kind for kind in kinds if not self.columns.keys().isdisjoint(_columns_of(kind))] or kinds
-        present = [kind for kind in kinds if kind in row.columns]
-        for kind in present:
+        present = [kind for kind in self.kinds if kind in row.columns]
+        for kind in present:  # a kind with an answer goes before prompts alone
             if kind == "messages" or PAIRS.get(kind) in row.columns:
                 return kind
         if present:
             return present[0]
-        known = [column for kind in kinds for column in _columns_of(kind)]
+        known = [column for kind in self.kinds for column in _columns_of(kind)]
         guesses = [guess for column in row.columns if (guess := did_you_mean(column, known))]
         raise BadRow(
             f"{row.where}: no kind of row that is understood ({UNDERSTOOD}) has the columns "
@@ -257,11 +256,16 @@ class Format:
                 "set tokenizer.chat_template or give prompt and completion as strings"
             )
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.chat_template_kwargs
-            )
+            options = {**self.chat_template_kwargs, "add_generation_prompt": add_generation_prompt}
+            return _rendered(self.tokenizer, messages, **options)
         except Exception as error:  # a template raises what it likes, e.g. "System role not supported"
             raise BadRow(f"{where}: the chat template refuses the conversation: {error}") from error
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert isinstance(text, str)
+    return text
 
 
 def _fields(template: str) -> list[str]:

@@ -207,11 +207,12 @@ READERS = {
 
 def _read_hub(dataset: str, split: str, name: str | None) -> Iterator[SourceRow]:
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         table = datasets.load_dataset(dataset, name, split=split)
     except Exception as error:
-        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        if isinstance(error, DatasetNotFoundError):
             reason = "the Hugging Face hub has no such dataset, or shows it only after a login"
         elif isinstance(error, ConnectionError):
             reason = "the Hugging Face hub could not be reached to look for such a dataset"
@@ -220,4 +221,4 @@ def _read_hub(dataset: str, split: str, name: str | None) -> Iterator[SourceRow]
             reason = f"the hub's dataset of that name could not be loaded: {message}"
         raise DataError(f'there is no file or folder "{dataset}", and {reason}') from error
     for number, columns in enumerate(table, 1):
-        yield SourceRow(f"{dataset} ({split}), row {number}", columns)
+        yield SourceRow(f"{dataset} ({split}), row {number}", dict(columns))
