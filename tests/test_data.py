@@ -156,7 +156,7 @@ def test_a_folder_without_data_is_an_error(tmp_path, gpt2):
         load_examples(tmp_path, gpt2)
 
 
-@pytest.mark.parametrize("dataset", ["./promts", "promts.jsonl", "promts.csv.gz", "/no/such", "a/b/c", "~/no such"])
+@pytest.mark.parametrize("dataset", ["./prompt", "prompt.jsonl", "prompt.csv.gz", "/no/such", "a/b/c", "~/no such"])
 def test_a_missing_path_is_an_error_that_does_not_ask_the_hub(dataset, gpt2, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match="there is no file or folder"):
@@ -166,7 +166,7 @@ def test_a_missing_path_is_an_error_that_does_not_ask_the_hub(dataset, gpt2, mon
 def test_a_missing_file_names_its_neighbour(tmp_path, gpt2):
     write(tmp_path / "prompts.jsonl", PAIR)
     with pytest.raises(DataError, match=r'did you mean "prompts.jsonl"\?'):
-        load_examples(tmp_path / "promts.jsonl", gpt2)
+        load_examples(tmp_path / "prompt.jsonl", gpt2)
 
 
 def test_a_kind_of_file_that_is_not_understood_is_named(tmp_path, gpt2):
@@ -287,7 +287,7 @@ def test_a_template_writes_the_prompt_over_any_columns(chatml):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{qestion}", r'row 1: the template names the column "qestion", but the row has "question".*mean "question"\?'),
+        ("{questions}", r'row 1: the template names the column "questions", but .*mean "question"\?'),
         ("Q: {", "is not a format string"),
         ("Q: ", "names no column"),
         ("{}", 'the template names the column ""'),
@@ -300,8 +300,8 @@ def test_a_template_that_does_not_fit_is_explained(template, says, gpt2):
 
 
 def test_unknown_names_in_columns_are_explained(gpt2):
-    with pytest.raises(DataError, match=r'columns names "promt", .*did you mean "prompt"\?'):
-        examples_from_rows([PAIR], gpt2, columns={"promt": "en"})
+    with pytest.raises(DataError, match=r'columns names "prompts", .*did you mean "prompt"\?'):
+        examples_from_rows([PAIR], gpt2, columns={"prompts": "en"})
     with pytest.raises(DataError, match=r'prompt should be in the column "em", but the row has "english"'):
         examples_from_rows([{"english": "a"}], gpt2, columns={"prompt": "em"})
 
@@ -338,7 +338,8 @@ def test_a_chat_template_brings_its_own_bos(llama):
     assert example.prompt[0] == llama.bos_token_id
     assert example.response[-1] == llama.eos_token_id
     assert example.response.count(llama.eos_token_id) == 1
-    assert llama.decode(example.prompt + example.response) == "<s> [INST] Who? [/INST] Me </s>"  # as the template writes it
+    as_the_template_writes_it = "<s> [INST] Who? [/INST] Me </s>"
+    assert llama.decode(example.prompt + example.response) == as_the_template_writes_it
 
 
 def test_no_space_comes_between_prompt_and_response_even_where_the_tokenizer_begins_texts_with_one(llama):
@@ -464,7 +465,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
     [
         ('{"prompt": "a", completion}', r"my\.jsonl:2: not valid JSON at column 17"),
         ("[1, 2]", r'my\.jsonl:2: a row is an object .*, not a list \(\[1, 2\]\)'),
-        ('{"promt": "a", "completion": "b"}', r'my\.jsonl:2: .* the columns "promt", "completion".*mean "prompt"\?'),
+        ('{"prompts": "a", "completion": "b"}', r'my\.jsonl:2: .*"prompts", "completion".*mean "prompt"\?'),
         ('{"prompt": 42, "completion": "b"}', r'my\.jsonl:2: the "prompt" is a number \(42\), not a string'),
         ('{"prompt": "a", "completion": null}', r'my\.jsonl:2: the "completion" is null, not a string'),
         ('{"prompt": "", "completion": "b"}', r'my\.jsonl:2: the "prompt" is empty'),

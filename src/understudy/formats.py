@@ -79,7 +79,8 @@ class Ending:
             tail = _rendered(tokenizer, chat).rpartition(answer)[2]
         except Exception:  # a template raises what it likes; rows that are conversations will show it
             return cls()
-        tokens: list[str] = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
+        added: Any = tokenizer.get_added_vocab  # which transformers' base class does not declare
+        tokens = sorted({*added(), *tokenizer.all_special_tokens}, key=len, reverse=True)
         token = re.search("|".join(map(re.escape, tokens)), tail) if tokens else None
         return cls(tail, tail[: token.end()], token.group()) if token else cls(tail)
 
