@@ -118,30 +118,40 @@ def groups(examples: Iterable[Example]) -> list[list[Example]]:
 
 
 def deal(examples: Sequence[Example], parts: int) -> list[list[Example]]:
-    """Deal examples into exactly `parts` micro-batches of similar length inside and similar cost between.
+    """Deal examples into exactly `parts` micro-batches, none empty, the largest as small as it can be.
 
-    Groups are sorted by length and cut into consecutive runs whose padded sizes are as even as a greedy cut makes
-    them, so that a micro-batch holds sequences of like length and little padding.
+    Groups are sorted by length and cut into consecutive runs, so that a micro-batch holds sequences of like length and
+    little padding; the cuts make the largest padded size (sequences × longest), which is the peak of memory, minimal.
 
     Raises:
         ValueError: if there are fewer groups than parts.
     """
-    ordered = sorted(groups(examples), key=lambda group: max(map(len, group)))
+    ordered = sorted(groups(examples), key=_longest)
     if len(ordered) < parts:
         raise ValueError(
             f"{len(ordered)} examples (pairs count once) cannot fill {parts} micro-batches; "
             "lower gradient_accumulation_steps or raise the batch size"
         )
-    costs = [max(map(len, group)) * len(group) for group in ordered]
-    dealt: list[list[Example]] = []
-    start = 0
-    remaining = sum(costs)
-    for part in range(parts, 0, -1):
-        target = remaining / part
-        stop, cost = start + 1, costs[start]
-        while len(ordered) - stop > part - 1 and (part == 1 or cost + costs[stop] / 2 <= target):
-            cost += costs[stop]
-            stop += 1
-        dealt.append([example for group in ordered[start:stop] for example in group])
-        start, remaining = stop, remaining - cost
-    return dealt
+    low, high = 1, len(examples) * _longest(ordered[-1])
+    while low < high:
+        middle = (low + high) // 2
+        if len(_runs(ordered, parts, middle)) > parts:
+            low = middle + 1
+        else:
+            high = middle
+    return _runs(ordered, parts, high)
+
+
+def _runs(ordered: list[list[Example]], parts: int, limit: int) -> list[list[Example]]:
+    """Groups, shortest first, in runs as long as the padded size `limit` lets them be, but at least `parts` runs."""
+    runs: list[list[Example]] = []
+    for index, group in enumerate(ordered):
+        full = not runs or (len(runs[-1]) + len(group)) * _longest(group) > limit
+        if full or len(ordered) - index <= parts - len(runs):
+            runs.append([])
+        runs[-1].extend(group)
+    return runs
+
+
+def _longest(group: list[Example]) -> int:
+    return max(map(len, group))

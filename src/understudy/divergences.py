@@ -17,7 +17,6 @@ gradient 0. Where only the supports differ, the value is what the formula says (
 stays finite. Shapes: N rows, V events.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 _STEEPEST = 1e4  # nats; the log-ratio inside a pull is cut here, so that a forbidden token gives a finite gradient
+_LARGEST = 1e30  # what is left of an infinite pull, small enough to be summed over a vocabulary in float32
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,12 @@ class Divergence(ABC):
         return self.temperature**2 if self.rescale else 1.0
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """(N, V), (N, V) → (N,), differentiable with respect to `log_q`; `log_p` is treated as a constant."""
+        """(N, V), (N, V) → (N,), differentiable with respect to `log_q`; `log_p` is treated as a constant.
+
+        Half-precision inputs are widened first, so the result is float32, or float64 if an input is.
+        """
+        wide = torch.promote_types(torch.promote_types(log_p.dtype, log_q.dtype), torch.float32)
+        log_p, log_q = log_p.to(wide), log_q.to(wide)
         if self.temperature != 1.0:
             log_p, log_q = ((x / self.temperature).log_softmax(-1) for x in (log_p, log_q))
         return self.factor * _Sum.apply(log_p, log_q, self)
@@ -92,7 +97,7 @@ class ForwardKL(Divergence):
     """KL(p‖q) = Σ p log(p/q), pull −p. Covers every mode of the teacher (word-level KD; GKD §2)."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_p.exp() * _log_ratio(log_p, log_q)
+        return _times_log_ratio(log_p, log_q)
 
     def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return -log_p.exp()
@@ -103,7 +108,7 @@ class ReverseKL(Divergence):
     """KL(q‖p) = Σ q log(q/p), pull q (log(q/p) + 1). Seeks one mode of the teacher (MiniLLM; GKD §2)."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_q.exp() * _log_ratio(log_q, log_p)
+        return _times_log_ratio(log_q, log_p)
 
     def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q.exp() * (_log_ratio(log_q, log_p).clamp(max=_STEEPEST) + 1)
@@ -136,22 +141,13 @@ class JensenShannon(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
             return (ForwardKL() if self.beta == 0 else ReverseKL()).value(log_p, log_q)
-        p_to_m, q_to_m = self._log_ratios(log_p, log_q)
+        p_to_m, q_to_m = _log_ratios_to_mixture(log_p, log_q, self.beta)
         return (self.beta * self._scale) * log_p.exp() * p_to_m + ((1 - self.beta) * self._scale) * log_q.exp() * q_to_m
 
     def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
             return (ForwardKL() if self.beta == 0 else ReverseKL()).pull(log_p, log_q)
-        return ((1 - self.beta) * self._scale) * log_q.exp() * self._log_ratios(log_p, log_q)[1]
-
-    def _log_ratios(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """log(p/m) and log(q/m) through log(m/q) = log1p(β (p/q − 1)), exact near p = q and for β near its ends.
-
-        Beyond ±80 nats the smaller of p and q adds nothing to either term, so the ratio may be cut there.
-        """
-        ratio = torch.where(log_p == log_q, 0, log_p - log_q).clamp(-80, 80)
-        m_to_q = torch.log1p(self.beta * torch.expm1(ratio))
-        return ratio - m_to_q, -m_to_q
+        return ((1 - self.beta) * self._scale) * log_q.exp() * _log_ratios_to_mixture(log_p, log_q, self.beta)[1]
 
 
 @dataclass(frozen=True)
@@ -176,11 +172,14 @@ class SkewKL(Divergence):
         _check_alpha("skew_kl", self.alpha)
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_p.exp() * _log_ratio(log_p, _log_mixture(log_p, log_q, self.alpha))
+        if self.alpha == 0:
+            return ForwardKL().value(log_p, log_q)
+        return log_p.exp() * _log_ratios_to_mixture(log_p, log_q, self.alpha)[0]
 
     def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_m = _log_mixture(log_p, log_q, self.alpha)
-        return -(1 - self.alpha) * log_p.exp() * torch.where(log_m == -torch.inf, 0, (log_q - log_m).exp())
+        if self.alpha == 0:
+            return ForwardKL().pull(log_p, log_q)
+        return (self.alpha - 1) * log_p.exp() * _log_ratios_to_mixture(log_p, log_q, self.alpha)[1].exp()
 
 
 @dataclass(frozen=True)
@@ -197,11 +196,15 @@ class SkewReverseKL(Divergence):
         _check_alpha("skew_reverse_kl", self.alpha)
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_q.exp() * _log_ratio(log_q, _log_mixture(log_p, log_q, 1 - self.alpha))
+        if self.alpha == 0:
+            return ReverseKL().value(log_p, log_q)
+        return log_q.exp() * _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha)[1]
 
     def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        ratio = _log_ratio(log_q, _log_mixture(log_p, log_q, 1 - self.alpha)).clamp(max=_STEEPEST)
-        return log_q.exp() * (ratio + 1 - (self.alpha * ratio.exp() if self.alpha > 0 else 0))
+        if self.alpha == 0:
+            return ReverseKL().pull(log_p, log_q)
+        q_to_m = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha)[1]
+        return log_q.exp() * (q_to_m + 1 - self.alpha * q_to_m.exp())
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ class AlphaBeta(Divergence):
         α + β = 0   1/α² Σ [ log(q^α/p^α) + p^α/q^α − 1 ]
         α = β = 0   ½ Σ (log p − log q)²
 
-    (½, ½) is twice the squared Hellinger-type sum Σ(√p−√q)², (1, 1) is ½‖p−q‖², (2, −1) is ½χ².
+    (½, ½) is 2 Σ(√p−√q)², (1, 1) is ½‖p−q‖², (2, −1) is ½χ². All cases are one, with the power means' difference quotient
+    G(t) = q^(α+β) ((p/q)^t − 1)/t, which is smooth in t through 0: the value is (G(α+β) − G(α))/β, the pull −G(α).
     """
 
     alpha: float = 0.5
@@ -225,26 +229,23 @@ class AlphaBeta(Divergence):
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         a, b = self.alpha, self.beta
-        difference = torch.where(log_p == log_q, 0, log_p - log_q)  # log(p/q)
-        if a == 0 and b == 0:
-            value = 0.5 * difference**2
-        elif a + b == 0:
-            value = ((a * difference).exp() - a * difference - 1).nan_to_num(torch.inf, torch.inf) / a**2
-        elif b == 0:
-            value = (_power(log_p, a) * torch.where(log_p == -torch.inf, 0, a * difference - 1) + _power(log_q, a)) / a**2
-        elif a == 0:
-            value = (_power(log_q, b) * torch.where(log_q == -torch.inf, 0, -b * difference - 1) + _power(log_p, b)) / b**2
-        else:
-            cross = torch.where(log_p == log_q, (a + b) * log_p, a * log_p + b * log_q).exp()
-            value = (a * _power(log_p, a + b) + b * _power(log_q, a + b)) / (a * b * (a + b)) - cross / (a * b)
-        return torch.where((log_p == -torch.inf) & (log_q == -torch.inf), 0, value)
+        if a == b == 0:
+            return 0.5 * _difference(log_p, log_q) ** 2
+        if abs(a) > abs(b):  # D_αβ(p‖q) = D_βα(q‖p), so the division can be by the larger of the two
+            a, b, log_p, log_q = b, a, log_q, log_p
+        value = (_growth(log_p, log_q, a + b, a + b) - _growth(log_p, log_q, a + b, a)) / b
+        # no element is negative, so where two infinities meet the larger one is positive
+        return torch.where((log_p == -torch.inf) & (log_q == -torch.inf), 0, value.nan_to_num(torch.inf, torch.inf))
 
     def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         a, b = self.alpha, self.beta
-        difference = torch.where(log_p == log_q, 0, log_q - log_p).clamp(-_STEEPEST, _STEEPEST)  # log(q/p)
-        # q^β (q^α − p^α)/α, written so that p = q gives exactly 0
-        pull = _power(log_q, b) * difference if a == 0 else -torch.expm1(-a * difference) / a * _power(log_q, a + b)
-        return torch.where(log_q == -torch.inf, 0, pull).nan_to_num()
+        near = log_p.clamp(log_q - _STEEPEST, log_q + _STEEPEST)
+        return -_growth(near, log_q, a + b, a).nan_to_num(0.0).clamp(-_LARGEST, _LARGEST)
+
+
+def _difference(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(a/b), and 0 where a = b = 0."""
+    return torch.where(log_a == log_b, 0, log_a - log_b)
 
 
 def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -252,16 +253,41 @@ def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(log_a == -torch.inf, 0, log_a - log_b)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """log(weight · p + (1 − weight) · q)."""
-    if weight in (0, 1):
-        return log_p if weight == 1 else log_q
-    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+def _times_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a log(a/b), and 0 where a is 0 or too small for its dtype, even if b = 0."""
+    a = log_a.exp()
+    return torch.where(a == 0, 0, a * (log_a - log_b))
 
 
-def _power(log_x: Tensor, exponent: float) -> Tensor:
-    """x^exponent, with x⁰ = 1 even for x = 0."""
-    return (exponent * log_x).exp() if exponent != 0 else torch.ones_like(log_x)
+def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """log(p/m) and log(q/m) for m = weight · p + (1 − weight) · q.
+
+    Through log(m/q) = log1p(weight · (p/q − 1)) or its mirror image, whichever has the smaller weight: exact near p = q
+    and for weights near 0 and 1. Beyond ±80 nats the smaller of p and q adds nothing, so the ratio may be cut there.
+    """
+    ratio = _difference(log_p, log_q).clamp(-80, 80)
+    if weight <= 0.5:
+        m_to_q = torch.log1p(weight * torch.expm1(ratio))
+        return ratio - m_to_q, -m_to_q
+    m_to_p = torch.log1p((1 - weight) * torch.expm1(-ratio))
+    return -m_to_p, -ratio - m_to_p
+
+
+def _growth(log_p: Tensor, log_q: Tensor, total: float, power: float) -> Tensor:
+    """q^total ((p/q)^power − 1)/power, and q^total log(p/q) for power 0; never through an intermediate overflow."""
+    difference = _difference(log_p, log_q)
+    start = _log_power(log_q, total)
+    if power == 0:
+        scale = start.exp()
+        return torch.where(scale == 0, 0, scale * difference)
+    top = torch.maximum(start, _log_power(log_q, total - power) + _log_power(log_p, power))
+    growth = top.exp() * -torch.expm1(-(power * difference).abs()) * difference.sign() / abs(power)
+    return torch.where(difference == 0, 0, growth)
+
+
+def _log_power(log_x: Tensor, exponent: float) -> Tensor:
+    """log x^exponent, with x⁰ = 1 even for x = 0."""
+    return exponent * log_x if exponent != 0 else torch.zeros_like(log_x)
 
 
 def _check_alpha(name: str, alpha: float) -> None:

@@ -9,6 +9,7 @@ Where log-probabilities come from is a Source: `Projected` (hidden rows and a he
 `TopK` (a few events, the others merged into one). Shapes: N rows, C rows of a chunk, V vocabulary, K support, D width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +49,9 @@ class Head:
         """The head over the first `vocabulary` tokens only: a padded vocabulary's rest takes no part in a softmax."""
         if vocabulary >= self.vocabulary:
             return self
-        return replace(self, weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary])
+        return replace(
+            self, weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary]
+        )
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(C, D) → (C, V) logits, float32 or wider."""
@@ -120,14 +123,26 @@ class TopK:
                 "set the divergence's temperature to 1"
             )
         values = self.values[rows].to(_wide(self.values.dtype))
-        known = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).tiny)
+        known = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).eps)
         return torch.cat([values, torch.log(-torch.expm1(known))], dim=-1)
 
     def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Another model's (C, V) as the same (C, K+1) events."""
+        """Another model's (C, V) as the same (C, K+1) events.
+
+        Neither side's last event falls to probability 0 by rounding, or where the support is the whole vocabulary:
+        the teacher's is at least the dtype's resolution, and an empty one of the other model takes that value.
+        """
         support = self.support[rows].to(log_q.device)
-        rest = log_q.scatter(-1, support, -torch.inf).logsumexp(-1, keepdim=True)
+        others = log_q.scatter(-1, support, -torch.inf)
+        empty = (others == -torch.inf).all(-1, keepdim=True)
+        rest = others.masked_fill(empty, 0).logsumexp(-1, keepdim=True)  # no NaN gradient of logsumexp(−inf, −inf, …)
+        rest = rest.masked_fill(empty, math.log(torch.finfo(log_q.dtype).eps))
         return torch.cat([log_q.gather(-1, support), rest], dim=-1)
+
+    def spread(self, pull: Tensor, merged: Tensor, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
+        """From the derivative (C, K+1) with respect to `merged = merge(log_q, rows)` to that (C, V) by `log_q`."""
+        share = (log_q - merged[:, -1:]).exp_()  # of each token in "any other"
+        return share.mul_(pull[:, -1:]).scatter_(-1, self.support[rows].to(log_q.device), pull[:, :-1])
 
 
 Source = Projected | Dense | TopK
@@ -141,13 +156,13 @@ def divergence_rule(divergence: Divergence, teacher: Source) -> Rule:
 
     def rule(rows: slice, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         log_p = teacher.log_probs(rows, divergence.temperature).to(log_q.device, log_q.dtype)
-        if isinstance(teacher, TopK):
-            with torch.enable_grad():
-                leaf = log_q.detach().requires_grad_(differentiate)
-                value = divergence.factor * divergence(log_p, teacher.merge(leaf, rows))
-            return value.detach(), torch.autograd.grad(value.sum(), leaf)[0] if differentiate else None
-        value = divergence.factor * divergence.value(log_p, log_q).sum(-1)
-        return value, divergence.factor * divergence.pull(log_p, log_q) if differentiate else None
+        events = teacher.merge(log_q, rows) if isinstance(teacher, TopK) else log_q
+        value = divergence.factor * divergence.value(log_p, events).sum(-1)
+        if not differentiate:
+            return value, None
+        pull = divergence.pull(log_p, events)
+        pull = pull if divergence.factor == 1 else divergence.factor * pull
+        return value, teacher.spread(pull, events, log_q, rows) if isinstance(teacher, TopK) else pull
 
     return rule
 
@@ -177,12 +192,17 @@ def project(student: Projected, rule: Rule, weights: Tensor | None = None, tempe
     device = hidden.device.type
     if torch.is_autocast_enabled(device):  # as the model's own head would have it
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden = hidden.to(weight.dtype)
     if weights is None:
         weights = torch.ones(len(hidden), device=hidden.device)
-    if not torch.is_grad_enabled():
-        return _walk(hidden, weight, bias, head, rule, weights, temperature, (False, False, False))[0]
+    if (
+        weight.dtype == torch.float16
+    ):  # gradients are made before any loss scale is known: keep them off its short range's end
+        weights = weights / weights.abs().amax().clamp(min=torch.finfo(weights.dtype).tiny)
     with torch.autocast(device, enabled=False):
+        if not torch.is_grad_enabled():
+            return _walk(hidden, weight, bias, head, rule, weights, temperature, (False, False, False))[0]
         return _Project.apply(hidden, weight, bias, head, rule, weights, temperature)
 
 
@@ -209,7 +229,8 @@ class _Project(torch.autograd.Function):
         hidden, weight, bias, weights, *grads = ctx.saved_tensors
         factor = _common_factor(upstream, weights)
         if factor is not None:
-            grads = [None if grad is None else grad * factor.to(grad.dtype) for grad in grads]
+            # the factor stays a float32 scalar: rounded to half precision it would bend every gradient's length
+            grads = [None if grad is None else grad * factor for grad in grads]
         else:
             asked = ctx.needs_input_grad[:3]
             _, *grads = _walk(hidden, weight, bias, ctx.head, ctx.rule, upstream, ctx.temperature, asked)
@@ -242,7 +263,7 @@ def _walk(
         if pull is None:
             continue
         # ∂/∂z_v = h_v − q_v Σ h, then through the temperature and whatever the head does after its product
-        grad = pull.addcmul_(log_q.exp_(), pull.sum(-1, keepdim=True), value=-1)
+        grad = torch.addcmul(pull, log_q.exp_(), pull.sum(-1, keepdim=True), value=-1)
         grad = head.chain(grad.mul_(weights[rows, None].to(wide) / temperature), logits)
         if grad_bias is not None:
             grad_bias += grad.sum(0)
@@ -261,8 +282,9 @@ def _walk(
 def _common_factor(upstream: Tensor, weights: Tensor) -> Tensor | None:
     """The c with upstream = c · weights, if there is one."""
     at = weights.abs().argmax()
-    factor = upstream[at] / weights[at]
-    return factor if torch.allclose(upstream, factor * weights.to(upstream.dtype), rtol=1e-6, atol=0) else None
+    factor = upstream[at] / weights[at]  # NaN, and so no factor, if all weights are 0
+    rounding = 8 * torch.finfo(upstream.dtype).eps
+    return factor if torch.allclose(upstream, factor * weights.to(upstream.dtype), rtol=rounding, atol=0) else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -64,7 +64,9 @@ class Scores:
             return project(student, divergence_rule(divergence, target), self.weights, divergence.temperature)
         log_q = student.log_probs()
         log_q = target.merge(log_q) if isinstance(target, TopK) else log_q
-        log_p = target.log_probs() if not isinstance(target, TopK) else target.log_probs(temperature=divergence.temperature)
+        log_p = (
+            target.log_probs() if not isinstance(target, TopK) else target.log_probs(temperature=divergence.temperature)
+        )
         return divergence(log_p.to(log_q.device, log_q.dtype), log_q)
 
 
@@ -100,18 +102,24 @@ def score(
 
     Args:
         model: a causal language model of transformers, wrapped or not.
-        then: from Scores to the tensor that stands where the logits would have been, a loss for instance.
+        then: from Scores to the tensor that stands where the logits would have been, a loss for instance. It runs
+            inside the model's forward, so other models (the teacher) are best scored before.
         head_of: the model without its wrappers, which knows its output embeddings (default: `model`).
         vocabulary: how many tokens are real; what a padded vocabulary has beyond them takes no part.
         weights: (N,) passed on to the Scores.
         project: whether the head may be taken apart. If not, or if it is no plain linear layer, the model makes its
             own logits and the loss is computed from them: the plain path, which holds (B, T, V).
+
+    Raises:
+        RuntimeError: inside the `then` of a model with the same configuration object, while that is altered.
     """
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     bare = model if head_of is None else head_of
     layer = bare.get_output_embeddings() if project else None
     if not is_projectable(layer):
-        logits = model(**inputs).logits[batch.predicts][:, :vocabulary]
+        _refuse_inside_another(bare)
+        logits = model(**inputs).logits
+        logits = logits[batch.predicts.to(logits.device)][:, :vocabulary]
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return then(Scores(batch.tokens, Dense(logits.to(wide).log_softmax(-1)), weights))
 
@@ -136,6 +144,8 @@ def parity(model: nn.Module, token: int = 0) -> float:
     """The largest difference between the model's own logits and those its head gives, relative to their size.
 
     A model that does something to its logits that is not known here shows a difference, and must take the plain path.
+    A soft-cap hardly touches the small logits of a new model, so numbers of a loss's size are sent the same way and
+    must come back as they are.
     """
     if not is_projectable(model.get_output_embeddings()):
         return float("inf")
@@ -144,11 +154,20 @@ def parity(model: nn.Module, token: int = 0) -> float:
     was_training = model.training
     model.eval()
     try:
-        own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0, :-1].float()
+        own = (
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            .logits[0, :-1]
+            .float()
+        )
         made = score(model, batch, lambda scores: scores.source.head(scores.source.hidden)).float()
+        sent = torch.tensor([-100.0, 0.01, 1.0, 10.0, 1000.0], device=made.device)
+        back = score(model, batch, lambda scores: sent).float()
     finally:
         model.train(was_training)
-    return float((own - made.to(own.device)).abs().max() / own.abs().max().clamp(min=1e-6))
+    if own.shape != made.shape or sent.shape != back.shape:
+        return float("inf")
+    logits = float((own - made.to(own.device)).abs().max() / own.abs().max().clamp(min=1e-6))
+    return max(logits, float(((back.to(sent.device) - sent) / sent).abs().max()))
 
 
 @contextmanager
@@ -165,32 +184,52 @@ def _standing_in(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
             layer.forward = before
 
 
+_altered: set[int] = set()  # the ids of configurations that are switched off by `_bare_logits` right now
+
+
 @contextmanager
 def _bare_logits(model: nn.Module) -> Iterator[tuple[float, float | None]]:
     """Keep the model from touching what its head returns, and say what it would have done: (scale, softcap).
 
-    Models differ in where they write this down: Gemma caps (`final_logit_softcapping`), Granite divides
-    (`logits_scaling`), Cohere multiplies (`logit_scale`).
+    Models differ in where they write this down: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA X
+    multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
     """
+    _refuse_inside_another(model)
     config = model.config.get_text_config()
-    inner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
-    inner = getattr(inner, "model", model) if inner is not None else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapper
     known: list[tuple[Any, str, Any]] = [
         (config, "final_logit_softcapping", None),
         (config, "logits_scaling", 1.0),
         (inner, "logit_scale", 1.0),
     ]
-    found = {name: (owner, getattr(owner, name), off) for owner, name, off in known if getattr(owner, name, None) is not None}
+    found = {
+        name: (owner, getattr(owner, name), off) for owner, name, off in known if getattr(owner, name, None) is not None
+    }
     scale = float(found["logit_scale"][1]) if "logit_scale" in found else 1.0
-    scale /= float(found["logits_scaling"][1]) if "logits_scaling" in found else 1.0
+    if "logits_scaling" in found:
+        factor = float(found["logits_scaling"][1])
+        scale = scale * factor if config.model_type.startswith("hyperclovax") else scale / factor
     softcap = float(found["final_logit_softcapping"][1]) if "final_logit_softcapping" in found else None
-    for name, (owner, _, off) in found.items():
-        setattr(owner, name, off)
     try:
+        if found:
+            _altered.add(id(config))
+        for name, (owner, _, off) in found.items():
+            setattr(owner, name, off)
         yield scale, softcap
     finally:
         for name, (owner, value, _) in found.items():
             setattr(owner, name, value)
+        _altered.discard(id(config))
+
+
+def _refuse_inside_another(model: nn.Module) -> None:
+    """Within `_bare_logits`, a second model (or the same) that shares the configuration would give wrong logits."""
+    config = getattr(model, "config", None)
+    if config is not None and id(config.get_text_config()) in _altered:
+        raise RuntimeError(
+            "a model was run inside another's forward while sharing its configuration, whose logit scaling is switched "
+            "off there; score the teacher before the student, or give it a configuration of its own (copy.deepcopy)"
+        )
 
 
 def _shared(student: Source, teacher: Source) -> tuple[Any, Any]:

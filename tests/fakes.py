@@ -1,0 +1,139 @@
+"""Stand-ins for tests: models of a few thousand random parameters, and examples to feed them.
+
+The one idea: one tiny model for every way in which a model makes its logits: plain, with a bias, soft-capped, divided,
+multiplied, with adapters around it, with the head tied to the embeddings or not. Weights are much larger than a new
+model's, so that distributions differ from uniform and caps and scales matter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from understudy.batch import Example
+
+VOCABULARY = 53
+
+
+def tiny(kind: str, vocabulary: int = VOCABULARY, width: int = 16, tied: bool = False, seed: int = 0) -> Any:
+    """A random model of one kind in `KINDS`, in evaluation mode, float32; the same for the same arguments."""
+    torch.manual_seed(seed)
+    model = KINDS[kind](vocabulary, width, tied)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+def _shape(vocabulary: int, width: int, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": width // 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _gpt2(vocabulary: int, width: int, tied: bool) -> PreTrainedModel:
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=width,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def _opt(vocabulary: int, width: int, tied: bool) -> PreTrainedModel:
+    shape = _shape(vocabulary, width, tied)
+    return OPTForCausalLM(OPTConfig(**shape, ffn_dim=2 * width, word_embed_proj_dim=width))
+
+
+def _lora(base: str, vocabulary: int, width: int, tied: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(KINDS[base](vocabulary, width, tied), config)
+
+
+KINDS: dict[str, Callable[[int, int, bool], Any]] = {
+    "llama": lambda *a: LlamaForCausalLM(LlamaConfig(**_shape(*a))),
+    "gpt2": _gpt2,
+    "qwen3": lambda *a: Qwen3ForCausalLM(Qwen3Config(**_shape(*a))),
+    "opt": _opt,
+    "phi": lambda *a: PhiForCausalLM(PhiConfig(**_shape(*a))),  # a bias in the head
+    "gemma2": lambda *a: Gemma2ForCausalLM(Gemma2Config(**_shape(*a), final_logit_softcapping=3.0)),
+    "granite": lambda *a: GraniteForCausalLM(GraniteConfig(**_shape(*a), logits_scaling=2.5)),
+    "cohere": lambda *a: CohereForCausalLM(CohereConfig(**_shape(*a), logit_scale=0.4)),
+    "cohere2": lambda *a: Cohere2ForCausalLM(Cohere2Config(**_shape(*a), logit_scale=0.4)),
+    "llama+lora": lambda *a: _lora("llama", *a),
+    "cohere+lora": lambda *a: _lora("cohere", *a),
+}
+
+
+class Tabular(nn.Module):
+    """A model whose next-token logits are a table of the whole prefix: anything can be enumerated with it.
+
+    `table` maps the tokens so far to the row of `logits` that predicts the next one.
+    """
+
+    def __init__(self, table: dict[tuple[int, ...], Tensor]) -> None:
+        super().__init__()
+        self.rows = {prefix: row for row, prefix in enumerate(table)}
+        self.logits = nn.Parameter(torch.stack(list(table.values())))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> CausalLMOutput:
+        prefixes = [[tuple(ids[: end + 1]) for end in range(len(ids))] for ids in input_ids.tolist()]
+        index = torch.tensor([[self.rows.get(prefix, 0) for prefix in row] for row in prefixes])
+        return CausalLMOutput(logits=self.logits[index])
+
+
+def some_examples(vocabulary: int = VOCABULARY, seed: int = 0) -> list[Example]:
+    """Three examples of different lengths, one of them with a response of a single token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+    return [
+        Example(ids(3), [*ids(4), 2], row=0),
+        Example(ids(6), [2], author="student", row=1),
+        Example(ids(2), [*ids(7), 2], author="teacher", row=2),
+    ]
