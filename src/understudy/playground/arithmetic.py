@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 Split = Literal["train", "validation", "test"]
 T = TypeVar("T")
 
-LARGEST = 200  # no number of a working exceeds it
+LARGEST = 100  # no number of a working exceeds it
 STEPS = (2, 4)  # how many steps a working may have, both ends included
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Mia", "Noah", "Olga", "Tom")
 THINGS = ("apples", "balls", "books", "cards", "flowers", "marbles", "nuts", "pencils", "shells", "stamps")
@@ -186,9 +186,10 @@ def tell(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str
 
 
 def draw(rng: random.Random, slot: str, fragment: Fragment) -> int:
-    """A number for a slot: 2 to 9 where it multiplies or divides, 2 to 40 elsewhere."""
+    """A number for a slot: 2 to 9 where it multiplies or divides, 10 to 60 where a story begins with it, else 2 to 20."""
     factor = any(slot in step and ("*" in step or "/" in step) for step in fragment.steps)
-    return 2 + int(rng.random() * (8 if factor else 39))
+    low, high = (2, 9) if factor else (10, 60) if slot in fragment.steps else (2, 20)
+    return low + int(rng.random() * (high - low + 1))
 
 
 def work(steps: Sequence[str], values: dict[str, int]) -> list[tuple[str, int]] | None:
