@@ -43,9 +43,10 @@ def distill(
 
     described = load(recipe, overrides or [])
     _quiet()
-    from .run import distill, report
+    from .run import distill
+    from .show import show_run
 
-    report(distill(described, restart=restart))
+    show_run(distill(described, restart=restart))
 
 
 @app.command()
@@ -63,11 +64,28 @@ def evaluate(
     output: Annotated[Optional[Path], typer.Option(help="Write every answer here, as JSONL.")] = None,
 ) -> None:
     """Let a model answer a dataset's prompts and say how many answers are right, and how far from a teacher they are."""
-    _quiet()
-    from .evaluate import evaluate_command
-
     named = dict(_pair(column) for column in columns or [])
-    evaluate_command(model, data, teacher, split, limit, named, template, max_new_tokens, temperature, seed, output)
+    _quiet()
+    from .evaluate import evaluate
+    from .models import all_stop_ids, check_tokenizers, load_model, load_tokenizer, window_of
+    from .playground.names import resolve
+    from .recipe import Data
+    from .rollouts.generate import GenerateRollout
+    from .run import load_data
+    from .show import show_evaluation
+    from .teachers.local import LocalTeacher
+
+    tokenizer = load_tokenizer(model)
+    if teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(teacher))
+    student = load_model(model)
+    judge = LocalTeacher(resolve(teacher), vocabulary=len(tokenizer)) if teacher is not None else None
+    window = window_of(student, getattr(judge, "model", None))
+    block = Data(dataset=data, split=split, limit=limit, columns=named or None, template=template)
+    examples = load_data(block, tokenizer, window, max_new_tokens)
+    stop = all_stop_ids(tokenizer, student)
+    rollout = GenerateRollout(max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=stop)
+    show_evaluation(evaluate(student, tokenizer, examples, rollout, judge, seed), f"{model} on {data}", output)
 
 
 @app.command()
@@ -108,7 +126,7 @@ def _explain(error: Exception) -> int:
         message = "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
     elif name == "OutOfMemoryError":
         message = "the GPU's memory is full: lower training.per_device_train_batch_size or rollout.generate.batch_size"
-    elif not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | typer._click.ClickException):
+    elif not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | typer._click.exceptions.ClickException):
         message = f"{name}: {message} (unexpected; --debug shows where)"
     typer.echo(f"error: {message}", err=True)
     return 2

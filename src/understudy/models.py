@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .data import stop_ids
 from .playground.names import resolve
 from .recipe import Recipe, RecipeError, Student
 from .registry import nearest
@@ -192,6 +193,22 @@ def tokenizer_name(recipe: Recipe) -> str:
     if name is None:
         raise recipe.complaint("student", "a fresh student without a teacher needs a tokenizer: add student.tokenizer")
     return name
+
+
+def all_stop_ids(tokenizer: Any, *models: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, its chat template's, and what the models say they end with."""
+    found = set(stop_ids(tokenizer))
+    for model in models:
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        found |= set() if own is None else {own} if isinstance(own, int) else set(own)
+    return sorted(i for i in found if i < len(tokenizer))
+
+
+def window_of(*models: Any) -> int | None:
+    """How many positions all of the models have; None stands for no model, and is the answer if no model says."""
+    configs = [model.config.get_text_config() for model in models if model is not None]
+    windows = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((window for window in windows if window), default=None)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,26 @@ from transformers import TrainingArguments, set_seed
 
 from .answers import KeptAnswers
 from .callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
+from .batch import Example
 from .data import Examples, examples_from_rows, load_examples
+from .evaluate import distance
 from .method import Method
 from .methods import METHODS
-from .models import check_tokenizers, load_student, load_tokenizer, teacher_name, tokenizer_name
+from .models import (
+    all_stop_ids,
+    check_tokenizers,
+    load_student,
+    load_tokenizer,
+    teacher_name,
+    tokenizer_name,
+    window_of,
+)
 from .playground.names import is_playground, resolve, rows
-from .recipe import Data, Recipe
+from .recipe import Data, Recipe, RecipeError
 from .registry import nearest
 from .rollouts import ROLLOUTS
 from .scores import Knowledge
+from .step import Step
 from .teachers import TEACHERS
 from .trainer import DistillationTrainer, last_checkpoint
 
@@ -79,6 +91,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         console.print(f"resuming from {checkpoint}")
+    before = _remember(folder / "before.json", lambda: own_samples(run))
     watch = StopOnInterrupt()
     run.trainer.add_callback(watch)
     start = time.perf_counter()
@@ -88,7 +101,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     seconds = time.perf_counter() - start
     metrics = run.trainer.evaluate() if run.held_out is not None else {}
     save_student(run)
-    summary = _summary(run, seconds, metrics)
+    summary = _summary(run, seconds, metrics) | {"own_samples": {"before": before, "after": own_samples(run)}}
     if arguments.process_index == 0:
         _write(folder / "run.json", json.dumps(summary, indent=2))
     return summary
@@ -108,19 +121,20 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         raise recipe.complaint("method", f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`")
     teacher = _teacher(recipe, len(tokenizer)) if wanted else None
     rollout = recipe.build("rollout", ROLLOUTS)
+    if rollout.stop_ids is None:
+        rollout.stop_ids = all_stop_ids(tokenizer, student, getattr(teacher, "model", None))
 
     writes = method.authors - {"dataset"}
-    models = [m for m in (student, getattr(teacher, "model", None)) if m is not None]
-    window = _window(models)
+    window = window_of(student, getattr(teacher, "model", None))
     reserve = rollout.max_new_tokens if writes else 1
-    train = load_data(recipe, recipe.data, tokenizer, window, reserve)
+    train = load_data(recipe.data, tokenizer, window, reserve)
     if "dataset" in method.authors:
         train.require_responses(recipe.method[0])
     held_out = None
     if recipe.evaluate.dataset is not None:
         look = recipe.evaluate
         other = {"dataset": look.dataset, "split": look.split, "name": look.name, "limit": look.limit}
-        held_out = load_data(recipe, recipe.data.model_copy(update=other), tokenizer, window, reserve)
+        held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
 
     folder = Path(arguments.output_dir)
     teacher_writer = None
@@ -148,6 +162,20 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     return Run(recipe, trainer, folder, train, held_out)
 
 
+def own_samples(run: Run, count: int = 64) -> dict[str, float]:
+    """How far the student is from the teacher on its own answers to a few prompts, drawn alike whenever asked.
+
+    Returns the means of `scores.compare` over the answers' tokens; nothing where no teacher's distribution is known.
+    """
+    trainer = run.trainer
+    if trainer.teacher is None or trainer.teacher.gives < Knowledge.DISTRIBUTION:
+        return {}
+    source = run.held_out or run.train
+    prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
+    written = trainer.writers.student.generate(prompts, Step(0, trainer.args.seed))
+    return distance(trainer.model, trainer.teacher, written, trainer.vocabulary)
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The training block, which is TrainingArguments, with a run folder and logging at a pace to watch."""
     known = {f.name for f in fields(TrainingArguments) if f.init}
@@ -167,13 +195,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise recipe.complaint("training", str(error).strip().split("\n")[0]) from None
 
 
-def load_data(recipe: Recipe, data: Data, tokenizer: Any, window: int | None, reserve: int) -> Examples:
-    """The examples that a data block describes, cut to the models' window."""
+def load_data(data: Data, tokenizer: Any, window: int | None, reserve: int) -> Examples:
+    """The examples that a data block describes, cut to the models' window, with room for `reserve` new tokens.
+
+    Raises:
+        RecipeError: if the block asks for more than the window; and DataError as `data.load_examples`.
+    """
     options = data.model_dump(exclude={"dataset", "split", "name", "seed"})
     if window is not None and data.max_length > window:
         if "max_length" in data.model_fields_set:
-            message = f"max_length {data.max_length} is longer than the models' window of {window}: lower it to that"
-            raise recipe.complaint("data.max_length", message)
+            message = f"data.max_length {data.max_length} is longer than the models' window of {window}: lower it"
+            raise RecipeError(message, "data.max_length")
         options["max_length"] = window
     if is_playground(data.dataset):
         found = rows(data.dataset, data.split, data.seed, data.limit)
@@ -207,12 +239,6 @@ def _teacher(recipe: Recipe, vocabulary: int) -> Any:
     return located.build("teacher", TEACHERS, vocabulary=vocabulary)
 
 
-def _window(models: list[Any]) -> int | None:
-    """How many positions all of the models have."""
-    windows = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
-    return min((w for w in windows if w), default=None)
-
-
 def _claim(folder: Path, recipe: Recipe, arguments: TrainingArguments) -> None:
     """Make the folder this recipe's, and refuse one that belongs to another: nothing computed is overwritten."""
     if arguments.process_index != 0:
@@ -234,6 +260,7 @@ def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, A
     teacher = getattr(trainer.teacher, "model", None)
     return {
         "recipe": run.recipe.name,
+        "folder": str(run.folder),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "tokens": int(trainer.tokens_seen),
@@ -252,6 +279,13 @@ def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, A
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
     }
+
+
+def _remember(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What was computed when the run began, also after it was interrupted and resumed."""
+    if not path.exists():
+        _write(path, json.dumps(compute()))
+    return json.loads(path.read_text())
 
 
 def _write(path: Path, text: str) -> None:

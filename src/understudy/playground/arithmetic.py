@@ -215,15 +215,3 @@ def work(steps: Sequence[str], values: dict[str, int]) -> list[tuple[str, int]] 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
     """One of the items; `random()` is the only draw that Python promises to keep the same between versions."""
     return items[int(rng.random() * len(items))]
-
-
-def final_answer(text: str) -> str | None:
-    """The number after the last `####`, without thousands separators; None if there is none."""
-    found = re.findall(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
-    return found[-1].replace(",", "") if found else None
-
-
-def is_correct(response: str, reference: str) -> bool:
-    """Does the response end in the reference's final answer?"""
-    answer = final_answer(response)
-    return answer is not None and answer == final_answer(reference)

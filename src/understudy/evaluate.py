@@ -1,0 +1,94 @@
+"""Judging a model by its answers: how many are right, and how far they are from a teacher.
+
+Every answer is written with a given sampling protocol and seed. An answer is right if it matches a reference exactly
+(after normalisation), or, where every reference has a final answer behind `####`, if it ends in that. The distance to
+a teacher is measured where it matters, on the model's own answers.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batch import Batch, Example
+from .data import Examples
+from .metrics.exact_match import exact_match
+from .metrics.final_answer import final_answer, is_correct
+from .rollout import Rollout
+from .scores import Scores, compare, score
+from .step import Step
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model answered, and what that comes to."""
+
+    answers: list[dict[str, Any]]  # prompt, answer, references, correct
+    metrics: dict[str, float]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Examples,
+    rollout: Rollout,
+    teacher: Teacher | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Let `model` answer every example's prompt by `rollout`, and measure.
+
+    Metrics: `accuracy` (share of right answers, where there are references), `response_length` (tokens), `truncated`
+    (share of answers without an end), `seconds` of writing; with a teacher also `forward_kl`, `reverse_kl`,
+    `student_entropy` and `teacher_entropy`, means over the tokens of the model's own answers in nats.
+    """
+    start = time.perf_counter()
+    written = rollout.follow(model, tokenizer).generate(examples.examples, Step(0, seed))
+    seconds = time.perf_counter() - start
+    by_end = all(final_answer(r) is not None for row in examples.rows for r in row.references)
+    answers = []
+    for example, answer in zip(examples.rows, written, strict=True):
+        text = tokenizer.decode(answer.response, skip_special_tokens=True)
+        right = (is_correct if by_end else exact_match)(text, example.references) if example.references else None
+        answers.append(
+            {"prompt": example.prompt, "answer": text, "references": list(example.references), "correct": right}
+        )
+    metrics = {
+        "examples": float(len(answers)),
+        "response_length": sum(len(e.response) for e in written) / len(written),
+        "truncated": sum(e.truncated for e in written) / len(written),
+        "seconds": seconds,
+    }
+    judged = [a["correct"] for a in answers if a["correct"] is not None]
+    if judged:
+        metrics = {"accuracy": sum(judged) / len(judged), **metrics}
+    if teacher is not None:
+        metrics |= distance(model, teacher, written, len(tokenizer), batch_size)
+    return Evaluation(answers, metrics)
+
+
+@torch.no_grad()
+def distance(
+    model: nn.Module, teacher: Teacher, examples: Sequence[Example], vocabulary: int, batch_size: int = 32
+) -> dict[str, float]:
+    """The means over all response tokens of what `scores.compare` says of model and teacher."""
+    sums: dict[str, float] = {}
+    tokens = 0
+    model.eval()
+    ordered = sorted(examples, key=len)
+    for start in range(0, len(ordered), batch_size):
+        batch = Batch.of(ordered[start : start + batch_size], 0, model.get_input_embeddings().weight.device)
+        taught = teacher.score(batch)
+
+        def look(student: Scores, taught: Scores = taught) -> torch.Tensor:
+            for name, values in compare(taught, student).items():
+                sums[name] = sums.get(name, 0.0) + float(values.sum())
+            return student.tokens.float()
+
+        score(model, batch, look, vocabulary=vocabulary)
+        tokens += len(batch.tokens)
+    return {name: total / tokens for name, total in sums.items()}

@@ -1,0 +1,1 @@
+"""One metric, one file: how good an answer is, given its references."""
