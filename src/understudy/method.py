@@ -4,6 +4,7 @@ Everything else (models, batching, distribution, resuming, logging) is written o
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -34,6 +35,15 @@ class Method(ABC):
         """Whose responses the method may train on; the dataset must have some only if "dataset" is among them."""
         return frozenset({"dataset"})
 
+    @property
+    def context(self) -> int:
+        """How many positions of the teacher's window the method takes for itself."""
+        return 0
+
+    def prepare(self, teacher: Any, tokenizer: Any, learning_rate: float) -> Any:
+        """The teacher whose scores `loss` is to see, given the run's; called once, before training."""
+        return teacher
+
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         """The examples to train on at this step, given those drawn from the dataset. Default: these.
 
@@ -45,7 +55,7 @@ class Method(ABC):
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
         """One value per response token, (N,), which the loop weighs by `reduction`; differentiable in the student."""
 
-    def before_step(self, batches: list[Batch], student: Any, teacher: Any, step: Step) -> None:
+    def before_step(self, batches: list[Batch], student: Any, step: Step) -> None:
         """Train what the method itself owns, on the micro-batches that the student is about to see."""
 
     def advance(self, step: Step) -> None:
@@ -57,3 +67,6 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
+
+    def export(self, folder: Path) -> None:
+        """Save what the method learned besides the student, for others to use, when a run ends."""

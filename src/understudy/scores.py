@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ def score(
     vocabulary: int | None = None,
     weights: Tensor | None = None,
     project: bool = True,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Run `model` on the batch, hand its Scores to `then` inside the forward, and return what `then` returns.
 
@@ -109,17 +111,18 @@ def score(
         weights: (N,) passed on to the Scores.
         project: whether the head may be taken apart. If not, or if it is no plain linear layer, the model makes its
             own logits and the loss is computed from them: the plain path, which holds (B, T, V).
+        prefix: (m, D) embeddings put before every sequence, a soft prompt. Scores are of the same N tokens as without.
 
     Raises:
         RuntimeError: inside the `then` of a model with the same configuration object, while that is altered.
     """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     bare = model if head_of is None else head_of
+    inputs, predicts = _inputs(bare, batch, prefix)
     layer = bare.get_output_embeddings() if project else None
     if not is_projectable(layer):
         _refuse_inside_another(bare)
         logits = model(**inputs).logits
-        logits = logits[batch.predicts.to(logits.device)][:, :vocabulary]
+        logits = logits[predicts.to(logits.device)][:, :vocabulary]
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return then(Scores(batch.tokens, Dense(logits.to(wide).log_softmax(-1)), weights))
 
@@ -128,10 +131,31 @@ def score(
         def stand_in(hidden: Tensor) -> Tensor:
             head = Head(layer.weight, layer.bias, scale, softcap)
             head = head if vocabulary is None else head.cut(vocabulary)
-            return then(Scores(batch.tokens, Projected(hidden[batch.predicts.to(hidden.device)], head), weights))
+            return then(Scores(batch.tokens, Projected(hidden[predicts.to(hidden.device)], head), weights))
 
         with _standing_in(layer, stand_in):
             return model(**inputs).logits
+
+
+def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+    """What the model is called with, and which of its positions predict a response token.
+
+    Position ids follow the attention mask, so that a prefix takes the first ones and padding none.
+    """
+    if prefix is None:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        return inputs, batch.predicts
+    words = model.get_input_embeddings()(batch.input_ids)
+    rows, length = len(words), len(prefix)
+    mask = torch.cat([batch.attention_mask.new_ones(rows, length), batch.attention_mask], dim=1)
+    inputs = {
+        "inputs_embeds": torch.cat([prefix.to(words.dtype).expand(rows, -1, -1), words], dim=1),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
+    if "position_ids" in signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs, torch.cat([batch.predicts.new_zeros(rows, length), batch.predicts], dim=1)
 
 
 def is_projectable(layer: nn.Module | None) -> bool:

@@ -85,9 +85,10 @@ class DistillationTrainer(Trainer):
             self.remove_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(ShowProgress())
-        self.method, self.teacher = method, teacher
         if teacher is not None:
             teacher.beside(self.accelerator.device)
+            teacher = method.prepare(teacher, processing_class, args.learning_rate)
+        self.method, self.teacher = method, teacher
         self.vocabulary = len(processing_class)
         self.pad = processing_class.pad_token_id
         if self.pad is None:
@@ -116,7 +117,7 @@ class DistillationTrainer(Trainer):
         for batch in batches:
             self.window.saw(batch)
         with self.window.spent("learn"):
-            self.method.before_step(batches, self.model, self.teacher, step)
+            self.method.before_step(batches, self.model, step)
         counts = [sum(b.units(self.method.reduction) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
         units, tokens = self.accelerator.reduce(counts, reduction="sum")

@@ -1,0 +1,242 @@
+"""PromptKD (Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842): a teacher that adapts to its student.
+
+A few soft prompt tokens P before the frozen teacher's input are all that is trained of it. With y ~ sg[q](·|x), each step
+
+    updates P on   KL(p_P ‖ sg q) + c_k KL(p_P ‖ sg p),    c_k = c_0 (1 − k/K)             (p_P is the prompted teacher)
+    updates q on   KL(q ‖ sg p_P)                           with the prompt just updated.
+
+The first term asks the teacher for knowledge that this student can follow, on the student's own writing; the second
+keeps a new prompt from distorting the teacher, and fades. Student and prompt are token means; at test time there is no
+prompt. In teacher–student words the prompt's terms are in the forward direction (the paper's code calls them "reverse":
+trained ‖ target).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..batch import Author, Batch, Example, Reduction
+from ..divergences import Divergence, ForwardKL, ReverseKL
+from ..method import Method
+from ..rollout import Writers
+from ..scores import Knowledge, Scores, score
+from ..step import Step
+from ..teacher import Teacher
+
+logger = logging.getLogger(__name__)
+Direction = Literal["prompted_first", "prompted_last"]
+
+
+@dataclass
+class PromptKD(Method):
+    """On-policy distillation from a teacher whose soft prompt is tuned with the student's guidance."""
+
+    paper: ClassVar[str] = "Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842"
+
+    prompt_tokens: int = 7  # m
+    prompt: str = "Suppose you are a student."  # its tokens' embeddings, repeated or cut to m, are where P begins
+    initialize: Literal["text", "random", "pad"] = "text"
+    regularization: float = 1.0  # c_0
+    guidance: Direction = "prompted_first"  # KL(p_P‖q), or KL(q‖p_P) with prompted_last
+    anchor: Direction = "prompted_first"  # KL(p_P‖p), or KL(p‖p_P)
+    divergence: Divergence = field(default_factory=ReverseKL)  # the student's, from the prompted teacher
+    prompt_lr: float | None = None  # default: the student's learning rate
+    prompt_warmup: int = 100  # steps
+    prompt_clip: float = 1.0  # largest norm of the prompt's gradient
+    prompt_weight_decay: float = 0.0  # 0.01 in the released script
+    teacher_dropout: bool = False  # while the prompt is trained; on in the released script
+    checkpointing: bool = False  # recompute the teacher's activations in the prompt's backward pass, to save memory
+    reduction: Reduction = "token"
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 0:
+            raise ValueError(f"promptkd needs prompt_tokens of at least 0, not {self.prompt_tokens}")
+        self._teacher: PromptedTeacher | None = None
+
+    @property
+    def needs(self) -> Knowledge:
+        return Knowledge.MODEL
+
+    @property
+    def authors(self) -> frozenset[Author]:
+        return frozenset({"student"})
+
+    @property
+    def context(self) -> int:
+        return self.prompt_tokens
+
+    def prepare(self, teacher: Any, tokenizer: Any, learning_rate: float) -> "PromptedTeacher":
+        embeddings = teacher.model.get_input_embeddings().weight
+        self._teacher = PromptedTeacher(teacher, nn.Parameter(self._initial(embeddings, tokenizer)), self.checkpointing)
+        self._optimizer = torch.optim.AdamW(
+            [self._teacher.prompt],
+            lr=self.prompt_lr or learning_rate,
+            weight_decay=self.prompt_weight_decay,
+        )
+        self._rate = self._optimizer.param_groups[0]["lr"]
+        self._tokenizer = tokenizer
+        added, size = self._teacher.prompt.numel(), sum(p.numel() for p in teacher.model.parameters())
+        logger.info("the soft prompt adds %s parameters, %.2g %% of the teacher's %s", added, 100 * added / size, size)
+        return self._teacher
+
+    def _initial(self, embeddings: Tensor, tokenizer: Any) -> Tensor:
+        """(m, D) in float32."""
+        if self.initialize == "random":
+            generator = torch.Generator().manual_seed(0)
+            random = torch.randn(self.prompt_tokens, embeddings.shape[1], generator=generator)
+            return random.to(embeddings.device) * embeddings.detach().float().std()
+        ids = tokenizer.encode(self.prompt, add_special_tokens=False) if self.initialize == "text" else []
+        ids = ids or [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id]
+        ids = list(islice(cycle(ids), self.prompt_tokens))
+        return embeddings.detach()[torch.tensor(ids, dtype=torch.long, device=embeddings.device)].float().clone()
+
+    def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
+        return writers.student.generate(examples, step)
+
+    def coefficient(self, k: int, total: int) -> float:
+        """c_k of optimizer step k, counted from 1: linear from c_0 to 0 at the run's last step."""
+        return self.regularization * max(0.0, 1 - k / total) if total else self.regularization
+
+    def before_step(self, batches: list[Batch], student: Any, step: Step) -> None:
+        """Update the prompt, with the student frozen, on the micro-batches that the student is about to see."""
+        if not self.prompt_tokens:
+            return
+        prompt = self._teacher.prompt
+        coefficient = self.coefficient(step.number + 1, step.total)
+        prompt.grad = torch.zeros_like(prompt)
+        units = 0
+        for batch in batches:
+            loss = self._prompt_loss(batch, student, coefficient)
+            loss.backward()
+            units += batch.units(self.reduction)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            count = torch.tensor(float(units), device=prompt.device)
+            torch.distributed.all_reduce(prompt.grad)
+            torch.distributed.all_reduce(count)
+            units = float(count)
+        prompt.grad /= units
+        nn.utils.clip_grad_norm_([prompt], self.prompt_clip)
+        warmth = min(1.0, (step.number + 1) / self.prompt_warmup) if self.prompt_warmup else 1.0
+        self._optimizer.param_groups[0]["lr"] = self._rate * warmth
+        self._optimizer.step()
+
+    def _prompt_loss(self, batch: Batch, student: Any, coefficient: float) -> Tensor:
+        """Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] over the batch's tokens; gradients reach the prompt alone."""
+        wanted = _say(student, batch, self._teacher.vocabulary)
+        plain = self._teacher.plain.score(batch) if coefficient else None
+        weights = batch.weights(self.reduction)
+
+        def loss(prompted: Scores) -> Tensor:
+            value = _toward(wanted, prompted, self.guidance)
+            if plain is not None:
+                value = value + coefficient * _toward(plain, prompted, self.anchor)
+            return (weights.to(value.device) * value).sum()
+
+        return self._teacher.differentiable(batch, loss, weights, self.teacher_dropout)
+
+    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
+        return self.divergence.between(teacher, student)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        moments = self._optimizer.state.get(self._teacher.prompt, {})
+        return {"prompt": self._teacher.prompt.detach(), **{f"adamw.{name}": x for name, x in moments.items()}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        prompt = self._teacher.prompt
+        with torch.no_grad():
+            prompt.copy_(state["prompt"])
+        moments = {name.removeprefix("adamw."): x for name, x in state.items() if name.startswith("adamw.")}
+        if moments:
+            self._optimizer.state[prompt] = {
+                name: x if name == "step" else x.to(prompt.device) for name, x in moments.items()
+            }
+
+    def export(self, folder: Path) -> None:
+        """The prompt in PEFT's prompt-tuning format: `PeftModel.from_pretrained(teacher, folder / "prompt")`."""
+        from peft import PromptTuningConfig
+
+        model, prompt = self._teacher.model, self._teacher.prompt
+        target = folder / "prompt"
+        target.mkdir(parents=True, exist_ok=True)
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.prompt_tokens,
+            token_dim=prompt.shape[1],
+            num_transformer_submodules=1,
+            num_attention_heads=model.config.get_text_config().num_attention_heads,
+            num_layers=model.config.get_text_config().num_hidden_layers,
+            base_model_name_or_path=model.config.name_or_path,
+            inference_mode=True,
+        )
+        config.save_pretrained(target)
+        save_file({"prompt_embeddings": prompt.detach().cpu().contiguous()}, target / "adapter_model.safetensors")
+        logger.warning("the learned prompt reads most like %s", self.nearest_tokens())
+
+    def nearest_tokens(self) -> list[str]:
+        """The vocabulary token whose embedding is most like each of the prompt's vectors, by cosine."""
+        words = nn.functional.normalize(self._teacher.model.get_input_embeddings().weight.detach().float(), dim=-1)
+        nearest = (nn.functional.normalize(self._teacher.prompt.detach(), dim=-1) @ words.T).argmax(-1)
+        return [self._tokenizer.decode([i]) for i in nearest.tolist()]
+
+
+class PromptedTeacher(Teacher):
+    """A frozen local teacher behind a soft prompt."""
+
+    gives: ClassVar[Knowledge] = Knowledge.MODEL
+
+    def __init__(self, plain: Any, prompt: nn.Parameter, checkpointing: bool) -> None:
+        self.plain, self.prompt, self.model, self.vocabulary = plain, prompt, plain.model, plain.vocabulary
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Scores:
+        return _say(self.model, self._fitting(batch), self.vocabulary, self.prompt.detach())
+
+    def differentiable(self, batch: Batch, then: Any, weights: Tensor, dropout: bool) -> Tensor:
+        """What `then` makes of the prompted teacher's Scores, differentiable in the prompt."""
+        checkpointed = getattr(self.model, "is_gradient_checkpointing", False)
+        self.model.train(dropout or checkpointed)  # transformers checkpoints in training mode only
+        silenced = [] if dropout else [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        try:
+            for module in silenced:
+                module.eval()
+            batch = self._fitting(batch)
+            return score(
+                self.model, batch, then, vocabulary=self.vocabulary, weights=weights.to(batch.input_ids.device),
+                prefix=self.prompt,
+            )
+        finally:
+            self.model.eval()
+
+    def _fitting(self, batch: Batch) -> Batch:
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        width = batch.input_ids.shape[1] + len(self.prompt)
+        if window is not None and width > window:
+            raise ValueError(
+                f"{batch.input_ids.shape[1]} tokens behind a soft prompt of {len(self.prompt)} do not fit into the "
+                f"teacher's window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
+            )
+        return batch.to(self.model.device)
+
+
+@torch.no_grad()
+def _say(model: Any, batch: Batch, vocabulary: int | None, prefix: Tensor | None = None) -> Scores:
+    """A model's Scores as constants, without dropout."""
+    said: list[Scores] = []
+    was_training = model.training
+    model.eval()
+    score(model, batch, lambda scores: said.append(scores) or batch.input_ids, vocabulary=vocabulary, prefix=prefix)
+    model.train(was_training)
+    return said[0]
+
+
+def _toward(target: Scores, prompted: Scores, direction: Direction) -> Tensor:
+    """(N,) KL(prompted‖target), or KL(target‖prompted); the prompted teacher is what is trained, the student's role."""
+    return (ReverseKL() if direction == "prompted_first" else ForwardKL()).between(target, prompted)
