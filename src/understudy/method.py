@@ -51,9 +51,18 @@ class Method(ABC):
         """
         return examples
 
+    def weights(self, batch: Batch) -> Tensor:
+        """(N,) what each response token's value counts in the step's sum."""
+        return batch.weights(self.reduction)
+
+    def units(self, batch: Batch) -> int:
+        """What the sums of all of a step's micro-batches are divided by, together."""
+        return batch.units(self.reduction)
+
     @abstractmethod
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
-        """One value per response token, (N,), which the loop weighs by `reduction`; differentiable in the student."""
+        """One value per response token, (N,), which the loop weighs by `weights`; or values of any other shape, which
+        it only sums. Differentiable in the student."""
 
     def before_step(self, batches: list[Batch], student: Any, step: Step) -> None:
         """Train what the method itself owns, on the micro-batches that the student is about to see."""

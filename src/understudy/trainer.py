@@ -118,7 +118,7 @@ class DistillationTrainer(Trainer):
             self.window.saw(batch)
         with self.window.spent("learn"):
             self.method.before_step(batches, self.model, step)
-        counts = [sum(b.units(self.method.reduction) for b in batches), sum(len(b.tokens) for b in batches)]
+        counts = [sum(self.method.units(b) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
         units, tokens = self.accelerator.reduce(counts, reduction="sum")
         self.tokens_seen += int(tokens)
@@ -150,13 +150,13 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None and self.method.needs > Knowledge.NOTHING:
             with self.window.spent("score"):
                 teacher = self.teacher.score(batch)
-        weights = batch.weights(self.method.reduction)
+        weights = self.method.weights(batch)
 
         def loss(student: Scores) -> Tensor:
             values = self.method.loss(student, teacher, batch)
             if diagnose and teacher is not None and self.method.needs >= Knowledge.DISTRIBUTION:
                 self.window.compared(compare(teacher, student))
-            return (weights * values).sum()
+            return (weights * values).sum() if values.shape == weights.shape else values.sum()
 
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return score(
@@ -193,7 +193,7 @@ class DistillationTrainer(Trainer):
             self.window.saw(batch)
             with self.compute_loss_context_manager():
                 total += self._weighted_loss(self.model, batch, diagnose=True)
-            units += batch.units(self.method.reduction)
+            units += self.method.units(batch)
         line = self.window.close(self.accelerator)
         self.window = training
         total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
