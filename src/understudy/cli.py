@@ -67,7 +67,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Evaluate so many rows from the beginning.")] = None,
     columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, such as completion=de.")] = None,
     template: Annotated[str | None, typer.Option(help="A format string over the data's columns: the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer; by default 256, or half of the model's window.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write every answer here, as JSONL.")] = None,
@@ -93,7 +95,6 @@ def evaluate(
     from .show import show_evaluation
     from .teachers.local import LocalTeacher
 
-    rollout = GenerateRollout(max_new_tokens=max_new_tokens, temperature=temperature)
     tokenizer = load_tokenizer(model)
     configs = [load_config(model)]
     check_vocabulary(tokenizer, configs[0], "the model has")
@@ -102,9 +103,12 @@ def evaluate(
         configs.append(load_config(teacher))
         check_vocabulary(tokenizer, configs[1], "the teacher has")
     window = window_of(*configs)
+    longest = max_new_tokens or min(256, (window or 512) // 2)
+    if window is not None and longest >= window:
+        raise ValueError(f"--max-new-tokens {longest} leaves no room for a prompt in a window of {window}: lower it")
+    rollout = GenerateRollout(max_new_tokens=longest, temperature=temperature)
     block = Data(dataset=data, split=split, limit=limit, columns=named or None, template=template)
-    block = block.model_copy(update={"max_length": window or block.max_length + max_new_tokens})
-    examples = load_data(block, tokenizer, window, max_new_tokens)
+    examples = load_data(block.model_copy(update={"max_length": window or 512 + longest}), tokenizer, window, longest)
     student = load_model(model, dtype="auto")
     judge = None
     if teacher is not None:
@@ -172,7 +176,7 @@ def _is_meant_for_people(error: Exception) -> bool:
 def _pair(text: str) -> tuple[str, str]:
     ours, separator, theirs = text.partition("=")
     if not separator:
-        raise ValueError(f"--column {text!r} should be ours=theirs, such as completion=de")
+        raise ValueError(f"--column {text} should be ours=theirs, such as completion=de")
     return ours, theirs
 
 

@@ -24,7 +24,7 @@ _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn what transformers raises while it loads something into a sentence that says what to do.
+    """Turn what is raised while transformers loads something into a sentence that says what to do.
 
     Raises:
         RecipeError: naming what could not be loaded from where, and why.
@@ -273,7 +273,7 @@ def _adapters(recipe: Recipe, fields: dict[str, Any]) -> Any:
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
     except (ValueError, TypeError) as error:
-        raise recipe.complaint("student.peft", _reason(error)) from None
+        raise recipe.complaint("student.peft", f"student.peft: {_reason(error)}") from None
 
 
 def _with_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
@@ -282,7 +282,7 @@ def _with_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        raise recipe.complaint("student.peft", _reason(error)) from None
+        raise recipe.complaint("student.peft", f"student.peft: {_reason(error)}") from None
 
 
 def teacher_name(recipe: Recipe) -> str | None:

@@ -133,7 +133,8 @@ class Recipe(_Block):
 
     def complaint(self, key: str, message: str) -> RecipeError:
         """An error about a dotted key, with the line it stands in."""
-        return RecipeError(f"{place(self._source, self._places, tuple(key.split('.')))}: {message}", key)
+        where = place(self._source, self._places, tuple(key.split(".")))
+        return RecipeError(f"{where}: {message}", key, located=True)
 
     @contextmanager
     def locating(self, key: str) -> Iterator[None]:
@@ -143,7 +144,7 @@ class Recipe(_Block):
         except UnknownName as error:
             raise self.complaint(key, str(error)) from None
         except RecipeError as error:
-            raise self.complaint(error.key or key, str(error)) from None
+            raise error if error.located else self.complaint(error.key or key, str(error)) from None
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as a dictionary that `parse` reads back to the same one."""
@@ -283,7 +284,8 @@ def _snake(name: str) -> str:
 
 def _sentence(error: ValidationError, source: str, places: Places) -> str:
     """The first complaint of pydantic's, with its line and what to do."""
-    first = error.errors()[0]
+    unknown = ("extra_forbidden", "invalid_key")  # a misspelt key goes before what is missing therefore
+    first = min(error.errors(), key=lambda e: e["type"] not in unknown)
     path = tuple(str(part) for part in first["loc"] if part != "[key]")
     where = place(source, places, path)
     key = ".".join(path)

@@ -13,9 +13,10 @@ Places = dict[tuple[str, ...], str]  # where every key was given: "gkd.yaml, lin
 class RecipeError(ValueError):
     """What is wrong with a recipe, in one sentence that names the place and the remedy."""
 
-    def __init__(self, message: str, key: str = "") -> None:
+    def __init__(self, message: str, key: str = "", located: bool = False) -> None:
         super().__init__(message)
         self.key = key  # dotted, where the complaint is about one
+        self.located = located  # does the message say already where that key was given?
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
@@ -29,8 +30,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}; recipes are YAML files, see the folder recipes/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"the recipe {path} is a folder; name one of the YAML files in it") from None
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}, line {line}: this is not valid UTF-8; save the file with that encoding") from None
     try:
         content, lines = _read_yaml(text)
     except yaml.YAMLError as error:
@@ -103,6 +109,7 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
             below = _instance_of(below, path[1], override)
         if below is None:
             below = {}
+            places.setdefault(path[: depth + 1], f'the override "{override}"')
         if not isinstance(below, dict):
             above = ".".join(path[: depth + 1])
             raise RecipeError(f'the override "{override}" goes below {above}, which is {below!r} and has no fields')
