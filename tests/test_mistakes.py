@@ -290,7 +290,7 @@ MISTAKES = {
     ),
     "more tokens than embeddings": (
         {"student": {"model": "{home}/narrow"}},
-        rf"line \d+: the tokenizer has {VOCABULARY} tokens and the student has embeddings for {VOCABULARY - 7} only: use",
+        rf"line \d+: the tokenizer has {VOCABULARY} tokens and the student has embeddings for {VOCABULARY - 7} only",
     ),
     "more tokens than a fresh one has embeddings": (
         {"student": {"fresh": {"vocab_size": 9}}},
