@@ -204,13 +204,29 @@ def test_an_interrupted_run_goes_on_and_comes_to_the_same(home, interrupted):
     )
 
 
+def test_an_interrupted_run_does_not_go_on_with_other_data(home, interrupted):
+    with pytest.raises(Interrupted):
+        run(home)
+    interrupted.undo()
+    (home / "sums.jsonl").unlink()
+    sums(home / "sums.jsonl", count=13)
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml, line \d+: .*sums.jsonl is not what it was when the run in .* began"
+    ):
+        run(home)
+    assert run(home, restart=True)["examples"] == 13
+
+
 def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interrupted):
     interrupted.setattr(DistillationTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(home)
-    first = json.loads((home / "run" / "before.json").read_text())
+    first = json.loads((home / "run" / "before.json").read_text())["own_samples"]
     interrupted.undo()
+    (home / "sums.jsonl").unlink()
+    sums(home / "sums.jsonl", count=13)
     summary = run(home, student={"model": str(home / "small")})
+    assert summary["examples"] == 13
     assert summary["own_samples"]["before"] != first, "it is the other student's distance now"
 
 

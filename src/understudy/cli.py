@@ -164,7 +164,8 @@ def _explain(error: Exception) -> int:
 
 def _is_meant_for_people(error: Exception) -> bool:
     """Was this error raised to be read, by the command line, by the system or by this package, or is it a bug?"""
-    if hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
+    ours = type(error).__module__.startswith("understudy.")
+    if ours or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
         return True
     if not isinstance(error, ValueError | ArithmeticError):
         return False

@@ -100,12 +100,14 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
 
     run = build(recipe, arguments, console)
     checkpoint = last_checkpoint(folder)
+    _check_unchanged(run)
     if checkpoint:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
-        before = json.loads((folder / "before.json").read_text(encoding="utf-8"))
+        before = json.loads((folder / "before.json").read_text(encoding="utf-8"))["own_samples"]
     else:
         before = own_samples(run)
-        _write(folder / "before.json", json.dumps(before), arguments)
+        began = {"fingerprint": run.train.fingerprint, "own_samples": before}
+        _write(folder / "before.json", json.dumps(began), arguments)
     watch = StopOnInterrupt()
     run.trainer.add_callback(watch)
     start = time.perf_counter()
@@ -296,7 +298,7 @@ def _claim(folder: Path, recipe: Recipe, restart: bool) -> None:
     if not same and file.exists() and file.resolve() == recipe.source.resolve():
         message = f"{folder} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
         raise recipe.complaint("training.output_dir", f"{message}: give another training.output_dir")
-    if not same and not restart and (last_checkpoint(folder) or any((folder / name).exists() for name in _DEAR)):
+    if not same and not restart and _is_dear(folder):
         message = f"{folder} holds a run of another recipe: give another training.output_dir, or --restart"
         raise recipe.complaint("training.output_dir", f"{message} to delete that run")
     try:
@@ -312,6 +314,11 @@ def _claim(folder: Path, recipe: Recipe, restart: bool) -> None:
             raise
         message = f"the run's folder {folder} cannot be written ({error.strerror}): give another training.output_dir"
         raise recipe.complaint("training.output_dir", message) from None
+
+
+def _is_dear(folder: Path) -> bool:
+    """Does a run's folder hold what took long to compute?"""
+    return last_checkpoint(folder) is not None or any((folder / name).exists() for name in _DEAR)
 
 
 def _is_of(file: Path, recipe: Recipe) -> bool:
@@ -360,6 +367,17 @@ def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, A
         },
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
     }
+
+
+def _check_unchanged(run: Run) -> None:
+    """Refuse to go on with other data than a run began with: its order and the teacher's answers belong to the rows."""
+    file = run.folder / "before.json"
+    if not file.exists() or not _is_dear(run.folder):
+        return
+    if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != run.train.fingerprint:
+        message = f"{run.train.source} is not what it was when the run in {run.folder} began"
+        message += ": restore it, give another training.output_dir, or --restart to delete that run"
+        raise run.recipe.complaint("data.dataset", message)
 
 
 def _write(path: Path, text: str, arguments: TrainingArguments | None = None) -> None:
