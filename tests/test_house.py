@@ -19,7 +19,7 @@ import understudy
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "understudy"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MATHEMATICS = ("batch", "scores", "divergences", "projection")
+MATHEMATICS = ("batch", "registry", "step", "scores", "divergences", "projection")
 LINES_PER_FILE = 400
 
 
