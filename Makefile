@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint check format clean
+.PHONY: help env demo teacher test lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -21,6 +21,10 @@ env: $(READY) ## create or update the environment
 
 demo: $(READY) ## distil a small model on the CPU, and see what came of it
 	$(BIN)/understudy demo
+
+teacher: $(READY) ## make the playground's teacher again and put it into the package (about half an hour)
+	$(BIN)/understudy distill recipes/playground/teacher.yaml
+	$(BIN)/python -m understudy.playground.ship runs/teacher/student
 
 # One thread per worker: threads of two workers on the same cores would only wait for each other.
 test: $(READY) ## run the tests

@@ -138,6 +138,11 @@ def test_dealing_puts_sequences_of_like_length_together():
         assert max(map(len, short)) <= min(map(len, long))
 
 
+def test_no_part_is_empty_even_if_fewer_would_be_as_good():
+    dealt = deal([Example([1], ids(5)) for _ in range(4)], 3)  # two parts of two have the same largest part
+    assert sorted(len(part) for part in dealt) == [1, 1, 2]
+
+
 def test_examples_of_equal_length_are_dealt_evenly():
     dealt = deal([Example(ids(4), ids(4)) for _ in range(24)], 6)
     assert [len(part) for part in dealt] == [4] * 6

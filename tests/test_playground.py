@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -15,6 +16,15 @@ def test_the_same_arguments_give_the_same_problems():
     assert problems(50, seed=7) == problems(50, seed=7)
     assert problems(50, seed=7) == problems(80, seed=7)[:50]
     assert problems(50, seed=7) != problems(50, seed=8)
+
+
+def test_the_first_problem_is_the_same_on_every_machine():
+    assert problems(1, seed=0) == [
+        {
+            "prompt": "Emma is 34 years old. Noah is 19 years older. How old was Noah 7 years ago?\n",
+            "completion": "34+19=53\n53-7=46\n#### 46",
+        }
+    ]
 
 
 def test_another_process_writes_the_same_problems():
@@ -66,7 +76,7 @@ def test_every_number_of_a_working_was_told_or_worked_out():
             assert {left, right} <= known
             used |= {left, right}
             known.add(result)
-        assert {int(number) for number in re.findall(r"\d+", row["prompt"])} <= used, "a number of the story is not used"
+        assert {int(number) for number in re.findall(r"\d+", row["prompt"])} <= used
 
 
 def test_the_tokenizer_gives_every_text_back():
@@ -75,6 +85,13 @@ def test_the_tokenizer_gives_every_text_back():
         ids = reader(text)["input_ids"]
         assert reader.unk_token_id not in ids
         assert reader.decode(ids) == text
+
+
+def test_the_vocabulary_keeps_its_ids_because_trained_models_depend_on_them():
+    ids = tokenizer().get_vocab()
+    assert len(ids) == 140
+    listed = "\n".join(sorted(ids, key=ids.__getitem__))
+    assert zlib.crc32(listed.encode()) == 3899065140
 
 
 def test_an_unknown_word_is_one_unknown_token():

@@ -1,1 +1,79 @@
-"""understudy: teach a small language model to play the big one's part."""
+"""understudy: teach a small language model to play the big one's part.
+
+The public names. They are imported when first used, so that the command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batch import Batch, Example, deal
+    from .data import Examples, load_examples
+    from .divergences import (
+        AlphaBeta,
+        Divergence,
+        ForwardKL,
+        JensenShannon,
+        ReverseKL,
+        SkewKL,
+        SkewReverseKL,
+        TotalVariation,
+    )
+    from .method import Method
+    from .methods.gkd import GKD
+    from .methods.kd import KD
+    from .methods.seqkd import SeqKD
+    from .methods.sft import SFT
+    from .recipe import Recipe, load
+    from .rollout import Rollout, Writers
+    from .rollouts.generate import GenerateRollout
+    from .run import distill
+    from .scores import Knowledge, Scores, score
+    from .step import Step
+    from .teacher import Teacher
+    from .teachers.local import LocalTeacher
+    from .trainer import DistillationTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "batch": ("Batch", "Example", "deal"),
+    "data": ("Examples", "load_examples"),
+    "divergences": (
+        "AlphaBeta",
+        "Divergence",
+        "ForwardKL",
+        "JensenShannon",
+        "ReverseKL",
+        "SkewKL",
+        "SkewReverseKL",
+        "TotalVariation",
+    ),
+    "method": ("Method",),
+    "methods.gkd": ("GKD",),
+    "methods.kd": ("KD",),
+    "methods.seqkd": ("SeqKD",),
+    "methods.sft": ("SFT",),
+    "recipe": ("Recipe", "load"),
+    "rollout": ("Rollout", "Writers"),
+    "rollouts.generate": ("GenerateRollout",),
+    "run": ("distill",),
+    "scores": ("Knowledge", "Scores", "score"),
+    "step": ("Step",),
+    "teacher": ("Teacher",),
+    "teachers.local": ("LocalTeacher",),
+    "trainer": ("DistillationTrainer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

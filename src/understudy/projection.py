@@ -196,9 +196,8 @@ def project(student: Projected, rule: Rule, weights: Tensor | None = None, tempe
     hidden = hidden.to(weight.dtype)
     if weights is None:
         weights = torch.ones(len(hidden), device=hidden.device)
-    if (
-        weight.dtype == torch.float16
-    ):  # gradients are made before any loss scale is known: keep them off its short range's end
+    if weight.dtype == torch.float16:
+        # gradients are made before any loss scale is known: use the little range that float16 has
         weights = weights / weights.abs().amax().clamp(min=torch.finfo(weights.dtype).tiny)
     with torch.autocast(device, enabled=False):
         if not torch.is_grad_enabled():

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
+
 from .batch import Batch
 from .scores import Knowledge, Scores
 
@@ -11,6 +13,9 @@ class Teacher(ABC):
     """Scores a batch, without gradients. Subclasses are final; `gives` says how much they can tell."""
 
     gives: ClassVar[Knowledge]
+
+    def beside(self, device: torch.device) -> None:
+        """Come to the student's device, if this teacher can move and was not told where to be."""
 
     @abstractmethod
     def score(self, batch: Batch) -> Scores:

@@ -86,6 +86,8 @@ class DistillationTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(ShowProgress())
         self.method, self.teacher = method, teacher
+        if teacher is not None:
+            teacher.beside(self.accelerator.device)
         self.vocabulary = len(processing_class)
         self.pad = processing_class.pad_token_id
         if self.pad is None:

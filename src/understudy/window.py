@@ -54,7 +54,7 @@ class Window:
 
         Lengths are in tokens; `truncated` is the share of responses cut off by a length limit; divergences and
         entropies are means over response tokens in nats; `tokens_per_second` counts response tokens of all processes
-        over wall-clock time; seconds are of the slowest kind there is, one process's own.
+        over wall-clock time; seconds are those of the process that asks.
         """
         local = torch.tensor([self._sums[name] for name in _SUMS], dtype=torch.float64, device=accelerator.device)
         total = dict(zip(_SUMS, accelerator.reduce(local, reduction="sum").tolist(), strict=True))

@@ -57,7 +57,9 @@ THEMES = (
             Fragment("{name} has {a} {things}.", ("a",)),
             Fragment("{name} has {a} bags with {b} {things} in each.", ("a*b",)),
             Fragment("{name} has {a} red {things} and {b} blue {things}.", ("a+b",)),
-            Fragment("{name} has {a} {things} and {friend} has {b} times as many. They put them together.", ("a*b", "a+c")),
+            Fragment(
+                "{name} has {a} {things} and {friend} has {b} times as many. They put them together.", ("a*b", "a+c")
+            ),
         ),
         events=(
             Fragment("{name} finds {a} more.", ("t+a",)),
@@ -169,7 +171,7 @@ def story(rng: random.Random) -> tuple[str, str]:
 
 
 def tell(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str]) -> tuple[str, str] | None:
-    """Fill in the fragments and write the working; None if no numbers fit."""
+    """Fill in the fragments and write the working; None if a fragment finds no numbers that fit the total so far."""
     texts, working, total = [], [], 0
     for fragment in fragments:
         for _ in range(8):
@@ -186,14 +188,17 @@ def tell(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str
 
 
 def draw(rng: random.Random, slot: str, fragment: Fragment) -> int:
-    """A number for a slot: 2 to 9 where it multiplies or divides, 10 to 60 where a story begins with it, else 2 to 20."""
+    """A number for a slot: 2 to 9 if it multiplies or divides, 10 to 60 if a story begins with it, else 2 to 20."""
     factor = any(slot in step and ("*" in step or "/" in step) for step in fragment.steps)
     low, high = (2, 9) if factor else (10, 60) if slot in fragment.steps else (2, 20)
     return low + int(rng.random() * (high - low + 1))
 
 
 def work(steps: Sequence[str], values: dict[str, int]) -> list[tuple[str, int]] | None:
-    """Each step's line and result; None if a result is not a whole number from 1 to LARGEST."""
+    """Each step's line (empty if it only sets the total) and result; None if one is no whole number up to LARGEST.
+
+    `values` holds the total `t` and the numbers `a` and `b`; any other operand is a number itself, as in "t/2".
+    """
     values = dict(values)
     lines = []
     for step in steps:

@@ -23,7 +23,7 @@ def is_playground(name: str) -> bool:
 
 def resolve(name: str) -> str:
     """The folder of the playground's teacher and tokenizer for a name of the playground; any other name as it is."""
-    return str(resources.files(__package__) / name.removeprefix(PREFIX)) if is_playground(name) else name
+    return str(resources.files(__package__) / f"{name.removeprefix(PREFIX)}_teacher") if is_playground(name) else name
 
 
 def rows(name: str, split: str = "train", seed: int = 0, limit: int | None = None) -> list[dict[str, Any]]:

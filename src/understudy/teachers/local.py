@@ -42,7 +42,12 @@ class LocalTeacher(Teacher):
             model = _load(model, dtype, device, quantization, options or {})
         self.model = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
+        self._placed = device is not None or quantization is not None or hasattr(model, "hf_device_map")
         self._project = not _is_sharded(model) and parity(model) < _PARITY
+
+    def beside(self, device: torch.device) -> None:
+        if not self._placed:
+            self.model.to(device)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:

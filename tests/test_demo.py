@@ -1,0 +1,57 @@
+"""The demo, shortened, and what ships with the package for it."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from understudy.evaluate import evaluate
+from understudy.models import all_stop_ids, load_model, load_tokenizer
+from understudy.playground.demo import TEACHER, recipes, run_demo
+from understudy.playground.names import resolve
+from understudy.playground.ship import LIMIT
+from understudy.playground.vocabulary import tokenizer
+from understudy.recipe import Data, load
+from understudy.rollouts.generate import GenerateRollout
+from understudy.run import load_data
+
+
+def test_the_shortened_demo_runs_to_its_table(tmp_path):
+    console = Console(record=True, width=120, file=(tmp_path / "screen.txt").open("w"))
+    rows = run_demo(tmp_path / "runs", quick=True, console=console)
+    assert [row["model"].strip() for row in rows] == [
+        "teacher",
+        "student, SFT warm start",
+        "then supervised KD",
+        "then GKD",
+    ]
+    shown = console.export_text()
+    assert "points over its warm start" in shown and "points over supervised KD" in shown
+    assert str(tmp_path / "runs") in shown
+    teacher, warm, fixed, own = rows
+    assert warm["parameters"] * 10 <= teacher["parameters"]
+    assert fixed["tokens"] > 0 and own["tokens"] > 0
+    assert (tmp_path / "runs" / "gkd" / "student" / "model.safetensors").exists()
+
+
+def test_both_ways_of_the_demo_start_alike_and_see_the_same_problems():
+    fixed, own = (load(recipes() / "playground" / f"{name}.yaml") for name in ("kd", "gkd"))
+    assert fixed.student == own.student and fixed.teacher == own.teacher and fixed.data == own.data
+    assert {**fixed.training, "max_steps": 0} == {**own.training, "max_steps": 0}
+
+
+def test_the_shipped_teacher_is_small_and_reads_what_the_code_makes():
+    folder = resolve(TEACHER)
+    shipped, built = load_tokenizer(TEACHER), tokenizer()
+    assert shipped.get_vocab() == built.get_vocab()
+    assert load_model(TEACHER).config.vocab_size == len(built)
+    assert sum(f.stat().st_size for f in Path(folder).glob("*.safetensors")) <= LIMIT
+
+
+@pytest.mark.parametrize("seed", [11])
+def test_the_shipped_teacher_solves_nine_of_ten_held_out_problems(seed):
+    """200 problems of a split that it was not trained on; the documented figure is over more."""
+    model, words = load_model(TEACHER, dtype="float32").eval(), load_tokenizer(TEACHER)
+    examples = load_data(Data(dataset=TEACHER, split="test", limit=200, seed=seed), words, 256, 64)
+    rollout = GenerateRollout(max_new_tokens=64, temperature=0, stop_ids=all_stop_ids(words, model), batch_size=200)
+    assert evaluate(model, words, examples, rollout).metrics["accuracy"] >= 0.9
