@@ -44,7 +44,7 @@ def loading(what: str, name: str) -> Iterator[None]:
         if isinstance(error, RecipeError) or getattr(error, "errno", None) == errno.ENOSPC or "memory" in str(error):
             raise
         raise RecipeError(
-            f'no {what} can be loaded from "{name}" ({_reason(error)}); {_remedy(name, error)}'
+            f'no {what} can be loaded from "{name}" ({_reason(error)}); {_remedy(resolve(name), error)}'
         ) from error
 
 
@@ -320,11 +320,11 @@ def _reason(error: Exception) -> str:
     return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".:")
 
 
-def _remedy(name: str, error: Exception) -> str:
+def _remedy(place: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return "install what is missing"
     if isinstance(error, SafetensorError):
         return "a file of weights is damaged: copy or download it again"
-    if Path(name).exists():
+    if Path(place).exists():
         return "the folder must hold a model and its tokenizer as save_pretrained writes them"
     return "there is no such folder here, and the hub gave none: check the name, the path and the network"
