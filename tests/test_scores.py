@@ -511,7 +511,7 @@ CHANCE_P = torch.tensor([P1[a] * P2[a][b] for a, b in itertools.product(range(3)
 
 
 def expected_loss(divergence, reduction: str, student: Tabular, teacher: Tabular) -> Tensor:
-    """E over the student's responses of a response's loss; responses are data, only the divergence is differentiated."""
+    """E over the student's responses of a response's loss; responses are data, the divergence is differentiated."""
     kept = teacher_scores(teacher, WORLD, project=False)
 
     def per_response(mine: Scores) -> Tensor:

@@ -1,4 +1,4 @@
-"""What watches a run: the method's schedules, the metrics file, the progress display, a table of the student's answers."""
+"""What watches a run: the method's schedules, the metrics file, the progress display, the student's answers."""
 
 import json
 import signal
@@ -101,9 +101,15 @@ class ShowSamples(TrainerCallback):
             return
         table = Table("prompt", "student", "reference", title=f"step {state.global_step}", show_lines=True)
         for example, answer in zip(self.examples, answers, strict=True):
-            texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in (example.prompt, answer.response, example.response)]
+            texts = [
+                self.tokenizer.decode(x, skip_special_tokens=True)
+                for x in (example.prompt, answer.response, example.response)
+            ]
             table.add_row(*(Text(text if len(text) <= 300 else "… " + text[-298:]) for text in texts))
-            _append(self.path, {"step": state.global_step, **dict(zip(("prompt", "student", "reference"), texts, strict=True))})
+            _append(
+                self.path,
+                {"step": state.global_step, **dict(zip(("prompt", "student", "reference"), texts, strict=True))},
+            )
         self.console.print(table)
 
 

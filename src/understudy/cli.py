@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Watch a small model learn arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
     _quiet()
-    from .playground.demo import run_demo
+    from .demo import run_demo
 
     run_demo(folder, quick=quick, seed=seed)
 

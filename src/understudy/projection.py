@@ -147,7 +147,7 @@ class TopK:
 
 Source = Projected | Dense | TopK
 
-# A rule turns some rows of the student's log-probabilities (C, V) into values (C,) and, if asked, their derivative (C, V).
+# A rule turns rows of the student's log-probabilities (C, V) into values (C,) and, if asked, their derivative (C, V).
 Rule = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 

@@ -191,8 +191,8 @@ _altered: set[int] = set()  # the ids of configurations that are switched off by
 def _bare_logits(model: nn.Module) -> Iterator[tuple[float, float | None]]:
     """Keep the model from touching what its head returns, and say what it would have done: (scale, softcap).
 
-    Models differ in where they write this down: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA X
-    multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
+    Models write this down in different places: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA
+    X multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
     """
     _refuse_inside_another(model)
     config = model.config.get_text_config()

@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):
         method: what to train on and what to minimise.
         rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
         processing_class: the tokenizer that student and teacher share; required.
-        kwargs: everything else of `transformers.Trainer`: args, train_dataset (of `Example`s), eval_dataset, callbacks …
+        kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole optimizer step itself
@@ -165,7 +165,9 @@ class DistillationTrainer(Trainer):
     def _is_logged(self) -> bool:
         """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
         every = max(int(self.state.logging_steps or 1), 1)
-        return (self.state.global_step + 1) % every == 0 or (self.args.logging_first_step and self.state.global_step == 0)
+        return (self.state.global_step + 1) % every == 0 or (
+            self.args.logging_first_step and self.state.global_step == 0
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

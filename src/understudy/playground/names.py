@@ -17,7 +17,9 @@ def is_playground(name: str) -> bool:
     if not str(name).startswith(PREFIX):
         return False
     if name.removeprefix(PREFIX) not in TASKS:
-        raise ValueError(f"there is no {name!r}; the playground's tasks are {', '.join(PREFIX + task for task in TASKS)}")
+        raise ValueError(
+            f"there is no {name!r}; the playground's tasks are {', '.join(PREFIX + task for task in TASKS)}"
+        )
     return True
 
 

@@ -58,7 +58,9 @@ class GenerateRollout(Rollout):
             own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
             stop = sorted({*_ids(own), *_ids(tokenizer.eos_token_id)})
         if not stop:
-            raise ValueError("the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids")
+            raise ValueError(
+                "the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids"
+            )
         self._model, self._author = model, author
         self._stop = torch.tensor(stop)
         self._vocabulary = len(tokenizer)
@@ -108,7 +110,12 @@ class GenerateRollout(Rollout):
         writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
         cache = None
         for position in range(self.max_new_tokens):
-            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            inputs: dict[str, Any] = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "past_key_values": cache,
+                "use_cache": True,
+            }
             if "position_ids" in takes:
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             if "logits_to_keep" in takes:
@@ -116,7 +123,9 @@ class GenerateRollout(Rollout):
             output = self._model(**inputs)
             cache = getattr(output, "past_key_values", None)
             if cache is None:
-                raise ValueError(f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one")
+                raise ValueError(
+                    f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one"
+                )
             tokens = self._sample(output.logits[:, -1, : self._vocabulary], uniforms[rows, position])
             for row, token, alive in zip(rows.tolist(), tokens.tolist(), writing.tolist(), strict=True):
                 if alive:

@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluate import evaluate
-from ..models import all_stop_ids, load_model, load_tokenizer
-from ..recipe import Data, load
-from ..rollouts.generate import GenerateRollout
-from ..run import distill, load_data
+from .evaluate import evaluate
+from .models import all_stop_ids, load_model, load_tokenizer
+from .recipe import Data, load
+from .rollouts.generate import GenerateRollout
+from .run import distill, load_data
 
 TEACHER = "playground:arithmetic"
 _QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", "evaluate.show=1"]
@@ -28,8 +28,8 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     start = time.perf_counter()
     console.rule("[bold]understudy[/]: a small model learns to play the big one's part")
     console.print(
-        "The task: word problems with written-out working. The teacher ships with the package; the student starts from\n"
-        "random weights, is warmed up on worked solutions, and then learns from the teacher in two ways.\n"
+        "The task: word problems with written-out working. The teacher ships with the package; the student starts\n"
+        "from random weights, is warmed up on worked solutions, and then learns from the teacher in two ways.\n"
     )
 
     def train(name: str, *overrides: str) -> dict[str, Any]:
@@ -99,6 +99,6 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     _, warm, fixed, own = (row["accuracy"] for row in rows)
     console.print(
-        f"GKD: {own - warm:+.1%} points over its warm start, {own - fixed:+.1%} points over supervised KD with the same "
-        "number of training tokens.".replace("% points", " points")
+        f"GKD: {100 * (own - warm):+.1f} points over its warm start, {100 * (own - fixed):+.1f} points over supervised KD "
+        "with the same number of training tokens."
     )
