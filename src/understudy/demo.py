@@ -99,6 +99,6 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     _, warm, fixed, own = (row["accuracy"] for row in rows)
     console.print(
-        f"GKD: {100 * (own - warm):+.1f} points over its warm start, {100 * (own - fixed):+.1f} points over supervised KD "
-        "with the same number of training tokens."
+        f"GKD: {100 * (own - warm):+.1f} points over its warm start, {100 * (own - fixed):+.1f} points over supervised "
+        "KD with the same number of training tokens."
     )

@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,7 +75,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model=student,
             args=args,
-            data_collator=list,
+            data_collator=cast(Any, list),  # examples stay ragged until Batch.of
             processing_class=processing_class,
             callbacks=[AdvanceMethod(method), *callbacks],
             **kwargs,
@@ -132,7 +132,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         loss = self._weighted_loss(model, inputs["batch"], diagnose=self._is_logged())
         if not torch.isfinite(loss):
@@ -183,17 +183,18 @@ class DistillationTrainer(Trainer):
         Returns `{prefix}_loss` and, where the teacher scores, the means over tokens that training logs.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        examples: list[Example] = list(dataset)[self.args.process_index :: self.args.world_size]
+        examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
         training, self.window = self.window, Window()  # evaluation has its own counts
         total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
+        model = cast(nn.Module, self.model)
+        model.eval()
         for start in range(0, len(examples), self.args.per_device_eval_batch_size):
             part = examples[start : start + self.args.per_device_eval_batch_size]
             part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
             batch = Batch.of(part, self.pad, self.args.device)
             self.window.saw(batch)
             with self.compute_loss_context_manager():
-                total += self._weighted_loss(self.model, batch, diagnose=True)
+                total += self._weighted_loss(model, batch, diagnose=True)
             units += batch.units(self.method.reduction)
         line = self.window.close(self.accelerator)
         self.window = training
@@ -209,7 +210,7 @@ class DistillationTrainer(Trainer):
         if _internal_call and self.args.should_save:
             state = {f"method.{name}": tensor.contiguous() for name, tensor in self.method.state_dict().items()}
             state["tokens_seen"] = torch.tensor(self.tokens_seen)
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / STATE_FILE)
         super().save_model(output_dir, _internal_call)
@@ -217,7 +218,7 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; `True` resumes from the last checkpoint that was written to its end, if there is one."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.tokens_seen = 0
         if resume_from_checkpoint:
             state = load_file(Path(resume_from_checkpoint) / STATE_FILE)

@@ -37,9 +37,8 @@ class GKD(Method):
 
     @property
     def authors(self) -> frozenset[Author]:
-        return frozenset({"dataset"} if self.on_policy < 1 else ()) | frozenset(
-            {"student"} if self.on_policy > 0 else ()
-        )
+        wanted: dict[Author, bool] = {"dataset": self.on_policy < 1, "student": self.on_policy > 0}
+        return frozenset(author for author, is_wanted in wanted.items() if is_wanted)
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         def own(example: Example) -> bool:

@@ -40,7 +40,7 @@ class LocalTeacher(Teacher):
     ) -> None:
         if isinstance(model, str):
             model = _load(model, dtype, device, quantization, options or {})
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
         self._placed = device is not None or quantization is not None or hasattr(model, "hf_device_map")
         self._project = not _is_sharded(model) and parity(model) < _PARITY
