@@ -75,7 +75,7 @@ class GenerateRollout(Rollout):
                 names = (self._author, prompt.row, seen[prompt.row])
                 wanted.append((prompt, step.stream(self.max_new_tokens, *names)))
                 seen[prompt.row] += 1
-        self._check_window(max(len(prompt.prompt) for prompt, _ in wanted))
+        self._check_window(max((len(prompt.prompt) for prompt in prompts), default=0))
         order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0].prompt))
         written: list[Example | None] = [None] * len(wanted)
         with _writing(self._model):
@@ -140,14 +140,18 @@ class GenerateRollout(Rollout):
 
 
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p."""
+    """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p.
+
+    Tokens as likely as the k-th stay with it; of those as likely as the last one of the mass p, the lowest ids are kept.
+    """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(-1)
-        before = probs.cumsum(-1) - probs  # the mass of the likelier ones; the first is always kept
-        logits = logits.masked_fill(torch.zeros_like(before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.softmax(-1).cumsum(-1)
+        dropped = torch.zeros_like(mass, dtype=torch.bool)
+        dropped[:, 1:] = mass[:, :-1] >= top_p  # the mass of the likelier ones is enough; the first is always kept
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
     return logits
 
 
