@@ -166,7 +166,8 @@ def ragged_examples(count: int = 16, vocabulary: int = VOCABULARY, seed: int = 0
         length = int(torch.randint(low, high, (1,), generator=generator))
         return torch.randint(4, vocabulary, (length,), generator=generator).tolist()
 
-    return [Example(ids(1, 7), [*ids(0, 9), 2] if responses else [], row=row) for row in range(count)]
+    drawn = [Example(ids(1, 7), [*ids(0, 9), 2], row=row) for row in range(count)]
+    return drawn if responses else [replace(example, response=[]) for example in drawn]
 
 
 class BigramTeacher(Teacher):

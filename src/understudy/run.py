@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from rich import get_console
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
@@ -77,7 +78,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
         RecipeError: for what is wrong with the recipe, before anything is computed.
         Interrupted: after Ctrl-C, with a checkpoint saved.
     """
-    console = console or Console()
+    console = console or get_console()
     arguments = training_arguments(recipe)
     folder = Path(arguments.output_dir)
     if restart and arguments.process_index == 0:
