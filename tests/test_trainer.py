@@ -255,7 +255,7 @@ class Hoarding(Method):
         return {"rows": torch.tensor([e.row for e in self.kept])}
 
     def load_state_dict(self, state):
-        by_row = {e.row: e for e in self.kept}
+        by_row = {e.row: e for e in reversed(self.kept)}  # the first of a row is training's
         self.kept = [by_row[row] for row in state["rows"].tolist()]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..batch import Author, Example
 from ..rollout import Rollout
@@ -164,13 +165,23 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 @contextmanager
 def _writing(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever the model does in training."""
+    """Without dropout, whatever the model does in training; a sharded model (FSDP2) with its weights gathered.
+
+    Gathered once and not at every token: that is faster, and each process may write as many tokens as it needs to.
+    """
     was_training = model.training
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     model.eval()
     try:
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
         yield
     finally:
         model.train(was_training)
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)  # the default of fully_shard
 
 
 def _bare(model: nn.Module) -> nn.Module:
