@@ -1,6 +1,6 @@
 """A teacher of one's own: several models of one tokenizer whose probabilities are averaged.
 
-    p(v) = 1/M Σ_m p_m(v)
+p(v) = 1/M Σ_m p_m(v)
 """
 
 from collections.abc import Sequence

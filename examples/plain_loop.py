@@ -1,6 +1,6 @@
 """On-policy distillation (GKD) with nothing hidden: the library's pieces in a loop of one's own, without a trainer.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import torch
@@ -15,27 +15,26 @@ from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 
 
-def tiny(width: int, vocabulary: int = 32) -> LlamaForCausalLM:
+def tiny(width: int, spread: float) -> LlamaForCausalLM:
     """A model of random weights; from_pretrained does as well."""
-    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, eos_token_id=0))
-    return model if width < 32 else model.apply(lambda m: hasattr(m, "weight") and m.weight.data.mul_(3))
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=12, **shape, eos_token_id=0, initializer_range=spread))
 
 
 def main(steps: int = 60) -> list[float]:
     """Distil a random teacher into a smaller random student; returns the losses."""
     torch.manual_seed(0)
-    backend = Tokenizer(models.WordLevel({"<eos>": 0, **{f"w{i}": i for i in range(1, 32)}}, unk_token="<eos>"))
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, **{f"w{i}": i for i in range(1, 12)}}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    prompts = [Example(torch.randint(1, 32, (4,)).tolist(), [], row=row) for row in range(64)]
+    prompts = [Example(torch.randint(1, 12, (4,)).tolist(), [], row=row) for row in range(64)]
 
-    student, teacher = tiny(16), LocalTeacher(tiny(32))
+    student, teacher = tiny(32, 0.02), LocalTeacher(tiny(64, 0.2))
     rollout = GenerateRollout(max_new_tokens=8).follow(student, tokenizer)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     divergence = JensenShannon(beta=0.5)
     losses = []
     for number in range(steps):
-        asked = [prompts[(8 * number + i) % len(prompts)] for i in range(8)]
+        asked = [prompts[(16 * number + i) % len(prompts)] for i in range(16)]
         batch = Batch.of(rollout.generate(asked, Step(number)), pad=0)  # what the student writes, as ids
         judged = teacher.score(batch)  # what the teacher thinks of every token of it
         weights = batch.weights("token") / batch.units("token")

@@ -147,7 +147,7 @@ def some_examples(vocabulary: int = VOCABULARY, seed: int = 0) -> list[Example]:
 
 
 def words(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocabulary` words, cut at spaces: <pad> is 0, <bos> 1, <eos> 2, as in `tiny`, <unk> 3, w4 is 4."""
+    """A tokenizer of `vocabulary` words, cut at spaces: <pad> is 0, <bos> 1, <eos> 2, as in `tiny`, <unk> 3, w4 4."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, vocabulary))]
@@ -158,7 +158,9 @@ def words(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     )
 
 
-def ragged_examples(count: int = 16, vocabulary: int = VOCABULARY, seed: int = 0, responses: bool = True) -> list[Example]:
+def ragged_examples(
+    count: int = 16, vocabulary: int = VOCABULARY, seed: int = 0, responses: bool = True
+) -> list[Example]:
     """Examples with prompts of 1 to 6 and responses of 1 to 9 tokens, rows numbered; or prompts only."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -88,7 +88,9 @@ def shown(text, folder, width=120):
     return out.getvalue(), lines_of(folder / "samples.jsonl")
 
 
-@pytest.mark.parametrize("text", ["[bold red]x[/bold red]", "[/nope]", "[link=http://e.org]x[/link]", ":smile:", "a\\[b]"])
+@pytest.mark.parametrize(
+    "text", ["[bold red]x[/bold red]", "[/nope]", "[link=http://e.org]x[/link]", ":smile:", "a\\[b]"]
+)
 def test_markup_in_a_text_is_shown_as_it_is(text, tmp_path):
     screen, lines = shown(text, tmp_path)
     assert screen.count(text) == 3
@@ -96,7 +98,8 @@ def test_markup_in_a_text_is_shown_as_it_is(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["\x1b[2Jgone", "\x1b]0;title\x07", "a\rb", "\x9b31mred", "a\bb", "\x00", "abc\u202etxt", "\x7f", "a\x0bb\x0cc"]
+    "text",
+    ["\x1b[2Jgone", "\x1b]0;title\x07", "a\rb", "\x9b31mred", "a\bb", "\x00", "abc\u202etxt", "\x7f", "a\x0bb\x0cc"],
 )
 def test_control_codes_in_a_text_do_not_reach_the_terminal(text, tmp_path):
     screen, lines = shown(text, tmp_path)

@@ -1,7 +1,7 @@
 """Two processes train as one does.
 
-One start of torchrun (gloo, on the CPU) runs every case; the tests read what it left. The sizes are chosen so that every
-epoch divides evenly: otherwise Accelerate gives the processes some examples twice to make their batches equal.
+One start of torchrun (gloo, on the CPU) runs every case; the tests read what it left. The sizes are chosen so that
+every epoch divides evenly: otherwise Accelerate gives the processes some examples twice to make their batches equal.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import ragged_examples, tiny
+from fakes import ragged_examples, tiny, words
 from loop import difference, logged, rollout, student, trainer, weights
 
 from understudy.batch import Batch
@@ -63,7 +63,9 @@ def loss_and_gradients(model, whole):
     judge = LocalTeacher(tiny("llama", width=24, seed=2))
     said = judge.score(SHARDED)
     divergence = JensenShannon()
-    loss = score(model, SHARDED, lambda own: divergence.between(said, own).sum(), weights=torch.ones(len(SHARDED.tokens)))
+    loss = score(
+        model, SHARDED, lambda own: divergence.between(said, own).sum(), weights=torch.ones(len(SHARDED.tokens))
+    )
     loss.backward()
     return {"loss": loss.detach(), **{name: whole(p.grad) for name, p in model.named_parameters()}}
 
@@ -82,18 +84,12 @@ def shard(tied):
 
 def write_sharded(rank):
     """Each process asks for other rows; the second for fewer and, in the end, for none."""
-    writer = rollout(stop_ids=[2, *range(5, 15)], batch_size=2).follow(shard(False), tokenizer())
+    writer = rollout(stop_ids=[2, *range(5, 15)], batch_size=2).follow(shard(False), words())
     examples = ragged_examples(8, responses=False)
     first = writer.generate(examples[:5] if rank == 0 else examples[5:], Step(0))
     second = writer.generate(examples[:2] if rank == 0 else [], Step(1))
     after = loss_and_gradients(writer._model, lambda grad: grad.full_tensor())
     return [(e.row, e.response) for e in first + second], after
-
-
-def tokenizer():
-    from fakes import words
-
-    return words()
 
 
 def worker(folder):
@@ -152,7 +148,7 @@ def test_a_sharded_student_has_the_same_loss_and_gradients(tied, results):
 
 def test_a_sharded_student_writes_what_a_whole_one_would(results):
     """Also where one process has fewer rows to write, shorter ones, or none."""
-    writer = rollout(stop_ids=[2, *range(5, 15)]).follow(student(), tokenizer())
+    writer = rollout(stop_ids=[2, *range(5, 15)]).follow(student(), words())
     examples = ragged_examples(8, responses=False)
     plain = loss_and_gradients(student(), lambda grad: grad)
     for rank, (first, second) in enumerate([(examples[:5], examples[:2]), (examples[5:], [])]):

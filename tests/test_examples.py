@@ -25,7 +25,7 @@ def example(name):
 
 def test_the_plain_loop_learns():
     losses = example("plain_loop").main(steps=50)
-    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
 def test_the_custom_method_moves_its_target_once_per_step_and_learns(tmp_path):

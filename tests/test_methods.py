@@ -89,7 +89,11 @@ def test_gkd_s_coin_does_not_depend_on_which_examples_a_process_has():
         for mix in ("step", "example"):
             method, writer = GKD(on_policy=0.5, mix=mix), ScriptedRollout()
             whole = collected(method, EXAMPLES, Step(number), student=writer)
-            parts = [e for half in (EXAMPLES[::2], EXAMPLES[1::2]) for e in collected(method, half, Step(number), student=writer)]
+            parts = [
+                e
+                for half in (EXAMPLES[::2], EXAMPLES[1::2])
+                for e in collected(method, half, Step(number), student=writer)
+            ]
             assert sorted(whole, key=lambda e: e.row) == sorted(parts, key=lambda e: e.row)
 
 
@@ -115,7 +119,9 @@ def test_no_example_is_lost_or_asked_twice():
 def gradient(method, examples, judge):
     model, batch = student(), Batch.of(examples, 0)
     said = judge.score(batch) if method.needs > Knowledge.NOTHING else None
-    score(model, batch, lambda scores: method.loss(scores, said, batch).sum(), weights=torch.ones(len(batch.tokens))).backward()
+    score(
+        model, batch, lambda scores: method.loss(scores, said, batch).sum(), weights=torch.ones(len(batch.tokens))
+    ).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -135,7 +141,9 @@ def test_a_gradient_on_sampled_ids_is_that_on_the_same_ids_as_data(divergence):
 def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
     model, examples = student(), EXAMPLES
     batch = Batch.of(examples, 0)
-    ours = score(model, batch, lambda scores: SFT().loss(scores, None, batch).mean(), weights=torch.ones(len(batch.tokens)))
+    ours = score(
+        model, batch, lambda scores: SFT().loss(scores, None, batch).mean(), weights=torch.ones(len(batch.tokens))
+    )
     labels = batch.input_ids.clone()
     for row, example in enumerate(examples):
         labels[row, : len(example.prompt)] = -100
@@ -172,7 +180,10 @@ def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
 
 @pytest.mark.parametrize(
     ("who", "sentence"),
-    [("student", "student's own responses: give it a rollout"), ("teacher", "teacher's responses: give it a rollout and a")],
+    [
+        ("student", "student's own responses: give it a rollout"),
+        ("teacher", "teacher's responses: give it a rollout and a"),
+    ],
 )
 def test_a_writer_that_is_not_there_is_missed_with_a_remedy(who, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -198,7 +209,9 @@ class Terse(Teacher):
 
 
 def test_a_teacher_that_tells_too_little_is_refused_with_a_sentence(tmp_path):
-    sentence = "GKD needs a teacher that gives distribution, and this teacher gives chosen; choose another method, or a local"
+    sentence = (
+        "GKD needs a teacher that gives distribution, and this teacher gives chosen; choose another method, or a local"
+    )
     with pytest.raises(ValueError, match=sentence):
         trainer(tmp_path, GKD(), judge=Terse())
     trainer(tmp_path, SFT(), judge=Terse())
@@ -211,7 +224,9 @@ def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
         def loss(self, student, teacher, batch):
             return student.chosen
 
-    with pytest.raises(ValueError, match="Inside needs a teacher that gives model, and this teacher gives distribution"):
+    with pytest.raises(
+        ValueError, match="Inside needs a teacher that gives model, and this teacher gives distribution"
+    ):
         trainer(tmp_path, Inside(), judge=BigramTeacher())
 
 

@@ -32,7 +32,13 @@ LAST = 1 - 2**-53  # the largest uniform number that can be drawn
 def of(config, model, **fields):
     """A random model with two layers (alternating kinds of attention, where there are two) and large weights."""
     torch.manual_seed(0)
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     made = model(config(**shape, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields))
     with torch.no_grad():
@@ -117,7 +123,9 @@ def test_sampled_tokens_are_those_of_a_float64_reference(model_of):
 def test_sampled_tokens_follow_the_model_s_distribution(model_of):
     """Chi-square of 4000 first tokens; many streams, one prompt."""
     model, prompt, count = model_of("llama"), [4, 7], 4000
-    written = rollout(model, max_new_tokens=1, batch_size=1000, responses=count).generate([Example(prompt, [])], Step(0))
+    written = rollout(model, max_new_tokens=1, batch_size=1000, responses=count).generate(
+        [Example(prompt, [])], Step(0)
+    )
     probs = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
     seen = torch.bincount(torch.tensor([example.response[0] for example in written]), minlength=VOCABULARY)
     likely = probs * count >= 5
@@ -318,7 +326,9 @@ def test_the_weights_of_the_moment_write():
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
-    with pytest.raises(ValueError, match=r"a prompt of 60 tokens and 12 new ones .* window of 64: lower max_new_tokens"):
+    with pytest.raises(
+        ValueError, match=r"a prompt of 60 tokens and 12 new ones .* window of 64: lower max_new_tokens"
+    ):
         rollout(tiny("llama")).generate([Example([4] * 60, [])], Step(0))
 
 
@@ -362,7 +372,15 @@ def test_a_model_without_any_stop_token_is_refused_with_a_remedy():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"max_new_tokens": 0}, {"responses": 0}, {"batch_size": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [
+        {"max_new_tokens": 0},
+        {"responses": 0},
+        {"batch_size": 0},
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
 )
 def test_settings_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match="generate needs"):

@@ -1,4 +1,4 @@
-"""The teacher in this process: frozen, without dropout, and its own master. What all teachers promise is in contracts/."""
+"""The teacher in this process: frozen, without dropout, its own master. What all teachers promise is in contracts/."""
 
 import pytest
 import torch
@@ -83,7 +83,9 @@ def test_it_loads_by_name_in_the_checkpoint_s_dtype(tmp_path):
     assert LocalTeacher(str(tmp_path)).model.dtype == torch.bfloat16
     exact = LocalTeacher(str(tmp_path), dtype="float32")
     assert exact.model.dtype == torch.float32
-    torch.testing.assert_close(exact.score(BATCH).log_probs, LocalTeacher(tiny("llama")).score(BATCH).log_probs, atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        exact.score(BATCH).log_probs, LocalTeacher(tiny("llama")).score(BATCH).log_probs, atol=0.1, rtol=0
+    )
 
 
 class Peculiar(nn.Module):

@@ -218,7 +218,9 @@ def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(metho
     examples = ragged_examples(7, seed=9)
     made = trainer(tmp_path, method, options={"eval_dataset": examples})
     first, second = made.evaluate(), made.evaluate()
-    assert {k: v for k, v in first.items() if "second" not in k} == {k: v for k, v in second.items() if "second" not in k}
+    assert {k: v for k, v in first.items() if "second" not in k} == {
+        k: v for k, v in second.items() if "second" not in k
+    }
     written = method.collect(examples, made.writers, Step(0, made.args.seed))
     total, units = 0.0, 0
     for example in written:
@@ -304,7 +306,9 @@ def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(value, reme
             after.append(weights(made.model))
 
     made.add_callback(Remember())
-    with pytest.raises(FloatingPointError, match=rf"the loss became (nan|inf) at step 1; nothing was updated.*{remedy}"):
+    with pytest.raises(
+        FloatingPointError, match=rf"the loss became (nan|inf) at step 1; nothing was updated.*{remedy}"
+    ):
         made.train()
     assert len(after) == 1
     assert same(after[0], weights(made.model))
@@ -451,7 +455,7 @@ def widened(model, vocabulary):
 
 @dataclass
 class Preferring(Method):
-    """DPKD's kind: the teacher's response should be likelier than the student's, −log σ(mean log q_w − mean log q_l)."""
+    """DPKD's kind: the teacher's response should be the likelier one, −log σ(mean log q_w − mean log q_l)."""
 
     reduction: Reduction = "sequence"
 

@@ -1,4 +1,4 @@
-"""What watches a run: the method's schedules, the metrics file, the progress display, a table of the student's answers."""
+"""What watches a run: the method's schedules, broken gradients, Ctrl-C, metrics, samples, the progress display."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import TrainerCallback
 
@@ -117,11 +117,14 @@ class ShowSamples(TrainerCallback):
         answers = self.rollout.generate(self.examples, Step(0, args.seed))
         if not state.is_world_process_zero:
             return
-        table = Table("prompt", "student", "reference", title=f"step {state.global_step}", show_lines=True)
+        names = ("prompt", "student", "reference")
+        columns = [Column(name, overflow="fold") for name in names]  # not every writing has spaces to break a line at
+        table = Table(*columns, title=f"step {state.global_step}", show_lines=True)
         for example, answer in zip(self.examples, answers, strict=True):
-            texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in (example.prompt, answer.response, example.response)]
+            said = (example.prompt, answer.response, example.response)
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
             table.add_row(*(Text(_harmless(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
-            _append(self.path, {"step": state.global_step, **dict(zip(("prompt", "student", "reference"), texts, strict=True))})
+            _append(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
         self.console.print(table)
 
 
@@ -164,7 +167,7 @@ class ShowProgress(TrainerCallback):
 
 def _harmless(text: str) -> str:
     """Without what a terminal would obey instead of showing: control codes, and marks that turn the writing around."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\t", " "))
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -246,11 +246,14 @@ def _claim(folder: Path, recipe: Recipe, arguments: TrainingArguments) -> None:
         return
     text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
     file = folder / "recipe.yaml"
-    if file.exists() and file.read_text(encoding="utf-8") != text and (last_checkpoint(folder) or (folder / "student").exists()):
-        raise recipe.complaint(
-            "training.output_dir",
-            f"{folder} holds a run of another recipe; give another training.output_dir, or --restart to delete that run",
-        )
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        if last_checkpoint(folder) or (folder / "student").exists():
+            raise recipe.complaint(
+                "training.output_dir",
+                f"{folder} holds a run of another recipe; give another training.output_dir, or --restart to delete that run",
+            )
+        for name in ("teacher_answers.jsonl", "before.json"):
+            (folder / name).unlink(missing_ok=True)  # what a run that left no checkpoint computed for its own recipe
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, text)
 

@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):
         method: what to train on and what to minimise.
         rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
         processing_class: the tokenizer that student and teacher share; required.
-        kwargs: everything else of `transformers.Trainer`: args, train_dataset (of `Example`s), eval_dataset, callbacks …
+        kwargs: everything else of `transformers.Trainer`: args, train_dataset (of `Example`s), eval_dataset …
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole optimizer step itself
@@ -72,7 +72,7 @@ class DistillationTrainer(Trainer):
         _check(method, teacher)
         if not any(parameter.requires_grad for parameter in student.parameters()):
             same = getattr(teacher, "model", None) is student
-            why = "the teacher is the student itself, and a teacher is frozen" if same else "all its parameters are frozen"
+            why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
             raise ValueError(f"there is nothing to train in the student: {why}")
         args.remove_unused_columns = False  # rows are Examples, not columns
         args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
@@ -168,7 +168,8 @@ class DistillationTrainer(Trainer):
     def _is_logged(self) -> bool:
         """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
         every = max(int(self.state.logging_steps or 1), 1)
-        return (self.state.global_step + 1) % every == 0 or (self.args.logging_first_step and self.state.global_step == 0)
+        step = self.state.global_step
+        return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -50,7 +50,9 @@ def test_there_is_a_response_to_every_prompt_in_their_order(rollout):
 
 def test_nothing_in_a_response_comes_from_the_dataset_s(rollout):
     bare = [replace(e, response=[]) for e in PROMPTS]
-    assert [e.response for e in rollout.generate(PROMPTS, Step(0))] == [e.response for e in rollout.generate(bare, Step(0))]
+    assert [e.response for e in rollout.generate(PROMPTS, Step(0))] == [
+        e.response for e in rollout.generate(bare, Step(0))
+    ]
 
 
 def test_a_response_ends_with_the_first_stop_token_or_is_truncated(rollout):

@@ -56,7 +56,9 @@ def test_the_chosen_are_the_log_probabilities_of_the_tokens(teacher, examples):
 
 
 def test_what_it_says_does_not_depend_on_padding(teacher, examples):
-    torch.testing.assert_close(log_probs(teacher, examples, pad=0), log_probs(teacher, examples, pad=2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        log_probs(teacher, examples, pad=0), log_probs(teacher, examples, pad=2), atol=1e-5, rtol=0
+    )
 
 
 def test_what_it_says_does_not_depend_on_later_tokens(teacher, examples):
@@ -83,4 +85,6 @@ def test_it_is_at_no_distance_from_itself(teacher, examples):
 
 def test_it_says_how_much_it_gives(teacher):
     assert Knowledge.CHOSEN <= teacher.gives <= Knowledge.MODEL
-    assert Method.needs.fget(None) is Knowledge.DISTRIBUTION  # so everything above serves a method that declares nothing
+    assert (
+        Method.needs.fget(None) is Knowledge.DISTRIBUTION
+    )  # so everything above serves a method that declares nothing

@@ -39,7 +39,9 @@ class GKD(Method):
 
     @property
     def authors(self) -> frozenset[Author]:
-        return frozenset({"dataset"} if self.on_policy < 1 else ()) | frozenset({"student"} if self.on_policy > 0 else ())
+        return frozenset({"dataset"} if self.on_policy < 1 else ()) | frozenset(
+            {"student"} if self.on_policy > 0 else ()
+        )
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         def own(example: Example) -> bool:

@@ -59,7 +59,9 @@ class GenerateRollout(Rollout):
             own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
             stop = sorted({*_ids(own), *_ids(tokenizer.eos_token_id)})
         if not stop:
-            raise ValueError("the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids")
+            raise ValueError(
+                "the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids"
+            )
         self._model, self._author = model, author
         self._stop = torch.tensor(stop)
         self._vocabulary = len(tokenizer)
@@ -92,8 +94,8 @@ class GenerateRollout(Rollout):
         window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if window is not None and longest + self.max_new_tokens > window:
             raise ValueError(
-                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit into the model's window of "
-                f"{window}: lower max_new_tokens or data.max_prompt_length"
+                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit into the model's window "
+                f"of {window}: lower max_new_tokens or data.max_prompt_length"
             )
 
     def _write(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
@@ -109,7 +111,12 @@ class GenerateRollout(Rollout):
         writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
         cache = None
         for position in range(self.max_new_tokens):
-            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            inputs: dict[str, Any] = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "past_key_values": cache,
+                "use_cache": True,
+            }
             if "position_ids" in takes:
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             if "logits_to_keep" in takes:
@@ -117,7 +124,9 @@ class GenerateRollout(Rollout):
             output = self._model(**inputs)
             cache = getattr(output, "past_key_values", None)
             if cache is None:
-                raise ValueError(f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one")
+                raise ValueError(
+                    f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one"
+                )
             tokens = self._sample(output.logits[:, -1, : self._vocabulary], uniforms[rows, position])
             for row, token, alive in zip(rows.tolist(), tokens.tolist(), writing.tolist(), strict=True):
                 if alive:
@@ -143,7 +152,7 @@ class GenerateRollout(Rollout):
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p.
 
-    Tokens as likely as the k-th stay with it; of those as likely as the last one of the mass p, the lowest ids are kept.
+    Tokens as likely as the k-th stay with it; of those as likely as the last of the mass p, the lowest ids stay.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
