@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 import torch
 import transformers
 import yaml
+from rich import get_console
 from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -88,7 +89,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
         RecipeError: for what is wrong with the recipe, before anything is computed.
         Interrupted: after Ctrl-C, with a checkpoint saved.
     """
-    console = console or Console()
+    console = console or get_console()
     arguments = training_arguments(recipe)
     folder = Path(arguments.output_dir or ".")
     with arguments.main_process_first(local=False):

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .batch import Batch, Example, deal
-from .callbacks import AdvanceMethod, ShowProgress
+from .callbacks import AdvanceMethod, RefuseBrokenGradients, ShowProgress
 from .method import Method
 from .rollout import Rollout, Writers
 from .scores import Knowledge, Scores, compare, parity, score
@@ -70,14 +70,21 @@ class DistillationTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         _check(method, teacher)
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            same = getattr(teacher, "model", None) is student
+            why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
+            raise ValueError(f"there is nothing to train in the student: {why}")
         args.remove_unused_columns = False  # rows are Examples, not columns
         args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
+        cast(
+            Any, args.accelerator_config
+        ).dispatch_batches = False  # Examples are no tensors to send to other processes
         super().__init__(
             model=student,
             args=args,
             data_collator=cast(Any, list),  # examples stay ragged until Batch.of
             processing_class=processing_class,
-            callbacks=[AdvanceMethod(method), *callbacks],
+            callbacks=[RefuseBrokenGradients(), AdvanceMethod(method), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
@@ -165,9 +172,8 @@ class DistillationTrainer(Trainer):
     def _is_logged(self) -> bool:
         """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
         every = max(int(self.state.logging_steps or 1), 1)
-        return (self.state.global_step + 1) % every == 0 or (
-            self.args.logging_first_step and self.state.global_step == 0
-        )
+        step = self.state.global_step
+        return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -183,8 +189,11 @@ class DistillationTrainer(Trainer):
         Returns `{prefix}_loss` and, where the teacher scores, the means over tokens that training logs.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
         examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
         training, self.window = self.window, Window()  # evaluation has its own counts
+        remembered = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model = cast(nn.Module, self.model)
         model.eval()
@@ -198,6 +207,8 @@ class DistillationTrainer(Trainer):
             units += batch.units(self.method.reduction)
         line = self.window.close(self.accelerator)
         self.window = training
+        if remembered:
+            self.method.load_state_dict(remembered)  # what it collected here was not for training
         total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
         line = {"loss": float(total / units)} | {name: v for name, v in line.items() if not name.startswith("seconds")}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
@@ -225,7 +236,12 @@ class DistillationTrainer(Trainer):
             self.tokens_seen = int(state.pop("tokens_seen"))
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
         self.window = Window()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ShowProgress):
+                    callback.progress.stop()  # gives the terminal its cursor back, also after an error
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -57,7 +57,9 @@ class LocalTeacher(Teacher):
             said.append(scores)
             return batch.input_ids
 
-        score(self.model, batch.to(self.model.device), keep, vocabulary=self.vocabulary, project=self._project)
+        device = self.model.device
+        with torch.autocast(device.type, enabled=False):  # the student's, if any
+            score(self.model, batch.to(device), keep, vocabulary=self.vocabulary, project=self._project)
         return said[0]
 
 
