@@ -166,20 +166,6 @@ def test_a_run_killed_between_its_last_step_and_its_end_only_ends(recipe, uninte
     assert same(*(load_file(f / "student" / "model.safetensors") for f in (folder, uninterrupted)))
 
 
-def test_another_recipe_does_not_inherit_what_a_run_without_checkpoints_left(recipe, tmp_path):
-    """A teacher's kept answers belong to the recipe that they were written for."""
-    folder = tmp_path / "run"
-    changed = [f"training.output_dir={folder}", "training.max_steps=2", "method=seqkd", "training.save_strategy='no'"]
-    for temperature in (0.5, 1.0):
-        distill(load(recipe, [*changed, f"rollout.generate.temperature={temperature}"]))
-        first = (folder / "teacher_answers.jsonl").read_text()
-        if temperature == 0.5:
-            shutil.rmtree(folder / "student")
-            cool = first
-    assert first.splitlines() != cool.splitlines()
-    assert len(first.splitlines()) <= 18
-
-
 @dataclass
 class Ramp(Method):
     """A schedule that depends on what happened before, not on the step's number alone, as TAID's does."""
