@@ -23,7 +23,7 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
         "teacher",
         "student, SFT warm start",
         "then supervised KD",
-        "then GKD",
+        "then GKD, half on its own writing",
     ]
     shown = console.export_text()
     assert "points over its warm start" in shown

@@ -50,7 +50,7 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
         _judge("teacher", TEACHER, None, quick, seed),
         _judge("student, SFT warm start", f"{warm['folder']}/student", warm, quick, seed),
         _judge("  then supervised KD", f"{fixed['folder']}/student", fixed, quick, seed),
-        _judge("  then GKD", f"{own['folder']}/student", own, quick, seed),
+        _judge("  then GKD, half on its own writing", f"{own['folder']}/student", own, quick, seed),
     ]
     _show(rows, console)
     console.print(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", soft_wrap=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from understudy.registry import did_you_mean
-from understudy.rows import BadRow, DataError, SourceRow, describe
+from .registry import did_you_mean
+from .rows import BadRow, DataError, SourceRow, describe
 
 PAIRS = {"prompt": "completion", "instruction": "output", "question": "answer"}  # the prompt's column: the answer's
 COLUMNS = ["messages", "prompt", "completion", "instruction", "input", "output", "question", "answer", "text"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from understudy.registry import did_you_mean
+from .registry import did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a .txt file
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # file names that name a split
