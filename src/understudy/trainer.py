@@ -75,6 +75,7 @@ class DistillationTrainer(Trainer):
             why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
             raise ValueError(f"there is nothing to train in the student: {why}")
         args.remove_unused_columns = False  # rows are Examples, not columns
+        args.dataloader_pin_memory = False  # nor tensors
         args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
         cast(
             Any, args.accelerator_config
