@@ -84,13 +84,13 @@ def command(recipe, folder):
 def stopped_at(recipe, folder, ready, how):
     """Start the run, send it a signal once `ready()`, and return its exit code."""
     run = subprocess.Popen(command(recipe, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200  # a busy machine
     while not ready():
         assert run.poll() is None, run.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(run.pid, how)
-    run.communicate(timeout=60)
+    run.communicate(timeout=90)
     return run.returncode
 
 
@@ -127,7 +127,7 @@ def test_a_killed_run_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
     assert last_checkpoint(folder) != str(newest)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 23, "loss": 9.0}\n{"step": 24, "lo')
-    done = subprocess.run(command(recipe, folder), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command(recipe, folder), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert_the_same(folder, uninterrupted)
@@ -149,6 +149,7 @@ def test_an_interrupted_run_saves_exits_with_130_and_resumes_to_the_bit(recipe, 
 
 
 def test_a_finished_run_is_not_run_again(recipe, uninterrupted):
+    assert not (uninterrupted / "student" / "distillation.safetensors").exists(), "that is a checkpoint's"
     before = (uninterrupted / "student" / "model.safetensors").stat().st_mtime_ns
     summary = distill(load(recipe, [f"training.output_dir={uninterrupted}"]))
     assert summary == json.loads((uninterrupted / "run.json").read_text())

@@ -231,6 +231,14 @@ def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(metho
     assert first["eval_tokens"] == sum(len(e.response) for e in written)
 
 
+def test_evaluation_draws_the_same_at_every_step(tmp_path):
+    """A student that does not change is worth the same all along."""
+    made = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, eval_strategy="steps",
+                   eval_steps=1)  # fmt: skip
+    made.train()
+    assert len(set(logged(made, "eval_loss"))) == 1
+
+
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     losses = [
         trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(7)}, per_device_eval_batch_size=n).evaluate()
@@ -271,7 +279,7 @@ def test_evaluation_does_not_disturb_training(make, tmp_path):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
         options = {"eval_dataset": ragged_examples(5, seed=9)} if changed else {}
-        made = trainer(tmp_path, make(), model, options=options, **changed)
+        made = trainer(tmp_path, make(), model, options=options, logging_steps=2, **changed)
         made.train()
         runs.append((weights(made.model), logged(made), logged(made, "tokens"), made.tokens_seen))
     assert len(logged(made, "eval_loss")) == 4
