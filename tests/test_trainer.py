@@ -233,8 +233,8 @@ def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(metho
 
 def test_evaluation_draws_the_same_at_every_step(tmp_path):
     """A student that does not change is worth the same all along."""
-    made = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, eval_strategy="steps",
-                   eval_steps=1)  # fmt: skip
+    often = {"eval_strategy": "steps", "eval_steps": 1}
+    made = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, **often)
     made.train()
     assert len(set(logged(made, "eval_loss"))) == 1
 
