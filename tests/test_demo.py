@@ -21,9 +21,9 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
     rows = run_demo(tmp_path / "runs", quick=True, console=console)
     assert [row["model"].strip() for row in rows] == [
         "teacher",
-        "student, SFT warm start",
+        "student after SFT",
         "then supervised KD",
-        "then GKD, half on its own writing",
+        "then GKD (λ = 0.5)",
     ]
     shown = console.export_text()
     assert "points over its warm start" in shown

@@ -48,9 +48,9 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     console.rule("500 problems that nobody has seen" if not quick else "a few problems")
     rows = [
         _judge("teacher", TEACHER, None, quick, seed),
-        _judge("student, SFT warm start", f"{warm['folder']}/student", warm, quick, seed),
+        _judge("student after SFT", f"{warm['folder']}/student", warm, quick, seed),
         _judge("  then supervised KD", f"{fixed['folder']}/student", fixed, quick, seed),
-        _judge("  then GKD, half on its own writing", f"{own['folder']}/student", own, quick, seed),
+        _judge("  then GKD (λ = 0.5)", f"{own['folder']}/student", own, quick, seed),
     ]
     _show(rows, console)
     console.print(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", soft_wrap=True)
@@ -90,8 +90,8 @@ def _judge(name: str, model: str, run: dict[str, Any] | None, quick: bool, seed:
 
 
 def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("model", title="exact answers on held-out problems, greedy")
-    for name in ("parameters", "accuracy", "training tokens", "training seconds"):
+    table = Table("model", title="exact answers on held-out problems (greedy), and what the training took")
+    for name in ("parameters", "accuracy", "tokens", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         trained = ("", "") if row["tokens"] is None else (f"{row['tokens']:,}", f"{row['seconds']:.0f}")
