@@ -111,7 +111,7 @@ def test_control_codes_in_a_text_do_not_reach_the_terminal(text, tmp_path):
 
 
 def test_a_long_text_is_shown_by_its_end_and_kept_whole(tmp_path):
-    text = "x" * 400 + " end"  # a word of its own, so that no line breaks inside it
+    text = "x" * 400 + "end"
     screen, lines = shown(text, tmp_path)
     assert screen.count("x") == 3 * 295
     wide, _ = shown(text, tmp_path / "wide", width=1200)
