@@ -77,9 +77,8 @@ class DistillationTrainer(Trainer):
         args.remove_unused_columns = False  # rows are Examples, not columns
         args.dataloader_pin_memory = False  # nor tensors
         args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
-        cast(
-            Any, args.accelerator_config
-        ).dispatch_batches = False  # Examples are no tensors to send to other processes
+        accelerator_config: Any = args.accelerator_config
+        accelerator_config.dispatch_batches = False  # nor could they be sent to other processes as such
         super().__init__(
             model=student,
             args=args,
