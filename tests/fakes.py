@@ -5,8 +5,9 @@ multiplied, with adapters around it, with the head tied to the embeddings or not
 model's, so that distributions differ from uniform and caps and scales matter.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,18 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from understudy.batch import Example
+from understudy.batch import Author, Batch, Example
+from understudy.projection import Dense
+from understudy.rollout import Rollout
+from understudy.scores import Knowledge, Scores
+from understudy.step import Step
+from understudy.teacher import Teacher
 
 VOCABULARY = 53
 
@@ -137,3 +144,70 @@ def some_examples(vocabulary: int = VOCABULARY, seed: int = 0) -> list[Example]:
         Example(ids(6), [2], author="student", row=1),
         Example(ids(2), [*ids(7), 2], author="teacher", row=2),
     ]
+
+
+def words(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocabulary` words, cut at spaces: <pad> is 0, <bos> 1, <eos> 2, as in `tiny`, <unk> 3, w4 4."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, vocabulary))]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def ragged_examples(
+    count: int = 16, vocabulary: int = VOCABULARY, seed: int = 0, responses: bool = True
+) -> list[Example]:
+    """Examples with prompts of 1 to 6 and responses of 1 to 9 tokens, rows numbered; or prompts only."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(4, vocabulary, (length,), generator=generator).tolist()
+
+    drawn = [Example(ids(1, 7), [*ids(0, 9), 2], row=row) for row in range(count)]
+    return drawn if responses else [replace(example, response=[]) for example in drawn]
+
+
+class BigramTeacher(Teacher):
+    """A teacher without a model: what comes next depends on the token before, by a random table."""
+
+    gives: ClassVar[Knowledge] = Knowledge.DISTRIBUTION
+
+    def __init__(self, vocabulary: int = VOCABULARY, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(vocabulary, vocabulary, generator=generator).log_softmax(-1)
+
+    def score(self, batch: Batch) -> Scores:
+        return Scores(batch.tokens, Dense(self.table[batch.input_ids[batch.predicts]]))
+
+
+@dataclass
+class ScriptedRollout(Rollout):
+    """A rollout without a model: the tokens are drawn evenly, from the stream that belongs to the response."""
+
+    max_new_tokens: int = 6
+    responses: int = 1
+    stop: int = 2
+    asked: int = 0  # how often it was called
+    author: Author = "student"
+
+    def follow(self, model: Any, tokenizer: Any, author: Author = "student") -> "ScriptedRollout":
+        self.author = author
+        return self
+
+    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
+        self.asked += 1
+        seen: dict[int, int] = {}
+        written = []
+        for prompt in (prompt for prompt in prompts for _ in range(self.responses)):
+            turn = seen[prompt.row] = seen.get(prompt.row, -1) + 1
+            draws = step.stream(self.max_new_tokens, self.author, prompt.row, turn)
+            response = [self.stop + int(draw * 8) for draw in draws]
+            end = response.index(self.stop) + 1 if self.stop in response else len(response)
+            cut = self.stop not in response
+            written.append(replace(prompt, response=response[:end], author=self.author, truncated=cut))
+        return written

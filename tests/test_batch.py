@@ -151,7 +151,7 @@ def test_examples_of_equal_length_are_dealt_evenly():
 def test_dealing_more_parts_than_examples_is_refused_with_a_remedy():
     pair = [Example([1], [2], pair=0), Example([1], [3], pair=0)]
     with pytest.raises(
-        ValueError, match="1 examples .* cannot fill 2 micro-batches; lower gradient_accumulation_steps"
+        ValueError, match=r"1 examples .* cannot fill 2 micro-batches; lower gradient_accumulation_steps"
     ):
         deal(pair, 2)
     assert deal(pair, 1) == [pair]

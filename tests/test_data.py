@@ -464,7 +464,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
     ("line", "says"),
     [
         ('{"prompt": "a", completion}', r"my\.jsonl:2: not valid JSON at column 17"),
-        ("[1, 2]", r'my\.jsonl:2: a row is an object .*, not a list \(\[1, 2\]\)'),
+        ("[1, 2]", r"my\.jsonl:2: a row is an object .*, not a list \(\[1, 2\]\)"),
         ('{"prompts": "a", "completion": "b"}', r'my\.jsonl:2: .*"prompts", "completion".*mean "prompt"\?'),
         ('{"prompt": 42, "completion": "b"}', r'my\.jsonl:2: the "prompt" is a number \(42\), not a string'),
         ('{"prompt": "a", "completion": null}', r'my\.jsonl:2: the "completion" is null, not a string'),
@@ -490,7 +490,7 @@ def test_a_malformed_row_names_file_line_and_reason(line, says, tmp_path, gpt2):
 @pytest.mark.parametrize(
     ("turns", "says"),
     [
-        (["bot"], r'message 1 of the messages has the role a string \(\'bot\'\); system, user and assistant'),
+        (["bot"], r"message 1 of the messages has the role a string \(\'bot\'\); system, user and assistant"),
         (["assistant"], "message 1 of the messages is the assistant's and comes first"),
         (["user", "user"], "message 2 of the messages is the user's and comes after the user's"),
         (["user", "system"], "message 2 of the messages is the system's"),

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from understudy.demo import TEACHER, recipes, run_demo
 from understudy.evaluate import evaluate
 from understudy.models import all_stop_ids, load_model, load_tokenizer
-from understudy.playground.demo import TEACHER, recipes, run_demo
 from understudy.playground.names import resolve
 from understudy.playground.ship import LIMIT
 from understudy.playground.vocabulary import tokenizer
@@ -21,22 +21,24 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
     rows = run_demo(tmp_path / "runs", quick=True, console=console)
     assert [row["model"].strip() for row in rows] == [
         "teacher",
-        "student, SFT warm start",
+        "student after SFT",
         "then supervised KD",
-        "then GKD",
+        "then GKD (λ = 0.5)",
     ]
     shown = console.export_text()
-    assert "points over its warm start" in shown and "points over supervised KD" in shown
+    assert "points over its warm start" in shown
+    assert "points over supervised KD" in shown
     assert str(tmp_path / "runs") in shown
     teacher, warm, fixed, own = rows
     assert warm["parameters"] * 10 <= teacher["parameters"]
-    assert fixed["tokens"] > 0 and own["tokens"] > 0
+    assert fixed["tokens"] > 0
+    assert own["tokens"] > 0
     assert (tmp_path / "runs" / "gkd" / "student" / "model.safetensors").exists()
 
 
 def test_both_ways_of_the_demo_start_alike_and_see_the_same_problems():
     fixed, own = (load(recipes() / "playground" / f"{name}.yaml") for name in ("kd", "gkd"))
-    assert fixed.student == own.student and fixed.teacher == own.teacher and fixed.data == own.data
+    assert (fixed.student, fixed.teacher, fixed.data) == (own.student, own.teacher, own.data)
     assert {**fixed.training, "max_steps": 0} == {**own.training, "max_steps": 0}
 
 

@@ -485,7 +485,7 @@ def test_alpha_beta_contains_well_known_divergences(a, b, expected):
 def test_alpha_beta_is_continuous_where_its_denominators_vanish(a, b, dtype):
     log_p, log_q = (x.to(dtype) for x in random_pair(10, spread=1.0))
     limit, grad = AlphaBeta(a, b)(log_p, log_q), gradient(AlphaBeta(a, b), log_p, log_q)
-    # towards α = β = 0 a quotient of two vanishing numbers is left, which needs float64 and a step that is not too small
+    # towards α = β = 0 a quotient of vanishing numbers is left, which needs float64 and a step that is not too small
     both = a == b == 0
     for step in (1e-5, -1e-5) if both else (1e-5, -1e-5, 1e-9, 1e-13):
         for near in (AlphaBeta(a + step, b), AlphaBeta(a, b + step), AlphaBeta(a + step, b + 2 * step)):

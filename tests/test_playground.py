@@ -7,7 +7,9 @@ import zlib
 
 import pytest
 
-from understudy.playground import final_answer, is_correct, problems, tokenizer
+from understudy.metrics.final_answer import final_answer, is_correct
+from understudy.playground.arithmetic import problems
+from understudy.playground.vocabulary import tokenizer
 
 ROWS = problems(2000, seed=1)
 
@@ -139,7 +141,7 @@ def test_the_final_answer_follows_the_last_mark(text: str, answer: str | None):
 
 
 def test_only_the_final_answer_is_compared():
-    assert is_correct("a guess\n#### 1234", "1000+234=1234\n#### 1,234")
-    assert not is_correct("#### 12", "#### 120")
-    assert not is_correct("12", "#### 12")
-    assert not is_correct("12", "12")
+    assert is_correct("a guess\n#### 1234", ["1000+234=1234\n#### 1,234"])
+    assert not is_correct("#### 12", ["#### 120"])
+    assert not is_correct("12", ["#### 12"])
+    assert not is_correct("12", ["12"])

@@ -150,7 +150,7 @@ def test_a_frozen_head_gets_no_gradient(project, monkeypatch):
     monkeypatch.setattr(projection, "_walk", lambda *a: made.append(walk(*a)) or made[-1])
     loss_and_gradients(student, teacher, ForwardKL(), BATCH, "token", project=project)
     assert student.get_output_embeddings().weight.grad is None
-    assert all(weight is None for _, _, weight, _ in made)
+    assert all(weight is None for _, (_, weight, _) in made)
     assert len(made) == project
 
 
@@ -511,7 +511,7 @@ CHANCE_P = torch.tensor([P1[a] * P2[a][b] for a, b in itertools.product(range(3)
 
 
 def expected_loss(divergence, reduction: str, student: Tabular, teacher: Tabular) -> Tensor:
-    """E over the student's responses of a response's loss; responses are data, only the divergence is differentiated."""
+    """E over the student's responses of a response's loss; responses are data, the divergence is differentiated."""
     kept = teacher_scores(teacher, WORLD, project=False)
 
     def per_response(mine: Scores) -> Tensor:

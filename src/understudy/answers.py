@@ -21,12 +21,16 @@ class KeptAnswers(Rollout):
     def __init__(self, rollout: Rollout, path: Path) -> None:
         self.rollout, self.path = rollout, path
         self._kept: dict[int, tuple[list[int], bool]] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row, response, truncated = json.loads(line)
-            except ValueError:  # the end of a killed run's file
-                continue
-            self._kept[row] = response, truncated
+        self._cut = False  # does the file end within a line, as a killed run leaves it?
+        if path.exists():
+            text = path.read_text()
+            self._cut = not text.endswith("\n")
+            for line in text.splitlines():
+                try:
+                    row, response, truncated = json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+                self._kept[row] = response, truncated
 
     def follow(self, model: Any, tokenizer: Any, author: Author = "teacher") -> "KeptAnswers":
         self.rollout.follow(model, tokenizer, author)
@@ -37,10 +41,11 @@ class KeptAnswers(Rollout):
         if missing:
             written = self.rollout.generate(list(missing.values()), replace(step, number=0))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                for answer in written:
-                    self._kept[answer.row] = answer.response, answer.truncated
-                    file.write(json.dumps([answer.row, answer.response, answer.truncated]) + "\n")
+            self._kept |= {e.row: (e.response, e.truncated) for e in written}
+            lines = [json.dumps([e.row, e.response, e.truncated]) + "\n" for e in written]
+            with self.path.open("ab", buffering=0) as file:  # one write, which other processes' do not come between
+                file.write(("\n" * self._cut + "".join(lines)).encode())
+            self._cut = False
         return [
             replace(e, response=self._kept[e.row][0], author="teacher", truncated=self._kept[e.row][1]) for e in prompts
         ]

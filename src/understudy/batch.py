@@ -19,7 +19,7 @@ Reduction = Literal["sequence", "token", "sum"]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and one response to it, as token ids. The response includes its end-of-sequence token, if it has one."""
+    """A prompt and one response to it, as token ids; the response includes its end-of-sequence token, if it has one."""
 
     prompt: list[int]
     response: list[int]
@@ -37,7 +37,7 @@ class Batch:
     """Examples as tensors, padded on the right.
 
     `predicts` marks the positions whose next token belongs to a response: the last prompt token (it predicts the
-    response's first token) up to the last but one token of the sequence. Rows of `tokens` and `owner` come in that order.
+    response's first token) up to the last but one token of the sequence. `tokens` and `owner` come in that order.
     """
 
     input_ids: Tensor  # (B, T)

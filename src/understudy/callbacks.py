@@ -1,15 +1,18 @@
-"""What watches a run: the method's schedules, the metrics file, the progress display, a table of the student's answers."""
+"""What watches a run: the method's schedules, broken gradients, Ctrl-C, metrics, samples, the progress display."""
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import TrainerCallback
 
@@ -29,6 +32,21 @@ class AdvanceMethod(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.method.advance(Step(state.global_step, args.seed, state.max_steps))
+
+
+class RefuseBrokenGradients(TrainerCallback):
+    """Ends the run before a gradient that is not a number reaches the weights, and then a checkpoint."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fp16:  # there the scaler skips such steps, and lowers the scale
+            return
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient became {norm} at step {state.global_step}, though the loss is a number; nothing was "
+                f"updated with it. Resume from the last checkpoint in {args.output_dir} with a lower learning_rate"
+            )
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -87,7 +105,7 @@ class ShowSamples(TrainerCallback):
     ) -> None:
         self.rollout, self.examples, self.tokenizer = rollout, list(examples), tokenizer
         self.every, self.path = every, path
-        self.console = console or Console()
+        self.console = console or get_console()  # the progress display's, so that neither writes over the other
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -99,11 +117,14 @@ class ShowSamples(TrainerCallback):
         answers = self.rollout.generate(self.examples, Step(0, args.seed))
         if not state.is_world_process_zero:
             return
-        table = Table("prompt", "student", "reference", title=f"step {state.global_step}", show_lines=True)
+        names = ("prompt", "student", "reference")
+        columns = [Column(name, overflow="fold") for name in names]  # not every writing has spaces to break a line at
+        table = Table(*columns, title=f"step {state.global_step}", show_lines=True)
         for example, answer in zip(self.examples, answers, strict=True):
-            texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in (example.prompt, answer.response, example.response)]
-            table.add_row(*(Text(text if len(text) <= 300 else "… " + text[-298:]) for text in texts))
-            _append(self.path, {"step": state.global_step, **dict(zip(("prompt", "student", "reference"), texts, strict=True))})
+            said = (example.prompt, answer.response, example.response)
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+            table.add_row(*(Text(_harmless(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
+            _append(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
         self.console.print(table)
 
 
@@ -144,6 +165,11 @@ class ShowProgress(TrainerCallback):
         self.progress.stop()
 
 
+def _harmless(text: str) -> str:
+    """Without what a terminal would obey instead of showing: control codes, and marks that turn the writing around."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\t", " "))
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -157,6 +183,6 @@ def _keep_until(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue
     path.write_text("".join(kept), encoding="utf-8")

@@ -1,8 +1,11 @@
 """The command line. Heavy imports happen inside the commands, so that help and mistakes answer at once."""
 
+import errno
+import linecache
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,7 +28,7 @@ def demo(
 ) -> None:
     """Watch a small model learn arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
     _quiet()
-    from .playground.demo import run_demo
+    from .demo import run_demo
 
     run_demo(folder, quick=quick, seed=seed)
 
@@ -34,9 +37,11 @@ def demo(
 def distill(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/playground/gkd.yaml.", show_default=False)],
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]…", help="Dotted, such as training.max_steps=100.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted, such as training.max_steps=100.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what an earlier run left and begin again.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete what an earlier run left and begin again.")
+    ] = False,
 ) -> None:
     """Train a student as a recipe says. The same command again resumes an interrupted run."""
     from .recipe import load
@@ -51,23 +56,38 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model by name or folder, or playground:arithmetic.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="A model by name or folder, or playground:arithmetic.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="A file, a folder, a dataset of the hub, or playground:arithmetic.")],
-    teacher: Annotated[Optional[str], typer.Option(help="Whose distribution to compare with, on the model's answers.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Whose distribution to compare with, on the model's answers.")
+    ] = None,
     split: Annotated[str, typer.Option(help="The dataset's split.")] = "test",
-    limit: Annotated[Optional[int], typer.Option(help="Evaluate so many rows from the beginning.")] = None,
-    columns: Annotated[Optional[list[str]], typer.Option("--column", help="ours=theirs, such as completion=de.")] = None,
-    template: Annotated[Optional[str], typer.Option(help="A format string over the data's columns: the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Evaluate so many rows from the beginning.")] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, such as completion=de.")] = None,
+    template: Annotated[str | None, typer.Option(help="A format string over the data's columns: the prompt.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer; by default 256, or half of the model's window.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    output: Annotated[Optional[Path], typer.Option(help="Write every answer here, as JSONL.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write every answer here, as JSONL.")] = None,
 ) -> None:
-    """Let a model answer a dataset's prompts and say how many answers are right, and how far from a teacher they are."""
+    """Let a model answer a dataset's prompts; say how many answers are right, and how far from a teacher they are."""
     named = dict(_pair(column) for column in columns or [])
     _quiet()
     from .evaluate import evaluate
-    from .models import all_stop_ids, check_tokenizers, load_model, load_tokenizer, window_of
+    from .models import (
+        all_stop_ids,
+        check_tokenizers,
+        check_vocabulary,
+        load_config,
+        load_model,
+        load_tokenizer,
+        loading,
+        window_of,
+    )
     from .playground.names import resolve
     from .recipe import Data
     from .rollouts.generate import GenerateRollout
@@ -76,15 +96,25 @@ def evaluate(
     from .teachers.local import LocalTeacher
 
     tokenizer = load_tokenizer(model)
+    configs = [load_config(model)]
+    check_vocabulary(tokenizer, configs[0], "the model has")
     if teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(teacher))
-    student = load_model(model)
-    judge = LocalTeacher(resolve(teacher), vocabulary=len(tokenizer)) if teacher is not None else None
-    window = window_of(student, getattr(judge, "model", None))
+        configs.append(load_config(teacher))
+        check_vocabulary(tokenizer, configs[1], "the teacher has")
+    window = window_of(*configs)
+    longest = max_new_tokens or min(256, (window or 512) // 2)
+    if window is not None and longest >= window:
+        raise ValueError(f"--max-new-tokens {longest} leaves no room for a prompt in a window of {window}: lower it")
+    rollout = GenerateRollout(max_new_tokens=longest, temperature=temperature)
     block = Data(dataset=data, split=split, limit=limit, columns=named or None, template=template)
-    examples = load_data(block, tokenizer, window, max_new_tokens)
-    stop = all_stop_ids(tokenizer, student)
-    rollout = GenerateRollout(max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=stop)
+    examples = load_data(block.model_copy(update={"max_length": window or 512 + longest}), tokenizer, window, longest)
+    student = load_model(model, dtype="auto")
+    judge = None
+    if teacher is not None:
+        with loading("model", teacher):
+            judge = LocalTeacher(resolve(teacher), vocabulary=len(tokenizer))
+    rollout.stop_ids = all_stop_ids(tokenizer, student)
     show_evaluation(evaluate(student, tokenizer, examples, rollout, judge, seed), f"{model} on {data}", output)
 
 
@@ -98,14 +128,13 @@ def methods() -> None:
 
 
 def main() -> None:
-    """Run the command line: a mistake is one sentence and exit code 2, with --debug a traceback."""
+    """Run the command line: a mistake is one sentence and exit code 2, with --debug after a traceback."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(arguments, standalone_mode=False)
     except Exception as error:
-        if debug:
-            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         code = _explain(error)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
@@ -115,27 +144,40 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Say what went wrong in a sentence and return the exit code."""
-    import errno
-
     name = type(error).__name__
-    message = " ".join(str(getattr(error, "format_message", lambda: error)()).split())
+    # Errors of the command line's own parsing say more with the option that they are about.
+    message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
     if name == "Interrupted":
         typer.echo(message, err=True)
         return 130
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
+    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
+        message = (
+            "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
+        )
     elif name == "OutOfMemoryError":
         message = "the GPU's memory is full: lower training.per_device_train_batch_size or rollout.generate.batch_size"
-    elif not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | typer._click.exceptions.ClickException):
-        message = f"{name}: {message} (unexpected; --debug shows where)"
+    elif not _is_meant_for_people(error):
+        message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
     typer.echo(f"error: {message}", err=True)
     return 2
+
+
+def _is_meant_for_people(error: Exception) -> bool:
+    """Was this error raised to be read, by the command line, by the system or by this package, or is it a bug?"""
+    ours = type(error).__module__.startswith("understudy.")
+    if ours or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
+        return True
+    if not isinstance(error, ValueError | ArithmeticError):
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    raised = linecache.getline(frame.f_code.co_filename, line)
+    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in raised
 
 
 def _pair(text: str) -> tuple[str, str]:
     ours, separator, theirs = text.partition("=")
     if not separator:
-        raise ValueError(f"--column {text!r} should be ours=theirs, such as completion=de")
+        raise ValueError(f"--column {text} should be ours=theirs, such as completion=de")
     return ours, theirs
 
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from understudy.batch import Example
-from understudy.formats import Document, Format, Row, stop_ids
-from understudy.rows import BadRow, DataError, SourceRow, read_rows
+from .batch import Example
+from .formats import Document, Format, Row, stop_ids
+from .rows import BadRow, DataError, SourceRow, read_rows
 
 __all__ = ["BadRow", "DataError", "Examples", "Row", "examples_from_rows", "load_examples", "stop_ids"]
 

@@ -121,7 +121,7 @@ class JensenShannon(Divergence):
         JSD_β(p‖q) = β KL(p‖m) + (1−β) KL(q‖m),   m = βp + (1−β)q,   pull (1−β) q log(q/m)
 
     Small β covers the teacher's modes, β near 1 seeks one. The formula tends to 0 at both ends, with JSD_β/β → KL(p‖q)
-    and JSD_β/(1−β) → KL(q‖p); β = 0 and β = 1 here *mean* those two KLs, as in other libraries, so the value jumps there.
+    and JSD_β/(1−β) → KL(q‖p); β = 0 and β = 1 *mean* those two KLs, as in other libraries, so the value jumps there.
     `normalized` divides by β(1−β): continuous up to and including the ends, and with the same curvature at p = q for
     every β, so that learning rates are comparable between them.
     """
@@ -220,7 +220,7 @@ class AlphaBeta(Divergence):
         α + β = 0   1/α² Σ [ log(q^α/p^α) + p^α/q^α − 1 ]
         α = β = 0   ½ Σ (log p − log q)²
 
-    (½, ½) is 2 Σ(√p−√q)², (1, 1) is ½‖p−q‖², (2, −1) is ½χ². All cases are one, with the power means' difference quotient
+    (½, ½) is 2 Σ(√p−√q)², (1, 1) is ½‖p−q‖², (2, −1) is ½χ². All cases are one, with the difference quotient
     G(t) = q^(α+β) ((p/q)^t − 1)/t, which is smooth in t through 0: the value is (G(α+β) − G(α))/β, the pull −G(α).
     """
 

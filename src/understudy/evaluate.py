@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .batch import Batch, Example
 from .data import Examples
@@ -32,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     examples: Examples,
     rollout: Rollout,
@@ -73,7 +72,7 @@ def evaluate(
 
 @torch.no_grad()
 def distance(
-    model: nn.Module, teacher: Teacher, examples: Sequence[Example], vocabulary: int, batch_size: int = 32
+    model: Any, teacher: Teacher, examples: Sequence[Example], vocabulary: int, batch_size: int = 32
 ) -> dict[str, float]:
     """The means over all response tokens of what `scores.compare` says of model and teacher."""
     sums: dict[str, float] = {}

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from understudy.rows import BadRow, DataError, SourceRow, describe, did_you_mean
+from .registry import did_you_mean
+from .rows import BadRow, DataError, SourceRow, describe
 
 PAIRS = {"prompt": "completion", "instruction": "output", "question": "answer"}  # the prompt's column: the answer's
 COLUMNS = ["messages", "prompt", "completion", "instruction", "input", "output", "question", "answer", "text"]
@@ -172,7 +173,7 @@ class Format:
         guesses = [guess for column in row.columns if (guess := did_you_mean(column, known))]
         raise BadRow(
             f"{row.where}: no kind of row that is understood ({UNDERSTOOD}) has the columns "
-            f'{_listed(row.columns)}; name yours with columns or template{guesses[0] if guesses else ""}'
+            f"{_listed(row.columns)}; name yours with columns or template{guesses[0] if guesses else ''}"
         )
 
     def _answer_beside_template(self, row: SourceRow) -> str:

@@ -147,7 +147,7 @@ class TopK:
 
 Source = Projected | Dense | TopK
 
-# A rule turns some rows of the student's log-probabilities (C, V) into values (C,) and, if asked, their derivative (C, V).
+# A rule turns rows of the student's log-probabilities (C, V) into values (C,) and, if asked, their derivative (C, V).
 Rule = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -218,7 +218,7 @@ class _Project(torch.autograd.Function):
         temperature: float,
     ) -> Tensor:
         ctx.head, ctx.rule, ctx.temperature = head, rule, temperature
-        values, *grads = _walk(hidden, weight, bias, head, rule, weights, temperature, ctx.needs_input_grad[:3])
+        values, grads = _walk(hidden, weight, bias, head, rule, weights, temperature, ctx.needs_input_grad[:3])
         ctx.save_for_backward(hidden, weight, bias, weights, *grads)
         return values
 
@@ -232,7 +232,7 @@ class _Project(torch.autograd.Function):
             grads = [None if grad is None else grad * factor for grad in grads]
         else:
             asked = ctx.needs_input_grad[:3]
-            _, *grads = _walk(hidden, weight, bias, ctx.head, ctx.rule, upstream, ctx.temperature, asked)
+            _, grads = _walk(hidden, weight, bias, ctx.head, ctx.rule, upstream, ctx.temperature, asked)
         return *grads, None, None, None, None
 
 
@@ -245,7 +245,7 @@ def _walk(
     weights: Tensor,
     temperature: float,
     asked: tuple[bool, ...],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """One pass over all rows: values (N,) and the gradients of Σ weights · values that are asked for."""
     head = replace(head, weight=weight, bias=bias)
     wide = _wide(weight.dtype)
@@ -275,7 +275,7 @@ def _walk(
             else:
                 grad_weight += grad.t() @ hidden[rows]
     narrow = [None if grad is None else grad.to(weight.dtype) for grad in (grad_hidden, grad_weight, grad_bias)]
-    return values, *narrow
+    return values, narrow
 
 
 def _common_factor(upstream: Tensor, weights: Tensor) -> Tensor | None:

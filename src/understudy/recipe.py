@@ -7,26 +7,29 @@ constructor's arguments; `training` is transformers' TrainingArguments, `peft` i
 error with the line and the nearest match. This file reads and checks; `run.py` builds. It imports no torch.
 """
 
+import copy
 import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from .registry import Registry, nearest
-
-
-class RecipeError(ValueError):
-    """What is wrong with a recipe, in one sentence that names the place and the remedy."""
-
-    def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(message)
-        self.key = key  # dotted, where the complaint is about one
+from .recipe_text import Places, RecipeError, place, read
+from .registry import Registry, UnknownName, did_you_mean, nearest
 
 
 class _Block(BaseModel):
@@ -41,7 +44,7 @@ class Student(_Block):
     layers: list[int] | None = None  # the teacher's layers to keep, with their weights
     peft: dict[str, Any] | None = None  # LoraConfig
     merge: bool = False  # save adapters merged into the model
-    dtype: str = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
     options: dict[str, Any] = {}  # further arguments of from_pretrained
     tokenizer: str | None = None  # default: the student's own, or the teacher's for one that is fresh or cut
 
@@ -49,9 +52,12 @@ class Student(_Block):
     def _one_origin(self) -> "Student":
         given = [name for name in ("model", "fresh", "layers") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a student comes from exactly one of model, fresh or layers, not {' and '.join(given) or 'none'}")
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"a student comes from exactly one of model, fresh and layers, and this has {found}")
         if self.merge and self.peft is None:
-            raise ValueError("merge is for adapters: give the student a peft block")
+            raise ValueError("merge is for adapters: give the student a peft block, or leave merge out")
+        if self.peft is not None and self.model is None and not self.merge:
+            raise ValueError(f"adapters alone would be saved, without the {given[0]} model below them: add merge: true")
         return self
 
 
@@ -80,8 +86,8 @@ class Evaluate(_Block):
     split: str = "test"
     name: str | None = None
     limit: int | None = 500
-    show: int = 3  # answers of the student shown as it learns
-    show_every: int | None = None  # steps between; default: a fifth of the run
+    show: int = Field(default=3, ge=0)  # answers of the student shown as it learns
+    show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
 
 
 class Recipe(_Block):
@@ -93,41 +99,67 @@ class Recipe(_Block):
     rollout: tuple[str, dict[str, Any]] = ("generate", {})
     data: Data
     training: dict[str, Any] = {}
-    evaluate: Evaluate = Evaluate()
+    evaluate: Evaluate = Field(default_factory=Evaluate)
 
     _source: str = PrivateAttr("recipe")
-    _lines: Mapping[tuple[str, ...], int] = PrivateAttr({})
+    _places: Places = PrivateAttr(default_factory=dict)
 
     @field_validator("teacher", "method", "rollout", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         return named(value) if value is not None else None
 
+    def check(self, word: str, registry: Registry[Any], **given: Any) -> None:
+        """Refuse what `build` would refuse before it calls the constructor, which may load a model."""
+        name, fields = getattr(self, word)
+        with self.locating(word):
+            arguments(registry.get(name), fields, f"{word}.{name}", **given)
+
     def build(self, word: str, registry: Registry[Any], **given: Any) -> Any:
         """The instance that `method`, `teacher` or `rollout` describes; `given` are arguments that no recipe sets."""
         name, fields = getattr(self, word)
-        try:
-            found = registry.get(name)
-        except ValueError as error:
-            raise self.complaint(word, str(error)) from None
-        try:
-            return construct(found, fields, f"{word}.{name}", **given)
-        except RecipeError as error:
-            raise self.complaint(error.key or word, str(error)) from None
+        with self.locating(word):
+            return construct(registry.get(name), fields, f"{word}.{name}", **given)
+
+    @property
+    def source(self) -> Path:
+        """The file that the recipe was read from, as far as it was."""
+        return Path(self._source)
 
     @property
     def name(self) -> str:
         """The recipe's file name without its ending, or "recipe"."""
-        return Path(self._source).stem
+        return self.source.stem
 
     def complaint(self, key: str, message: str) -> RecipeError:
         """An error about a dotted key, with the line it stands in."""
-        return RecipeError(f"{_place(self._source, self._lines, tuple(key.split('.')))}: {message}", key)
+        where = place(self._source, self._places, tuple(key.split(".")))
+        return RecipeError(f"{where}: {message}", key, located=True)
+
+    @contextmanager
+    def locating(self, key: str) -> Iterator[None]:
+        """Give what is refused in this block its place in the recipe: the key that it names itself, or `key`."""
+        try:
+            yield
+        except UnknownName as error:
+            raise self.complaint(key, str(error)) from None
+        except RecipeError as error:
+            raise error if error.located else self.complaint(error.key or key, str(error)) from None
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as a dictionary that `parse` reads back to the same one."""
-        plain = self.model_dump(exclude_none=True)
+        plain = _given(self)
         return plain | {key: {plain[key][0]: plain[key][1]} for key in ("teacher", "method", "rollout") if key in plain}
+
+
+def _given(block: BaseModel) -> dict[str, Any]:
+    """The block's fields without those that are None by default and were left so."""
+    values = {name: getattr(block, name) for name in type(block).model_fields}
+    return {
+        name: _given(value) if isinstance(value, BaseModel) else copy.deepcopy(value)
+        for name, value in values.items()
+        if value is not None or type(block).model_fields[name].default is not None
+    }
 
 
 def named(value: Any) -> tuple[str, dict[str, Any]]:
@@ -149,75 +181,82 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: for anything that is not a recipe, naming the file, the line and the remedy.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}; recipes are YAML files, see the folder recipes/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
-    try:
-        content, lines = _read_yaml(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
-    for override in overrides:
-        _override(content, override)
-    return parse(content, str(path), lines)
+    content, places = read(path, overrides)
+    return parse(content, str(path), places)
 
 
-def parse(content: dict[str, Any], source: str = "recipe", lines: Mapping[tuple[str, ...], int] | None = None) -> Recipe:
-    """Check a recipe given as a dictionary."""
+def parse(content: dict[str, Any], source: str = "recipe", places: Places | None = None) -> Recipe:
+    """Check a recipe given as a dictionary; `source` and `places` are for complaints."""
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(_sentence(error, source, lines or {})) from None
-    recipe._source, recipe._lines = source, lines or {}
+        raise RecipeError(_sentence(error, source, places or {})) from None
+    recipe._source, recipe._places = source, places or {}
     return recipe
 
 
 def construct(cls: type, fields: Mapping[str, Any], where: str, **given: Any) -> Any:
-    """Build an instance from a recipe's fields, checked against the constructor's signature.
+    """Build an instance from a recipe's fields.
+
+    Raises:
+        RecipeError: as `arguments`, and for what the constructor refuses.
+    """
+    values = arguments(cls, fields, where, **given)
+    try:
+        return cls(**values)
+    except RecipeError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {error}", where) from None
+
+
+def arguments(cls: type, fields: Mapping[str, Any], where: str, **given: Any) -> dict[str, Any]:
+    """A recipe's fields as arguments of a constructor, checked against its signature.
 
     Args:
         where: what the fields are called in complaints, such as `method.gkd`.
         given: arguments that the recipe does not set.
 
     Raises:
-        RecipeError: for an unknown field, a missing one or one of the wrong type, and what the constructor refuses.
+        RecipeError: for an unknown field, a missing one or one of the wrong type.
     """
     parameters = inspect.signature(cls).parameters
     hints = typing.get_type_hints(cls.__init__)
     values = dict(given)
     for name, value in fields.items():
-        if name not in parameters or name.startswith("_"):
+        if name not in parameters or name.startswith("_") or name in given:
             known = [n for n in parameters if n not in given and not n.startswith("_")]
-            raise RecipeError(f"{where} has no field {name!r}{nearest(name, known)}", f"{where}.{name}")
+            raise RecipeError(f'{where} has no field "{name}"{nearest(str(name), known)}', f"{where}.{name}")
         values[name] = _convert(value, hints.get(name, Any), f"{where}.{name}")
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in values and p.kind is not p.VAR_KEYWORD]
+    missing = [
+        n for n, p in parameters.items() if p.default is p.empty and n not in values and p.kind is not p.VAR_KEYWORD
+    ]
     if missing:
-        raise RecipeError(f"{where} needs {missing[0]!r}: add {where}.{missing[0]}", where)
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {error}", where) from None
+        raise RecipeError(f'{where} needs "{missing[0]}": add {where}.{missing[0]}', where)
+    return values
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     from .divergences import Divergence
 
-    if isinstance(hint, type) and issubclass(hint, Divergence):
-        return _divergence(value, where)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
-    if any(isinstance(option, type) and not option.__module__.startswith("builtins") for option in options):
-        hint = str  # a model in Python, its name in a recipe
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if any(isinstance(option, type) and issubclass(option, Divergence) for option in options):
+        return None if value is None and type(None) in options else _divergence(value, where)
+    if str in options and any(isinstance(o, type) and o.__module__ != "builtins" for o in options):
+        hint = str | None if type(None) in options else str  # a model in Python, its name in a recipe
+    return checked(value, hint, where)
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """The value as the type that `hint` asks for.
+
+    Raises:
+        RecipeError: if it is none, naming `where` it stands.
+    """
     try:
-        return TypeAdapter(hint).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}", where) from None
+        raise RecipeError(f"{where}: {_lower(error.errors()[0]['msg'])}, not {value!r}", where) from None
 
 
 def _divergence(value: Any, where: str) -> Any:
@@ -234,85 +273,43 @@ def _divergence(value: Any, where: str) -> Any:
     except ValueError as error:
         raise RecipeError(f"{where}: {error}", where) from None
     if name not in known:
-        raise RecipeError(f"{where}: there is no divergence {name!r}{nearest(name, list(known))}", where)
+        raise RecipeError(f'{where}: there is no divergence "{name}"{nearest(name, known)}', where)
     return construct(known[name], fields, f"{where}.{name}")
 
 
 def _snake(name: str) -> str:
     """JensenShannon → jensen_shannon, ForwardKL → forward_kl."""
-    return "".join(f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with 1e-5 as a number, as everybody means it."""
-
-
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The content, and the line of every key, counted from 1. A key given twice is an error."""
-    lines: dict[tuple[str, ...], int] = {}
-
-    def visit(node: Any, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*path, str(key.value))
-                if here in lines:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands here twice", problem_mark=key.start_mark)
-                lines[here] = key.start_mark.line + 1
-                visit(value, here)
-
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        visit(node, ())
-        return (loader.construct_document(node) if node is not None else None), lines
-    finally:
-        loader.dispose()
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"{override!r} is no override; write key.key=value, such as training.max_steps=100")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
-    except yaml.YAMLError:
-        value = text
-    *parents, last = key.split(".")
-    here = content
-    for parent in parents:
-        if isinstance(here.get(parent), str) and parent in ("teacher", "method", "rollout"):
-            here[parent] = {here[parent]: {}}
-        below = here.setdefault(parent, {})
-        if below is None:
-            below = here[parent] = {}
-        if not isinstance(below, dict):
-            raise RecipeError(f"{override!r} goes below {parent!r}, which is the value {below!r} and has no fields")
-        here = below
-    here[last] = value
-
-
-def _place(source: str, lines: Mapping[tuple[str, ...], int], path: tuple[str, ...]) -> str:
-    """The recipe's name and the line of the key, or of the nearest key above it that stands in the file."""
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    return f"{source}, line {line}" if line else source
-
-
-def _sentence(error: ValidationError, source: str, lines: Mapping[tuple[str, ...], int]) -> str:
+def _sentence(error: ValidationError, source: str, places: Places) -> str:
     """The first complaint of pydantic's, with its line and what to do."""
-    first = error.errors()[0]
-    path = tuple(str(part) for part in first["loc"])
-    where = _place(source, lines, path)
+    unknown = ("extra_forbidden", "invalid_key")  # a misspelt key goes before what is missing therefore
+    first = min(error.errors(), key=lambda e: e["type"] not in unknown)
+    path = tuple(str(part) for part in first["loc"] if part != "[key]")
+    where = place(source, places, path)
     key = ".".join(path)
+    blocks = {"student": Student, "data": Data, "evaluate": Evaluate}
     if first["type"] == "extra_forbidden":
-        block = Recipe if len(path) == 1 else {"student": Student, "data": Data, "evaluate": Evaluate}.get(path[0], Recipe)
-        return f"{where}: unknown key {key!r}{nearest(path[-1], list(block.model_fields))}"
+        known = (Recipe if len(path) == 1 else blocks[path[0]]).model_fields
+        homes = [name for name, block in blocks.items() if path[-1] in block.model_fields] if len(path) == 1 else []
+        hint = f"; it belongs into the block {homes[0]}" if homes else nearest(path[-1], known)
+        return f'{where}: unknown key "{key}"{hint}'
     if first["type"] == "missing":
-        return f"{where}: {key!r} is missing; a recipe needs at least student, method and data"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: {message}" if first["type"] == "value_error" else f"{where}: {key}: {message}, not {first['input']!r}"
+        block = "recipe" if len(path) == 1 else f"{path[0]} block"
+        return f'{where}: "{key}" is missing, and every {block} needs it'
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{where}: {key} has fields, written as `{path[-1]}: {{key: value}}`, and is not {first['input']!r:.60}"
+    if first["type"] == "value_error":
+        return f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}"
+    guess = did_you_mean(first["input"], _choices(first)) if isinstance(first["input"], str) else ""
+    return f"{where}: {key}: {_lower(first['msg'])}, not {first['input']!r:.60}{guess}"
+
+
+def _choices(error: Any) -> list[str]:
+    """What pydantic expected where it expected one of a few words."""
+    return re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,10 +1,15 @@
 """Finding instances of an idea by their file's name: methods, teachers, rollouts. Adding one is adding a file."""
 
 import difflib
+from collections.abc import Iterable
 from importlib import import_module, resources
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class UnknownName(ValueError):
+    """A name that belongs to nothing, with the nearest one that does."""
 
 
 class Registry(Generic[T]):
@@ -16,16 +21,18 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """The file names, without importing any of them."""
         files = resources.files(self.package).iterdir()
-        return sorted(f.name.removesuffix(".py") for f in files if f.name.endswith(".py") and not f.name.startswith("_"))
+        return sorted(
+            f.name.removesuffix(".py") for f in files if f.name.endswith(".py") and not f.name.startswith("_")
+        )
 
     def get(self, name: str) -> type[T]:
         """The class of the file `name`.
 
         Raises:
-            ValueError: if there is no such file; names the nearest match.
+            UnknownName: if there is no such file; names the nearest match.
         """
         if name not in self.names():
-            raise ValueError(f"there is no {self.noun} {name!r}{nearest(name, self.names())}")
+            raise UnknownName(f'there is no {self.noun} "{name}"{nearest(name, self.names())}')
         module = import_module(f"{self.package}.{name}")
         [found] = [
             x
@@ -35,7 +42,13 @@ class Registry(Generic[T]):
         return found
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """The end of a sentence about an unknown name: what was probably meant, or what there is."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(known))}"
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: what was probably meant, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """As `did_you_mean`, but where nothing is near, what there is."""
+    known = sorted(known)
+    return did_you_mean(name, known) or f"; there {'are' if len(known) > 1 else 'is'}: {', '.join(known)}"

@@ -41,5 +41,7 @@ class Writers:
     @property
     def teacher(self) -> Rollout:
         if self._teacher is None:
-            raise ValueError("this method trains on the teacher's responses: give it a rollout and a teacher that can write")
+            raise ValueError(
+                "this method trains on the teacher's responses: give it a rollout and a teacher that can write"
+            )
         return self._teacher

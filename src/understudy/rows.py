@@ -6,14 +6,15 @@ decides whether that ends the reading.
 """
 
 import csv
-import difflib
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+from .registry import did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a .txt file
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # file names that name a split
@@ -55,12 +56,6 @@ def read_rows(dataset: str | Path, split: str = "train", name: str | None = None
         raise DataError(f'there is no file or folder "{dataset}"{did_you_mean(path.name, nearby)}')
     else:
         yield from _read_hub(str(dataset), split, name)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a complaint about `word`: the nearest of the `known` words, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def _kind(path: Path) -> str:

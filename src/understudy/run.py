@@ -10,26 +10,28 @@ The same command again resumes an interrupted run from its last complete checkpo
 """
 
 import copy
+import errno
 import json
-import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
 import yaml
+from rich import get_console
 from rich.console import Console
+from torch import nn
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .answers import KeptAnswers
-from .callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
 from .batch import Example
+from .callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
 from .data import Examples, examples_from_rows, load_examples
 from .evaluate import distance
 from .method import Method
@@ -37,22 +39,31 @@ from .methods import METHODS
 from .models import (
     all_stop_ids,
     check_tokenizers,
+    check_vocabulary,
+    load_config,
     load_student,
     load_tokenizer,
+    loading,
+    student_config,
     teacher_name,
     tokenizer_name,
     window_of,
 )
 from .playground.names import is_playground, resolve, rows
-from .recipe import Data, Recipe, RecipeError
-from .registry import nearest
+from .recipe import Data, Recipe, RecipeError, checked, load
+from .registry import did_you_mean
 from .rollouts import ROLLOUTS
 from .scores import Knowledge
 from .step import Step
 from .teachers import TEACHERS
 from .trainer import DistillationTrainer, last_checkpoint
 
-logger = logging.getLogger(__name__)
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_DEAR = ("student", "teacher_answers.jsonl")  # what takes long to compute, beside checkpoints
+_RESULTS = (  # all that a run writes
+    *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl"),
+    *("metrics.jsonl", "samples.jsonl", "before.json", "run.json"),
+)
 
 
 class Interrupted(Exception):
@@ -65,6 +76,7 @@ class Run:
 
     recipe: Recipe
     trainer: DistillationTrainer
+    tokenizer: Any
     folder: Path
     train: Examples
     held_out: Examples | None
@@ -77,21 +89,26 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
         RecipeError: for what is wrong with the recipe, before anything is computed.
         Interrupted: after Ctrl-C, with a checkpoint saved.
     """
-    console = console or Console()
+    console = console or get_console()
     arguments = training_arguments(recipe)
-    folder = Path(arguments.output_dir)
-    if restart and arguments.process_index == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    _claim(folder, recipe, arguments)
+    folder = Path(arguments.output_dir or ".")
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            _claim(folder, recipe, restart)
     if (folder / "run.json").exists() and (folder / "student").exists():
-        console.print(f"{folder} is finished already; --restart runs it again")
-        return json.loads((folder / "run.json").read_text())
+        console.print(f"{folder} is finished already; --restart runs it again", soft_wrap=True)
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
     run = build(recipe, arguments, console)
     checkpoint = last_checkpoint(folder)
+    _check_unchanged(run)
     if checkpoint:
-        console.print(f"resuming from {checkpoint}")
-    before = _remember(folder / "before.json", lambda: own_samples(run))
+        console.print(f"resuming from {checkpoint}", soft_wrap=True)
+        before = json.loads((folder / "before.json").read_text(encoding="utf-8"))["own_samples"]
+    else:
+        before = own_samples(run)
+        began = {"fingerprint": run.train.fingerprint, "own_samples": before}
+        _write(folder / "before.json", json.dumps(began), arguments)
     watch = StopOnInterrupt()
     run.trainer.add_callback(watch)
     start = time.perf_counter()
@@ -100,45 +117,48 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
         raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command goes on from there")
     seconds = time.perf_counter() - start
     metrics = run.trainer.evaluate() if run.held_out is not None else {}
-    save_student(run)
     summary = _summary(run, seconds, metrics) | {"own_samples": {"before": before, "after": own_samples(run)}}
-    if arguments.process_index == 0:
-        _write(folder / "run.json", json.dumps(summary, indent=2))
+    save_student(run)
+    _write(folder / "run.json", json.dumps(summary, indent=2), arguments)
     return summary
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
-    """Build what a recipe describes; everything that can be refused without computing is refused here."""
-    set_seed(arguments.seed)
+    """Build what a recipe describes. Mistakes are looked for in the order of what finding them costs."""
     method: Method = recipe.build("method", METHODS)
-    tokenizer = load_tokenizer(tokenizer_name(recipe))
-    name = teacher_name(recipe)
-    if name is not None:
-        check_tokenizers(tokenizer, load_tokenizer(name))
-    student = load_student(recipe, name)
+    rollout = recipe.build("rollout", ROLLOUTS)
     wanted = method.needs > Knowledge.NOTHING or "teacher" in method.authors
     if wanted and recipe.teacher is None:
-        raise recipe.complaint("method", f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`")
+        message = f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
+        raise recipe.complaint("method", message)
+    if recipe.teacher is not None:
+        recipe.check("teacher", TEACHERS, vocabulary=0)
+
+    # From here on files are read, or fetched from the hub; weights come last.
+    name = teacher_name(recipe)
+    with recipe.locating("student"):
+        tokenizer = load_tokenizer(tokenizer_name(recipe))
+        config = student_config(recipe, name)
+        check_vocabulary(tokenizer, config, "the student has")
+    configs = [config]
+    if name is not None:
+        with recipe.locating("teacher"):
+            check_tokenizers(tokenizer, load_tokenizer(name))
+            if wanted:
+                configs.append(load_config(name))
+                check_vocabulary(tokenizer, configs[-1], "the teacher has")
+    writes = method.authors - {"dataset"}
+    train, held_out = _datasets(recipe, method, tokenizer, window_of(*configs), rollout.max_new_tokens if writes else 1)
+
+    set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
+    with recipe.locating("student"):
+        student = load_student(recipe, config, name)
     teacher = _teacher(recipe, len(tokenizer)) if wanted else None
-    rollout = recipe.build("rollout", ROLLOUTS)
     if rollout.stop_ids is None:
         rollout.stop_ids = all_stop_ids(tokenizer, student, getattr(teacher, "model", None))
-
-    writes = method.authors - {"dataset"}
-    window = window_of(student, getattr(teacher, "model", None))
-    reserve = rollout.max_new_tokens if writes else 1
-    train = load_data(recipe.data, tokenizer, window, reserve)
-    if "dataset" in method.authors:
-        train.require_responses(recipe.method[0])
-    held_out = None
-    if recipe.evaluate.dataset is not None:
-        look = recipe.evaluate
-        other = {"dataset": look.dataset, "split": look.split, "name": look.name, "limit": look.limit}
-        held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
-
-    folder = Path(arguments.output_dir)
+    folder = Path(arguments.output_dir or ".")
     teacher_writer = None
-    if "teacher" in writes:
+    if "teacher" in writes and teacher is not None:
         writer = copy.copy(rollout).follow(teacher.model, tokenizer, "teacher")
         teacher_writer = KeptAnswers(writer, folder / "teacher_answers.jsonl")
     trainer = DistillationTrainer(
@@ -159,7 +179,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         source = held_out or train
         examples = [source[i] for i in range(min(shown.show, len(source)))]
         trainer.add_callback(ShowSamples(rollout, examples, tokenizer, every, folder / "samples.jsonl", console))
-    return Run(recipe, trainer, folder, train, held_out)
+    return Run(recipe, trainer, tokenizer, folder, train, held_out)
 
 
 def own_samples(run: Run, count: int = 64) -> dict[str, float]:
@@ -173,26 +193,41 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
     source = run.held_out or run.train
     prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
     written = trainer.writers.student.generate(prompts, Step(0, trainer.args.seed))
+    assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, trainer.teacher, written, trainer.vocabulary)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The training block, which is TrainingArguments, with a run folder and logging at a pace to watch."""
-    known = {f.name for f in fields(TrainingArguments) if f.init}
-    for key in recipe.training:
-        if key not in known:
-            message = f"transformers' TrainingArguments have no field {key!r}{_close(key, known)}"
-            raise recipe.complaint(f"training.{key}", message)
-    defaults: dict[str, Any] = {
+    values: dict[str, Any] = {
         "output_dir": f"runs/{recipe.name}",
         "report_to": "none",
         "logging_steps": 10,
         "save_total_limit": 2,
     }
+    known, hints = {f.name for f in fields(TrainingArguments) if f.init}, get_type_hints(TrainingArguments)
+    for key, value in recipe.training.items():
+        if key not in known:
+            message = f'transformers\' TrainingArguments have no field "{key}"{did_you_mean(key, known)}'
+            raise recipe.complaint(f"training.{key}", message)
+        hint = hints[key]
+        with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
+            values[key] = checked(value, hint, f"training.{key}") if hint in (int, float, bool) else value
+        if key in _AT_LEAST_ONE and value < 1:
+            raise recipe.complaint(f"training.{key}", f"training.{key} is {value}, and 1 is the least")
+    if values.get("eval_strategy", "no") not in ("no", False) and recipe.evaluate.dataset is None:
+        message = "evaluating while training needs held-out data: add evaluate.dataset, or leave eval_strategy out"
+        raise recipe.complaint("training.eval_strategy", message)
     try:
-        return TrainingArguments(**{**defaults, **recipe.training})
-    except (ValueError, TypeError, ImportError) as error:
-        raise recipe.complaint("training", str(error).strip().split("\n")[0]) from None
+        made = TrainingArguments(**values)
+        for callback in get_reporting_integration_callbacks(made.report_to):
+            callback()  # fails where the logger's package is not installed
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        key = next((key for key in recipe.training if key in str(error)), "")
+        key = key or next((key for key, value in recipe.training.items() if f"{value} " in f"{error} "), "")
+        message = str(error).strip().split("\n")[0]
+        raise recipe.complaint(f"training.{key}".rstrip("."), f"training.{key}: {message}".replace(".:", ":")) from None
+    return made
 
 
 def load_data(data: Data, tokenizer: Any, window: int | None, reserve: int) -> Examples:
@@ -213,6 +248,23 @@ def load_data(data: Data, tokenizer: Any, window: int | None, reserve: int) -> E
     return load_examples(data.dataset, tokenizer, split=data.split, name=data.name, reserve=reserve, **options)
 
 
+def _datasets(
+    recipe: Recipe, method: Method, tokenizer: Any, window: int | None, reserve: int
+) -> tuple[Examples, Examples | None]:
+    """What is trained on and, where the recipe names it, what is held out."""
+    look = recipe.evaluate
+    other = {"dataset": look.dataset, "split": look.split, "name": look.name, "limit": look.limit}
+    with recipe.locating("data"):
+        train = load_data(recipe.data, tokenizer, window, reserve)
+        held_out = None
+        if look.dataset is not None:
+            held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
+    if "dataset" in method.authors:
+        for examples in filter(None, (train, held_out)):
+            examples.require_responses(recipe.method[0])
+    return train, held_out
+
+
 def save_student(run: Run) -> None:
     """The student and its tokenizer in student/, complete or not there at all; adapters merged where asked for."""
     trainer, target = run.trainer, run.folder / "student"
@@ -221,7 +273,7 @@ def save_student(run: Run) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         if trainer.args.should_save:
             model.save_pretrained(partial)
-            trainer.processing_class.save_pretrained(partial)
+            run.tokenizer.save_pretrained(partial)
     else:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
@@ -234,24 +286,57 @@ def save_student(run: Run) -> None:
 def _teacher(recipe: Recipe, vocabulary: int) -> Any:
     assert recipe.teacher is not None
     name, fields = recipe.teacher
-    located = recipe.model_copy(update={"teacher": (name, {**fields, "model": resolve(fields["model"])})})
-    located._source, located._lines = recipe._source, recipe._lines
-    return located.build("teacher", TEACHERS, vocabulary=vocabulary)
+    place = fields.get("model", name)
+    located = recipe.model_copy(update={"teacher": (name, {**fields, "model": resolve(place)})})
+    with recipe.locating("teacher"), loading("model", place):
+        return located.build("teacher", TEACHERS, vocabulary=vocabulary)
 
 
-def _claim(folder: Path, recipe: Recipe, arguments: TrainingArguments) -> None:
+def _claim(folder: Path, recipe: Recipe, restart: bool) -> None:
     """Make the folder this recipe's, and refuse one that belongs to another: nothing computed is overwritten."""
-    if arguments.process_index != 0:
-        return
-    text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
     file = folder / "recipe.yaml"
-    if file.exists() and file.read_text(encoding="utf-8") != text and (last_checkpoint(folder) or (folder / "student").exists()):
-        raise recipe.complaint(
-            "training.output_dir",
-            f"{folder} holds a run of another recipe; give another training.output_dir, or --restart to delete that run",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, text)
+    same = _is_of(file, recipe)
+    if not same and file.exists() and file.resolve() == recipe.source.resolve():
+        message = f"{folder} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
+        raise recipe.complaint("training.output_dir", f"{message}: give another training.output_dir")
+    if not same and not restart and _is_dear(folder):
+        message = f"{folder} holds a run of another recipe: give another training.output_dir, or --restart"
+        raise recipe.complaint("training.output_dir", f"{message} to delete that run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if restart or not same:
+            _clear(folder, _RESULTS)
+        if not same:
+            _write(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+        elif not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        message = f"the run's folder {folder} cannot be written ({error.strerror}): give another training.output_dir"
+        raise recipe.complaint("training.output_dir", message) from None
+
+
+def _is_dear(folder: Path) -> bool:
+    """Does a run's folder hold what took long to compute?"""
+    return last_checkpoint(folder) is not None or any((folder / name).exists() for name in _DEAR)
+
+
+def _is_of(file: Path, recipe: Recipe) -> bool:
+    """Is this the resolved recipe of a run of `recipe`?"""
+    if not file.exists():
+        return False
+    try:
+        return load(file).resolved() == recipe.resolved()
+    except RecipeError:
+        return False
+
+
+def _clear(folder: Path, names: tuple[str, ...]) -> None:
+    """Delete what a run wrote into its folder, and nothing else that may lie there."""
+    for name in names:
+        for path in folder.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
@@ -276,25 +361,30 @@ def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, A
         "processes": trainer.args.world_size,
         "device": str(trainer.args.device) if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
     }
 
 
-def _remember(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What was computed when the run began, also after it was interrupted and resumed."""
-    if not path.exists():
-        _write(path, json.dumps(compute()))
-    return json.loads(path.read_text())
+def _check_unchanged(run: Run) -> None:
+    """Refuse to go on with other data than a run began with: its order and the teacher's answers belong to the rows."""
+    file = run.folder / "before.json"
+    if not file.exists() or not _is_dear(run.folder):
+        return
+    if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != run.train.fingerprint:
+        message = f"{run.train.source} is not what it was when the run in {run.folder} began"
+        message += ": restore it, give another training.output_dir, or --restart to delete that run"
+        raise run.recipe.complaint("data.dataset", message)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def _write(path: Path, text: str, arguments: TrainingArguments | None = None) -> None:
+    """Write a file whole or not at all; with `arguments`, on the main process alone."""
+    if arguments is not None and arguments.process_index != 0:
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _close(key: str, known: set[str]) -> str:
-    close = nearest(key, sorted(known))
-    return close if "did you mean" in close else ""

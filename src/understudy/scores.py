@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +90,11 @@ def compare(teacher: Scores, student: Scores) -> dict[str, Tensor]:
 
 
 def score(
-    model: nn.Module,
+    model: Any,
     batch: Batch,
     then: Callable[[Scores], Tensor],
     *,
-    head_of: nn.Module | None = None,
+    head_of: Any = None,
     vocabulary: int | None = None,
     weights: Tensor | None = None,
     project: bool = True,
@@ -158,13 +158,13 @@ def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, 
     return inputs, torch.cat([batch.predicts.new_zeros(rows, length), batch.predicts], dim=1)
 
 
-def is_projectable(layer: nn.Module | None) -> bool:
+def is_projectable(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Is this output embedding a plain linear layer whose weight can be used directly?"""
     return isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and not hasattr(layer, "_hf_hook")
 
 
 @torch.no_grad()
-def parity(model: nn.Module, token: int = 0) -> float:
+def parity(model: Any, token: int = 0) -> float:
     """The largest difference between the model's own logits and those its head gives, relative to their size.
 
     A model that does something to its logits that is not known here shows a difference, and must take the plain path.
@@ -183,7 +183,7 @@ def parity(model: nn.Module, token: int = 0) -> float:
             .logits[0, :-1]
             .float()
         )
-        made = score(model, batch, lambda scores: scores.source.head(scores.source.hidden)).float()
+        made = score(model, batch, lambda scores: _own_logits(scores.source)).float()
         sent = torch.tensor([-100.0, 0.01, 1.0, 10.0, 1000.0], device=made.device)
         back = score(model, batch, lambda scores: sent).float()
     finally:
@@ -192,6 +192,11 @@ def parity(model: nn.Module, token: int = 0) -> float:
         return float("inf")
     logits = float((own - made.to(own.device)).abs().max() / own.abs().max().clamp(min=1e-6))
     return max(logits, float(((back.to(sent.device) - sent) / sent).abs().max()))
+
+
+def _own_logits(source: Source) -> Tensor:
+    assert isinstance(source, Projected)
+    return source.head(source.hidden)
 
 
 @contextmanager
@@ -212,11 +217,11 @@ _altered: set[int] = set()  # the ids of configurations that are switched off by
 
 
 @contextmanager
-def _bare_logits(model: nn.Module) -> Iterator[tuple[float, float | None]]:
+def _bare_logits(model: Any) -> Iterator[tuple[float, float | None]]:
     """Keep the model from touching what its head returns, and say what it would have done: (scale, softcap).
 
-    Models differ in where they write this down: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA X
-    multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
+    Models write this down in different places: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA
+    X multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
     """
     _refuse_inside_another(model)
     config = model.config.get_text_config()
@@ -246,7 +251,7 @@ def _bare_logits(model: nn.Module) -> Iterator[tuple[float, float | None]]:
         _altered.discard(id(config))
 
 
-def _refuse_inside_another(model: nn.Module) -> None:
+def _refuse_inside_another(model: Any) -> None:
     """Within `_bare_logits`, a second model (or the same) that shares the configuration would give wrong logits."""
     config = getattr(model, "config", None)
     if config is not None and id(config.get_text_config()) in _altered:

@@ -15,7 +15,9 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     own = summary["own_samples"]
     if own["before"]:
-        table = Table("on the student's own samples", "before", "after", title="distance to the teacher, nats per token")
+        table = Table(
+            "on the student's own samples", "before", "after", title="distance to the teacher, nats per token"
+        )
         for name in ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"):
             table.add_row(name, f"{own['before'][name]:.4g}", f"{own['after'][name]:.4g}")
         console.print(table)

@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .batch import Batch, Example, deal
-from .callbacks import AdvanceMethod, ShowProgress
+from .callbacks import AdvanceMethod, RefuseBrokenGradients, ShowProgress
 from .method import Method
 from .rollout import Rollout, Writers
 from .scores import Knowledge, Scores, compare, parity, score
@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):
         method: what to train on and what to minimise.
         rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
         processing_class: the tokenizer that student and teacher share; required.
-        kwargs: everything else of `transformers.Trainer`: args, train_dataset (of `Example`s), eval_dataset, callbacks …
+        kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole optimizer step itself
@@ -70,14 +70,21 @@ class DistillationTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         _check(method, teacher)
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            same = getattr(teacher, "model", None) is student
+            why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
+            raise ValueError(f"there is nothing to train in the student: {why}")
         args.remove_unused_columns = False  # rows are Examples, not columns
+        args.dataloader_pin_memory = False  # nor tensors
         args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
+        accelerator_config: Any = args.accelerator_config
+        accelerator_config.dispatch_batches = False  # nor could they be sent to other processes as such
         super().__init__(
             model=student,
             args=args,
-            data_collator=list,
+            data_collator=cast(Any, list),  # examples stay ragged until Batch.of
             processing_class=processing_class,
-            callbacks=[AdvanceMethod(method), *callbacks],
+            callbacks=[RefuseBrokenGradients(), AdvanceMethod(method), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
@@ -133,7 +140,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         loss = self._weighted_loss(model, inputs["batch"], diagnose=self._is_logged())
         if not torch.isfinite(loss):
@@ -166,7 +173,8 @@ class DistillationTrainer(Trainer):
     def _is_logged(self) -> bool:
         """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
         every = max(int(self.state.logging_steps or 1), 1)
-        return (self.state.global_step + 1) % every == 0 or (self.args.logging_first_step and self.state.global_step == 0)
+        step = self.state.global_step
+        return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -182,20 +190,26 @@ class DistillationTrainer(Trainer):
         Returns `{prefix}_loss` and, where the teacher scores, the means over tokens that training logs.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        examples: list[Example] = list(dataset)[self.args.process_index :: self.args.world_size]
+        if dataset is None:
+            raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
+        examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
         training, self.window = self.window, Window()  # evaluation has its own counts
+        remembered = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
+        model = cast(nn.Module, self.model)
+        model.eval()
         for start in range(0, len(examples), self.args.per_device_eval_batch_size):
             part = examples[start : start + self.args.per_device_eval_batch_size]
             part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
             batch = Batch.of(part, self.pad, self.args.device)
             self.window.saw(batch)
             with self.compute_loss_context_manager():
-                total += self._weighted_loss(self.model, batch, diagnose=True)
+                total += self._weighted_loss(model, batch, diagnose=True)
             units += self.method.units(batch)
         line = self.window.close(self.accelerator)
         self.window = training
+        if remembered:
+            self.method.load_state_dict(remembered)  # what it collected here was not for training
         total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
         line = {"loss": float(total / units)} | {name: v for name, v in line.items() if not name.startswith("seconds")}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
@@ -208,7 +222,7 @@ class DistillationTrainer(Trainer):
         if _internal_call and self.args.should_save:
             state = {f"method.{name}": tensor.contiguous() for name, tensor in self.method.state_dict().items()}
             state["tokens_seen"] = torch.tensor(self.tokens_seen)
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / STATE_FILE)
         super().save_model(output_dir, _internal_call)
@@ -216,14 +230,19 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; `True` resumes from the last checkpoint that was written to its end, if there is one."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.tokens_seen = 0
         if resume_from_checkpoint:
             state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
             self.tokens_seen = int(state.pop("tokens_seen"))
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
         self.window = Window()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ShowProgress):
+                    callback.progress.stop()  # gives the terminal its cursor back, also after an error
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -54,12 +54,14 @@ class Window:
 
         Lengths are in tokens; `truncated` is the share of responses cut off by a length limit; divergences and
         entropies are means over response tokens in nats; `tokens_per_second` counts response tokens of all processes
-        over wall-clock time; seconds are those of the process that asks.
+        over wall-clock time. Seconds are the first process's own; `seconds_other` is the rest of the time since the
+        last line: optimizer, data, evaluation, checkpoints.
         """
         local = torch.tensor([self._sums[name] for name in _SUMS], dtype=torch.float64, device=accelerator.device)
         total = dict(zip(_SUMS, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
         elapsed = time.perf_counter() - self._since
         line = {f"seconds_{activity}": self._seconds[activity] for activity in _ACTIVITIES}
+        line["seconds_other"] = elapsed - sum(line.values())
         if total["responses"]:
             line["response_length"] = total["tokens"] / total["responses"]
             line["truncated"] = total["truncated"] / total["responses"]

@@ -34,10 +34,13 @@ class GKD(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"gkd needs on_policy between 0 and 1, not {self.on_policy}")
+        if self.mix not in ("step", "example"):
+            raise ValueError(f"gkd needs a mix of step or example, not {self.mix!r}")
 
     @property
     def authors(self) -> frozenset[Author]:
-        return frozenset({"dataset"} if self.on_policy < 1 else ()) | frozenset({"student"} if self.on_policy > 0 else ())
+        wanted: dict[Author, bool] = {"dataset": self.on_policy < 1, "student": self.on_policy > 0}
+        return frozenset(author for author, is_wanted in wanted.items() if is_wanted)
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         def own(example: Example) -> bool:
@@ -46,7 +49,9 @@ class GKD(Method):
 
         kept = [e for e in examples if not own(e)]
         asked = [e for e in examples if own(e)]
-        return kept + (writers.student.generate(asked, step) if asked else [])
+        # Under a sharded student all processes write together: one that has nothing to ask must not stay away.
+        writes = asked or (self.mix == "example" and self.on_policy > 0)
+        return kept + (writers.student.generate(asked, step) if writes else [])
 
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
         return self.divergence.between(teacher, student)

@@ -28,7 +28,9 @@ class KD(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sft_weight < 1:
-            raise ValueError(f"kd needs sft_weight in [0, 1), not {self.sft_weight}; for labels alone use the method sft")
+            raise ValueError(
+                f"kd needs sft_weight in [0, 1), not {self.sft_weight}; for labels alone use the method sft"
+            )
 
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
         loss = self.divergence.between(teacher, student)

@@ -13,7 +13,6 @@ The answer is written as in GSM8K (https://arxiv.org/abs/2110.14168): the workin
 """
 
 import random
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass

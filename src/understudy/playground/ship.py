@@ -19,7 +19,7 @@ def ship(student: str) -> None:
     tokenizer().save_pretrained(target)
     size = (target / "model.safetensors").stat().st_size
     assert size <= LIMIT, f"{size} bytes are more than the package should carry"
-    print(f"{target}: {size / 2**20:.1f} MB")
+    sys.stdout.write(f"{target}: {size / 2**20:.1f} MB\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from understudy.playground.arithmetic import NAMES, THEMES, THINGS
+from .arithmetic import NAMES, THEMES, THINGS
 
 PIECE = r"####| ?[A-Za-z]+|[\s\S]"  # the result's mark; a word with the space before it; any other character
 SPECIAL = ("<pad>", "<eos>", "<unk>")

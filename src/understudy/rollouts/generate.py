@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..batch import Author, Example
 from ..rollout import Rollout
@@ -58,7 +59,9 @@ class GenerateRollout(Rollout):
             own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
             stop = sorted({*_ids(own), *_ids(tokenizer.eos_token_id)})
         if not stop:
-            raise ValueError("the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids")
+            raise ValueError(
+                "the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids"
+            )
         self._model, self._author = model, author
         self._stop = torch.tensor(stop)
         self._vocabulary = len(tokenizer)
@@ -75,9 +78,9 @@ class GenerateRollout(Rollout):
                 names = (self._author, prompt.row, seen[prompt.row])
                 wanted.append((prompt, step.stream(self.max_new_tokens, *names)))
                 seen[prompt.row] += 1
-        self._check_window(max(len(prompt.prompt) for prompt, _ in wanted))
+        self._check_window(max((len(prompt.prompt) for prompt in prompts), default=0))
         order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0].prompt))
-        written: list[Example | None] = [None] * len(wanted)
+        written: dict[int, Example] = {}
         with _writing(self._model):
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
@@ -85,14 +88,14 @@ class GenerateRollout(Rollout):
                 for i, response in zip(part, responses, strict=True):
                     cut = response[-1] not in self._stop
                     written[i] = replace(wanted[i][0], response=response, author=self._author, truncated=cut)
-        return written
+        return [written[i] for i in range(len(wanted))]
 
     def _check_window(self, longest: int) -> None:
         window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if window is not None and longest + self.max_new_tokens > window:
             raise ValueError(
-                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit into the model's window of "
-                f"{window}: lower max_new_tokens or data.max_prompt_length"
+                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit into the model's window "
+                f"of {window}: lower max_new_tokens or data.max_prompt_length"
             )
 
     def _write(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
@@ -108,7 +111,12 @@ class GenerateRollout(Rollout):
         writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
         cache = None
         for position in range(self.max_new_tokens):
-            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            inputs: dict[str, Any] = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "past_key_values": cache,
+                "use_cache": True,
+            }
             if "position_ids" in takes:
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             if "logits_to_keep" in takes:
@@ -116,7 +124,9 @@ class GenerateRollout(Rollout):
             output = self._model(**inputs)
             cache = getattr(output, "past_key_values", None)
             if cache is None:
-                raise ValueError(f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one")
+                raise ValueError(
+                    f"{type(_bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one"
+                )
             tokens = self._sample(output.logits[:, -1, : self._vocabulary], uniforms[rows, position])
             for row, token, alive in zip(rows.tolist(), tokens.tolist(), writing.tolist(), strict=True):
                 if alive:
@@ -140,14 +150,18 @@ class GenerateRollout(Rollout):
 
 
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p."""
+    """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p.
+
+    Tokens as likely as the k-th stay with it; of those as likely as the last of the mass p, the lowest ids stay.
+    """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(-1)
-        before = probs.cumsum(-1) - probs  # the mass of the likelier ones; the first is always kept
-        logits = logits.masked_fill(torch.zeros_like(before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.softmax(-1).cumsum(-1)
+        dropped = torch.zeros_like(mass, dtype=torch.bool)
+        dropped[:, 1:] = mass[:, :-1] >= top_p  # the mass of the likelier ones is enough; the first is always kept
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
     return logits
 
 
@@ -160,16 +174,26 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 @contextmanager
 def _writing(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever the model does in training."""
+    """Without dropout, whatever the model does in training; a sharded model (FSDP2) with its weights gathered.
+
+    Gathered once and not at every token: that is faster, and each process may write as many tokens as it needs to.
+    """
     was_training = model.training
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     model.eval()
     try:
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
         yield
     finally:
         model.train(was_training)
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)  # the default of fully_shard
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def _bare(model: Any) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -40,7 +40,7 @@ class LocalTeacher(Teacher):
     ) -> None:
         if isinstance(model, str):
             model = _load(model, dtype, device, quantization, options or {})
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
         self._placed = device is not None or quantization is not None or hasattr(model, "hf_device_map")
         self._project = not _is_sharded(model) and parity(model) < _PARITY
@@ -57,7 +57,9 @@ class LocalTeacher(Teacher):
             said.append(scores)
             return batch.input_ids
 
-        score(self.model, batch.to(self.model.device), keep, vocabulary=self.vocabulary, project=self._project)
+        device = self.model.device
+        with torch.autocast(device.type, enabled=False):  # the student's, if any
+            score(self.model, batch.to(device), keep, vocabulary=self.vocabulary, project=self._project)
         return said[0]
 
 

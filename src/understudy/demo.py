@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluate import evaluate
-from ..models import all_stop_ids, load_model, load_tokenizer
-from ..recipe import Data, load
-from ..rollouts.generate import GenerateRollout
-from ..run import distill, load_data
+from .evaluate import evaluate
+from .models import all_stop_ids, load_model, load_tokenizer
+from .recipe import Data, load
+from .rollouts.generate import GenerateRollout
+from .run import distill, load_data
 
 TEACHER = "playground:arithmetic"
 _QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", "evaluate.show=1"]
@@ -28,8 +28,8 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     start = time.perf_counter()
     console.rule("[bold]understudy[/]: a small model learns to play the big one's part")
     console.print(
-        "The task: word problems with written-out working. The teacher ships with the package; the student starts from\n"
-        "random weights, is warmed up on worked solutions, and then learns from the teacher in two ways.\n"
+        "The task: word problems with written-out working. The teacher ships with the package; the student starts\n"
+        "from random weights, is warmed up on worked solutions, and then learns from the teacher in two ways.\n"
     )
 
     def train(name: str, *overrides: str) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     console.rule("500 problems that nobody has seen" if not quick else "a few problems")
     rows = [
         _judge("teacher", TEACHER, None, quick, seed),
-        _judge("student, SFT warm start", f"{warm['folder']}/student", warm, quick, seed),
+        _judge("student after SFT", f"{warm['folder']}/student", warm, quick, seed),
         _judge("  then supervised KD", f"{fixed['folder']}/student", fixed, quick, seed),
-        _judge("  then GKD", f"{own['folder']}/student", own, quick, seed),
+        _judge("  then GKD (λ = 0.5)", f"{own['folder']}/student", own, quick, seed),
     ]
     _show(rows, console)
     console.print(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", soft_wrap=True)
@@ -90,8 +90,8 @@ def _judge(name: str, model: str, run: dict[str, Any] | None, quick: bool, seed:
 
 
 def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("model", title="exact answers on held-out problems, greedy")
-    for name in ("parameters", "accuracy", "training tokens", "training seconds"):
+    table = Table("model", title="exact answers on held-out problems (greedy), and what the training took")
+    for name in ("parameters", "accuracy", "tokens", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         trained = ("", "") if row["tokens"] is None else (f"{row['tokens']:,}", f"{row['seconds']:.0f}")
@@ -99,6 +99,6 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     _, warm, fixed, own = (row["accuracy"] for row in rows)
     console.print(
-        f"GKD: {own - warm:+.1%} points over its warm start, {own - fixed:+.1%} points over supervised KD with the same "
-        "number of training tokens.".replace("% points", " points")
+        f"GKD: {100 * (own - warm):+.1f} points over its warm start, {100 * (own - fixed):+.1f} points over supervised "
+        "KD with the same number of training tokens."
     )

@@ -1,0 +1,79 @@
+"""The command line answers at once where nothing has to be computed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import described, write
+
+from understudy import cli
+
+HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
+
+
+def imported(*arguments):
+    """Run the command line in a process of its own: what it imported, what it said."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-X", "importtime", "-m", "understudy", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    lines = done.stderr.splitlines()
+    names = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    said = done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
+    assert "understudy.cli" in names
+    return names, said
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("help", "Usage: "),
+        ("nothing", "Usage: "),
+        ("help of a command", "--restart"),
+        ("a misspelt command", "Did you mean 'distill'?"),
+        ("no file", "there is no recipe"),
+        ("no YAML", "cannot be read as YAML"),
+        ("an unknown key", 'unknown key "studnt"; did you mean "student"?'),
+        ("an override", "is no override"),
+    ],
+)
+def test_help_and_mistakes_load_nothing_heavy(case, sentence, tmp_path):
+    (tmp_path / "broken.yaml").write_text("student: {")
+    write(tmp_path / "unknown.yaml", {"studnt": {}})
+    write(tmp_path / "good.yaml", described(tmp_path))
+    arguments = {
+        "help": ["--help"],
+        "nothing": [],
+        "help of a command": ["distill", "--help"],
+        "a misspelt command": ["distil"],
+        "no file": ["distill", tmp_path / "none.yaml"],
+        "no YAML": ["distill", tmp_path / "broken.yaml"],
+        "an unknown key": ["distill", tmp_path / "unknown.yaml"],
+        "an override": ["distill", tmp_path / "good.yaml", "max_steps"],
+    }[case]
+    names, said = imported(*arguments)
+    assert sentence in said
+    assert not names.intersection(HEAVY)
+
+
+def test_methods_are_listed_with_their_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["understudy", "methods"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "gkd: " in printed
+    assert "on_policy = 1.0" in printed
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    monkeypatch.setattr(sys, "argv", ["understudy", "methods"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

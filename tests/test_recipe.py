@@ -1,0 +1,231 @@
+"""A recipe is read as it was meant, says where its mistakes are, and writes itself down such that it is read back."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from folders import described, write
+from transformers import TrainingArguments
+
+from understudy import divergences
+from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseKL
+from understudy.method import Method
+from understudy.methods import METHODS
+from understudy.recipe import RecipeError, construct, load, parse
+from understudy.rollouts import ROLLOUTS
+from understudy.teachers import TEACHERS
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+LEAST = {"student": {"model": "some/model"}, "method": "sft", "data": {"dataset": "rows.jsonl"}}
+
+
+@pytest.fixture
+def least(tmp_path):
+    return write(tmp_path / "least.yaml", LEAST)
+
+
+def test_the_least_recipe_has_defaults_for_everything_else(least):
+    recipe = load(least)
+    assert recipe.name == "least"
+    assert recipe.teacher is None
+    assert recipe.method == ("sft", {})
+    assert recipe.rollout == ("generate", {})
+    assert recipe.training == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "value"),
+    [
+        (["student.model=other"], ("student", "model"), "other"),
+        (["student.peft.r=8"], ("student", "peft"), {"r": 8}),
+        (["teacher.local.model=big"], ("teacher",), {"local": {"model": "big"}}),
+        (["teacher=local", "teacher.local.model=big"], ("teacher",), {"local": {"model": "big"}}),
+        (["method=gkd", "method.gkd.on_policy=0.5"], ("method",), {"gkd": {"on_policy": 0.5}}),
+        (["method.sft.reduction=sequence"], ("method",), {"sft": {"reduction": "sequence"}}),
+        (["rollout.generate.temperature=0"], ("rollout",), {"generate": {"temperature": 0}}),
+        (["data.columns.prompt=en"], ("data", "columns"), {"prompt": "en"}),
+        (["data.template={a} = {b}"], ("data", "template"), "{a} = {b}"),
+        (["data.limit=null"], ("data", "limit"), None),
+        (["training.learning_rate=1e-5"], ("training", "learning_rate"), 1e-5),
+        (["training.learning_rate=3E-4"], ("training", "learning_rate"), 3e-4),
+        (["training.weight_decay=.1"], ("training", "weight_decay"), 0.1),
+        (["training.bf16=true"], ("training", "bf16"), True),
+        (["training.report_to=[wandb, trackio]"], ("training", "report_to"), ["wandb", "trackio"]),
+        (["training.run_name=a=b"], ("training", "run_name"), "a=b"),
+        (["training.lr_scheduler_kwargs={min_lr: 1e-6}"], ("training", "lr_scheduler_kwargs"), {"min_lr": 1e-6}),
+        (["evaluate.dataset=test.jsonl"], ("evaluate", "dataset"), "test.jsonl"),
+        (["training.seed=1", "training.seed=2"], ("training", "seed"), 2),
+    ],
+)
+def test_overrides_reach_into_every_block_and_make_it_where_it_is_missing(least, overrides, where, value):
+    found = load(least, overrides).resolved()
+    for key in where:
+        found = found.get(key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_number_with_an_exponent_is_a_number_in_a_file_too(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(LEAST) + "training: {a: 1e-5, b: -2E+3, c: 1.5e3, d: 1e5x, e: e5}\n"
+    )
+    assert load(tmp_path / "r.yaml").training == {"a": 1e-5, "b": -2e3, "c": 1.5e3, "d": "1e5x", "e": "e5"}
+
+
+def test_a_resolved_recipe_is_read_back_as_the_same(tmp_path):
+    content = {
+        **described(tmp_path),
+        "evaluate": {"dataset": "a.jsonl", "limit": None, "show": 0},
+        "training": {"max_steps": 3, "lr_scheduler_kwargs": None, "learning_rate": 1e-5},
+    }
+    recipe = parse(content)
+    resolved = recipe.resolved()
+    assert parse(resolved).resolved() == resolved
+    file = write(tmp_path / "again.yaml", resolved)
+    again = load(file)
+    assert again.resolved() == resolved
+    assert again.evaluate.limit is None
+    for word in type(recipe).model_fields:
+        assert getattr(again, word) == getattr(recipe, word), word
+
+
+def test_changing_a_resolved_recipe_changes_no_recipe(tmp_path):
+    recipe = parse(described(tmp_path))
+    recipe.resolved()["training"]["max_steps"] = 99
+    recipe.resolved()["method"]["gkd"]["on_policy"] = 0.9
+    assert recipe.training["max_steps"] == 2
+    assert recipe.method == ("gkd", {"on_policy": 0.5})
+
+
+@dataclasses.dataclass
+class Example:
+    """Something to construct."""
+
+    count: int
+    divergence: divergences.Divergence = dataclasses.field(default_factory=ForwardKL)
+    other: divergences.Divergence | None = None
+    model: Method | str = "none"
+    names: list[str] | None = None
+    fraction: float = 0.5
+    whole: bool = False
+    _private: int = 0
+
+
+@pytest.mark.parametrize(
+    ("value", "divergence"),
+    [
+        ("reverse_kl", ReverseKL()),
+        ({"jensen_shannon": {"beta": 0.9}}, JensenShannon(0.9)),
+        (
+            {"jensen_shannon": {"beta": 0.1, "temperature": 2, "rescale": True}},
+            JensenShannon(0.1, temperature=2.0, rescale=True),
+        ),
+        ({"alpha_beta": {"alpha": 0.2, "beta": 0.7}}, AlphaBeta(0.2, 0.7)),
+        ({"forward_kl": None}, ForwardKL()),
+    ],
+)
+def test_a_divergence_is_a_name_or_a_name_with_fields(value, divergence):
+    assert construct(Example, {"count": 1, "divergence": value}, "x").divergence == divergence
+    assert construct(Example, {"count": 1, "other": value}, "x").other == divergence
+
+
+def test_every_divergence_can_be_named():
+    snakes = {
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+        "skew_kl",
+        "skew_reverse_kl",
+        "alpha_beta",
+    }
+    for name in snakes:
+        made = construct(Example, {"count": 1, "divergence": {name: {"temperature": 2.0}}}, "x").divergence
+        assert made.temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, 'x needs "count": add x.count'),
+        ({"count": 1.5}, "x.count: .*integer.*not 1.5"),
+        ({"count": "many"}, "x.count: .*integer.*not 'many'"),
+        ({"count": 1, "fraction": [1]}, r"x.fraction: .*number.*not \[1\]"),
+        ({"count": 1, "whole": 7}, "x.whole: .*boolean.*not 7"),
+        ({"count": 1, "names": "a"}, "x.names: .*list.*not 'a'"),
+        ({"count": 1, "model": 5}, "x.model: .*string.*not 5"),
+        ({"count": 1, "cuont": 2}, 'x has no field "cuont"; did you mean "count"'),
+        ({"count": 1, "_private": 2}, 'x has no field "_private"'),
+        ({"count": 1, "divergence": 3}, "x.divergence: write one name"),
+        ({"count": 1, "divergence": {"a": 1, "b": 2}}, "x.divergence: write one name"),
+        ({"count": 1, "divergence": None}, "x.divergence: write one name"),
+        (
+            {"count": 1, "divergence": {"forward_kl": {"beta": 1}}},
+            'x.divergence.forward_kl has no field "beta"; there are',
+        ),
+        ({"count": 1, "divergence": {"forward_kl": {"temperature": 0}}}, "x.divergence.forward_kl: .*above 0"),
+    ],
+)
+def test_fields_are_checked_against_the_constructor(fields, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        construct(Example, fields, "x")
+
+
+def test_what_is_given_is_no_field_of_a_recipe():
+    assert construct(Example, {}, "x", count=3).count == 3
+    with pytest.raises(RecipeError, match='x has no field "count"'):
+        construct(Example, {"count": 4}, "x", count=3)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_field_of_every_method_can_be_written_in_a_recipe(name):
+    cls = METHODS.get(name)
+    default = cls()
+    assert construct(cls, {}, name) == default
+    for field in dataclasses.fields(cls):
+        value = getattr(default, field.name)
+        if isinstance(value, divergences.Divergence):
+            made = construct(cls, {field.name: {"reverse_kl": {"temperature": 3.0}}}, name)
+            assert getattr(made, field.name) == ReverseKL(temperature=3.0)
+        else:
+            written = yaml.safe_load(yaml.safe_dump(value))
+            assert getattr(construct(cls, {field.name: written}, name), field.name) == value
+        with pytest.raises(RecipeError):
+            construct(cls, {field.name: {"no": ["such", "value"]}}, name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_recipe_of_the_repository_can_be_built(path):
+    recipe = load(path)
+    assert parse(recipe.resolved()).resolved() == recipe.resolved()
+    recipe.build("method", METHODS)
+    recipe.build("rollout", ROLLOUTS)
+    if recipe.teacher is not None:
+        recipe.check("teacher", TEACHERS, vocabulary=1)
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert recipe.training.keys() <= known
+
+
+def test_a_complaint_names_the_line_of_the_nearest_key_that_was_given(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "student:\n  model: a\nmethod:\n  gkd:\n    divergence:\n      skew_kl: {}\ndata: {dataset: b}\n"
+    )
+    recipe = load(tmp_path / "r.yaml", ["training.seed=3"])
+    places = {
+        "method.gkd.divergence.skew_kl": "line 6",
+        "method.gkd.divergence.skew_kl.alpha": "line 6",
+        "method.gkd": "line 4",
+        "data.max_length": "line 7",
+        "training.seed": 'the override "training.seed=3"',
+        "rollout": "r.yaml: x",
+    }
+    for key, place in places.items():
+        assert place in str(recipe.complaint(key, "x"))
+
+
+def test_a_complaint_is_located_once():
+    recipe = parse(LEAST, "r.yaml", {("data",): "r.yaml, line 3"})
+    with pytest.raises(RecipeError, match=r"^r.yaml, line 3: x$"), recipe.locating("student"), recipe.locating("data"):
+        raise RecipeError("x")
