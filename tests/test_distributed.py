@@ -18,8 +18,10 @@ from loop import difference, logged, rollout, student, trainer, weights
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon
+from understudy.methods.dpkd import DPKD
 from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
+from understudy.methods.promptkd import PromptKD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
 from understudy.scores import score
@@ -33,6 +35,8 @@ CASES = {
     "gkd, mixed by step": lambda: GKD(on_policy=0.5, reduction="token"),
     "gkd, mixed by example": lambda: GKD(on_policy=0.5, mix="example"),
     "seqkd": lambda: SeqKD(),
+    "promptkd": lambda: PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=2),
+    "dpkd": lambda: DPKD(),
 }
 NUMBERS = ("loss", "grad_norm", "forward_kl", "tokens", "response_length", "truncated", "eval_loss", "eval_tokens")
 
@@ -136,7 +140,7 @@ def test_two_processes_train_as_one_does(case, results, tmp_path):
     alone, numbers = train(tmp_path, case, 1)
     ranks = [torch.load(results / f"{case}-{rank}.pt") for rank in range(2)]
     assert difference(*ranks) == 0, "the processes have drifted apart"
-    assert difference(alone, ranks[0]) < 1e-10
+    assert difference(alone, ranks[0]) < (1e-6 if case == "promptkd" else 1e-10)  # a prompt is kept in float32
     assert difference(alone, weights(student().double())) > 1e-3
     together = json.loads((results / f"{case}.json").read_text())
     for name in NUMBERS:

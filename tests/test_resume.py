@@ -77,13 +77,15 @@ def uninterrupted(recipe, tmp_path_factory):
     return folder
 
 
-def command(recipe, folder):
-    return [sys.executable, "-m", "understudy", "distill", str(recipe), f"training.output_dir={folder}"]
+def command(recipe, folder, *changed):
+    return [sys.executable, "-m", "understudy", "distill", str(recipe), f"training.output_dir={folder}", *changed]
 
 
-def stopped_at(recipe, folder, ready, how):
+def stopped_at(recipe, folder, ready, how, *changed):
     """Start the run, send it a signal once `ready()`, and return its exit code."""
-    run = subprocess.Popen(command(recipe, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command(recipe, folder, *changed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 200  # a busy machine
     while not ready():
         assert run.poll() is None, run.stderr.read()
@@ -131,6 +133,21 @@ def test_a_killed_run_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert_the_same(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["{promptkd: {prompt_tokens: 3, prompt: w5}}", "{dpkd: {refresh: 3}}"])
+def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe, tmp_path):
+    """PromptKD's prompt and its optimizer; DPKD's answers of teacher and student."""
+    changed = [f"method={method}", "training.max_steps=12", "evaluate.dataset=null", "training.eval_strategy='no'"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    distill(load(recipe, [*changed, f"training.output_dir={whole}"]))
+    marks = (killed / "checkpoint-4" / "trainer_state.json").exists
+    assert stopped_at(recipe, killed, marks, signal.SIGKILL, *changed) == -signal.SIGKILL
+    assert not (killed / "run.json").exists(), "it was killed too late"
+    distill(load(recipe, [*changed, f"training.output_dir={killed}"]))
+    assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, whole)))
+    if "promptkd" in method:
+        assert same(*(load_file(f / "prompt" / "adapter_model.safetensors") for f in (killed, whole)))
 
 
 def test_an_interrupted_run_saves_exits_with_130_and_resumes_to_the_bit(recipe, uninterrupted, tmp_path):

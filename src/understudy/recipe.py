@@ -98,6 +98,7 @@ class Recipe(_Block):
     method: tuple[str, dict[str, Any]]
     rollout: tuple[str, dict[str, Any]] = ("generate", {})
     data: Data
+    corpus: Data | None = None  # plain text, for methods with a language-modelling loss
     training: dict[str, Any] = {}
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
@@ -289,7 +290,7 @@ def _sentence(error: ValidationError, source: str, places: Places) -> str:
     path = tuple(str(part) for part in first["loc"] if part != "[key]")
     where = place(source, places, path)
     key = ".".join(path)
-    blocks = {"student": Student, "data": Data, "evaluate": Evaluate}
+    blocks = {"student": Student, "data": Data, "corpus": Data, "evaluate": Evaluate}
     if first["type"] == "extra_forbidden":
         known = (Recipe if len(path) == 1 else blocks[path[0]]).model_fields
         homes = [name for name, block in blocks.items() if path[-1] in block.model_fields] if len(path) == 1 else []

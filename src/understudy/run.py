@@ -61,7 +61,7 @@ from .trainer import DistillationTrainer, last_checkpoint
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _DEAR = ("student", "teacher_answers.jsonl")  # what takes long to compute, beside checkpoints
 _RESULTS = (  # all that a run writes
-    *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl"),
+    *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl", "prompt"),
     *("metrics.jsonl", "samples.jsonl", "before.json", "run.json"),
 )
 
@@ -119,6 +119,8 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     metrics = run.trainer.evaluate() if run.held_out is not None else {}
     summary = _summary(run, seconds, metrics) | {"own_samples": {"before": before, "after": own_samples(run)}}
     save_student(run)
+    if arguments.process_index == 0:
+        run.trainer.method.export(folder)
     _write(folder / "run.json", json.dumps(summary, indent=2), arguments)
     return summary
 
@@ -148,7 +150,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
                 configs.append(load_config(name))
                 check_vocabulary(tokenizer, configs[-1], "the teacher has")
     writes = method.authors - {"dataset"}
-    train, held_out = _datasets(recipe, method, tokenizer, window_of(*configs), rollout.max_new_tokens if writes else 1)
+    window = window_of(*configs)
+    window = None if window is None else window - method.context
+    train, held_out = _datasets(recipe, method, tokenizer, window, rollout.max_new_tokens if writes else 1)
 
     set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
     with recipe.locating("student"):
@@ -188,13 +192,14 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
     Returns the means of `scores.compare` over the answers' tokens; nothing where no teacher's distribution is known.
     """
     trainer = run.trainer
-    if trainer.teacher is None or trainer.teacher.gives < Knowledge.DISTRIBUTION:
+    teacher = getattr(trainer.teacher, "plain", trainer.teacher)  # a prompted teacher as it is without its prompt
+    if teacher is None or teacher.gives < Knowledge.DISTRIBUTION:
         return {}
     source = run.held_out or run.train
     prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
     written = trainer.writers.student.generate(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
-    return distance(trainer.model, trainer.teacher, written, trainer.vocabulary)
+    return distance(trainer.model, teacher, written, trainer.vocabulary)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -259,6 +264,11 @@ def _datasets(
         held_out = None
         if look.dataset is not None:
             held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
+    if recipe.corpus is not None:
+        if not hasattr(method, "corpus"):
+            raise recipe.complaint("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
+        with recipe.locating("corpus"):
+            method.corpus = load_data(recipe.corpus.model_copy(update={"text_prompt": 1}), tokenizer, window, 1)
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])

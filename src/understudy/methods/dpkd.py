@@ -16,7 +16,7 @@ paper print the sigmoid's argument with the opposite sign, against their own pro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -39,7 +39,9 @@ class DPKD(Method):
     paper: ClassVar[str] = "Li et al., 2024, https://arxiv.org/abs/2406.19774"
 
     beta: float = 0.1
-    level: Literal["sequence", "token"] = "sequence"  # token: argmax pairs on the teacher's answers, the released script
+    level: Literal["sequence", "token"] = (
+        "sequence"  # token: argmax pairs on the teacher's answers, the released script
+    )
     length_normalized: bool = True  # Eq. 9; False is Eq. 8
     preference: Preference = "dpo"
     lm_weight: float = 0.5  # λ, of the corpus, if there is one
@@ -50,9 +52,9 @@ class DPKD(Method):
     penalty: float = 50.0  # λ of dpop
     refresh: int = 1  # a row's student answer is written anew when older than so many steps; 0: never
     reduction: Reduction = "sequence"
-    corpus: Sequence[Example] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        self.corpus: Sequence[Example] = ()  # texts of the language-modelling loss, their first token as the prompt
         if not self.beta > 0:
             raise ValueError(f"dpkd needs beta above 0, not {self.beta}")
         if not 0 <= self.sft_weight < 1 or not 0 <= self.label_smoothing < 0.5:
@@ -128,12 +130,12 @@ class DPKD(Method):
     def prefer(self, q_t: Tensor, p_t: Tensor, q_s: Tensor, p_s: Tensor) -> Tensor:
         """The preference loss, elementwise, of log-probabilities of winner (t) and loser (s) under student and teacher.
 
-            dpo    −log σ(β h),  h = (log q_t − log p_t) − (log q_s − log p_s), with label smoothing ε:
-                   −(1−ε) log σ(β h) − ε log σ(−β h)
-            ipo    (h − 1/(2β))²
-            cpo    −log σ(β (log q_t − log q_s)) − log q_t
-            simpo  −log σ(β (log q_t − log q_s) − γ)
-            dpop   −log σ(β (h − λ max(0, log p_t − log q_t)))
+        dpo    −log σ(β h),  h = (log q_t − log p_t) − (log q_s − log p_s), with label smoothing ε:
+               −(1−ε) log σ(β h) − ε log σ(−β h)
+        ipo    (h − 1/(2β))²
+        cpo    −log σ(β (log q_t − log q_s)) − log q_t
+        simpo  −log σ(β (log q_t − log q_s) − γ)
+        dpop   −log σ(β (h − λ max(0, log p_t − log q_t)))
         """
         h = (q_t - p_t) - (q_s - p_s)
         if self.preference == "ipo":
@@ -172,7 +174,9 @@ class DPKD(Method):
         if not state:
             return
         responses, prompts = state["responses"].tolist(), state["prompts"].tolist()
-        for (row, at, length, cut), prompt in zip(state["rows"].tolist(), state["prompt_lengths"].tolist(), strict=True):
+        for (row, at, length, cut), prompt in zip(
+            state["rows"].tolist(), state["prompt_lengths"].tolist(), strict=True
+        ):
             answer = Example(prompts[:prompt], responses[:length], "student", row, truncated=bool(cut))
             prompts, responses = prompts[prompt:], responses[length:]
             self._own[row] = at, answer

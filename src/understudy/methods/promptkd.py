@@ -209,7 +209,11 @@ class PromptedTeacher(Teacher):
                 module.eval()
             batch = self._fitting(batch)
             return score(
-                self.model, batch, then, vocabulary=self.vocabulary, weights=weights.to(batch.input_ids.device),
+                self.model,
+                batch,
+                then,
+                vocabulary=self.vocabulary,
+                weights=weights.to(batch.input_ids.device),
                 prefix=self.prompt,
             )
         finally:
