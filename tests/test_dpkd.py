@@ -1,4 +1,4 @@
-"""DPKD: the loss of a pair to six digits, its limits, its expected gradient by enumeration, and its answers in a run."""
+"""DPKD: the loss of a pair to six digits, its limits, its expected gradient by enumeration, its answers in a run."""
 
 import math
 from dataclasses import replace
@@ -182,9 +182,8 @@ class Dated(Rollout):
 
 def test_teacher_and_student_answer_the_same_prompt_in_pairs():
     found = collected(DPKD())
-    assert [(e.author, e.pair, e.row) for e in found] == [
-        ("teacher", 0, 0), ("student", 0, 0), ("teacher", 1, 1), ("student", 1, 1), ("teacher", 2, 2), ("student", 2, 2),
-    ]  # fmt: skip
+    expected = [(author, row, row) for row in range(3) for author in ("teacher", "student")]
+    assert [(e.author, e.pair, e.row) for e in found] == expected
 
 
 @pytest.mark.parametrize(("refresh", "written"), [(1, [0, 1, 2, 3]), (2, [0, 0, 2, 2]), (0, [0, 0, 0, 0])])

@@ -1,4 +1,4 @@
-"""PromptKD: the prompt is a prefix like any other, it alone is trained on the teacher's side, and it helps the student."""
+"""PromptKD: the prompt is a prefix like any other, and it alone is trained on the teacher's side."""
 
 import logging
 from dataclasses import replace
@@ -174,8 +174,8 @@ def test_recomputing_activations_changes_nothing():
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    method, judge = prompted(prompt_tokens=60)
-    with pytest.raises(ValueError, match="do not fit into the teacher's window of 64: lower data.max_length"):
+    _, judge = prompted(prompt_tokens=60)
+    with pytest.raises(ValueError, match=r"do not fit into the teacher's window of 64: lower data.max_length"):
         judge.score(BATCH)
 
 

@@ -18,7 +18,7 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 import transformers
@@ -268,7 +268,9 @@ def _datasets(
         if not hasattr(method, "corpus"):
             raise recipe.complaint("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
         with recipe.locating("corpus"):
-            method.corpus = load_data(recipe.corpus.model_copy(update={"text_prompt": 1}), tokenizer, window, 1)
+            cast(Any, method).corpus = load_data(
+                recipe.corpus.model_copy(update={"text_prompt": 1}), tokenizer, window, 1
+            )
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])

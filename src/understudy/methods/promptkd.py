@@ -1,6 +1,6 @@
 """PromptKD (Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842): a teacher that adapts to its student.
 
-A few soft prompt tokens P before the frozen teacher's input are all that is trained of it. With y ~ sg[q](·|x), each step
+A few soft prompt tokens P before the frozen teacher's input are all that is trained of it. With y ~ sg[q](·|x) a step
 
     updates P on   KL(p_P ‖ sg q) + c_k KL(p_P ‖ sg p),    c_k = c_0 (1 − k/K)             (p_P is the prompted teacher)
     updates q on   KL(q ‖ sg p_P)                           with the prompt just updated.
@@ -57,7 +57,7 @@ class PromptKD(Method):
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0:
             raise ValueError(f"promptkd needs prompt_tokens of at least 0, not {self.prompt_tokens}")
-        self._teacher: PromptedTeacher | None = None
+        self._teacher: Any = None  # the PromptedTeacher, once there is one
 
     @property
     def needs(self) -> Knowledge:
@@ -174,7 +174,7 @@ class PromptKD(Method):
             base_model_name_or_path=model.config.name_or_path,
             inference_mode=True,
         )
-        config.save_pretrained(target)
+        config.save_pretrained(str(target))
         save_file({"prompt_embeddings": prompt.detach().cpu().contiguous()}, target / "adapter_model.safetensors")
         logger.warning("the learned prompt reads most like %s", self.nearest_tokens())
 
