@@ -20,8 +20,10 @@ if typing.TYPE_CHECKING:
         TotalVariation,
     )
     from .method import Method
+    from .methods.dpkd import DPKD
     from .methods.gkd import GKD
     from .methods.kd import KD
+    from .methods.promptkd import PromptKD
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
     from .recipe import Recipe, load
@@ -50,8 +52,10 @@ _HOMES = {
         "TotalVariation",
     ),
     "method": ("Method",),
+    "methods.dpkd": ("DPKD",),
     "methods.gkd": ("GKD",),
     "methods.kd": ("KD",),
+    "methods.promptkd": ("PromptKD",),
     "methods.seqkd": ("SeqKD",),
     "methods.sft": ("SFT",),
     "recipe": ("Recipe", "load"),

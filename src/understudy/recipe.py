@@ -91,7 +91,10 @@ class Evaluate(_Block):
 
 
 class Recipe(_Block):
-    """The seven words. `method`, `teacher` and `rollout` are kept as (name, fields) until they are built."""
+    """The seven words, and `corpus` for methods that read one.
+
+    `method`, `teacher` and `rollout` are kept as (name, fields) until they are built.
+    """
 
     student: Student
     teacher: tuple[str, dict[str, Any]] | None = None

@@ -267,10 +267,9 @@ def _datasets(
     if recipe.corpus is not None:
         if not hasattr(method, "corpus"):
             raise recipe.complaint("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
+        texts = recipe.corpus.model_copy(update={"text_prompt": 1})
         with recipe.locating("corpus"):
-            cast(Any, method).corpus = load_data(
-                recipe.corpus.model_copy(update={"text_prompt": 1}), tokenizer, window, 1
-            )
+            cast(Any, method).corpus = load_data(texts, tokenizer, window, 1)
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])
