@@ -44,7 +44,7 @@ def test_no_prompt_is_the_teacher_itself():
     method, judge = prompted(prompt_tokens=0)
     plain, own = judge.plain.score(BATCH), judge.score(BATCH)
     torch.testing.assert_close(own.log_probs, plain.log_probs)
-    method.before_step([BATCH], student(), Step(0))
+    method.before_step([BATCH], student(), judge, Step(0))
     assert judge.prompt.numel() == 0
 
 
@@ -66,7 +66,7 @@ def test_the_prompt_step_trains_the_prompt_alone():
     learner = student().train()
     weights = {name: w.clone() for model in (judge.model, learner) for name, w in model.state_dict().items()}
     before = judge.prompt.detach().clone()
-    method.before_step([BATCH], learner, Step(0, total=10))
+    method.before_step([BATCH], learner, judge, Step(0, total=10))
     assert not torch.equal(before, judge.prompt)
     assert all(p.grad is None for model in (judge.model, learner) for p in model.parameters())
     assert all(torch.equal(weights[n], w) for n, w in learner.state_dict().items())
@@ -147,7 +147,7 @@ def test_a_strong_regularization_brings_the_teacher_back():
 
     before = distance()
     for number in range(60):
-        method.before_step([BATCH], student(), Step(number))
+        method.before_step([BATCH], student(), judge, Step(number))
     assert distance() < before / 3
 
 
@@ -160,7 +160,7 @@ def test_guidance_brings_the_teacher_nearer_to_the_student():
 
     before = distance()
     for number in range(40):
-        method.before_step([BATCH], learner, Step(number))
+        method.before_step([BATCH], learner, judge, Step(number))
     assert distance() < before
 
 
@@ -203,7 +203,7 @@ def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         method.export(tmp_path)
     assert "reads most like" in caplog.text
-    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "prompt").eval()
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()
     said = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
     torch.testing.assert_close(said.log_softmax(-1), judge.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
 

@@ -147,7 +147,7 @@ def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe,
     distill(load(recipe, [*changed, f"training.output_dir={killed}"]))
     assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, whole)))
     if "promptkd" in method:
-        assert same(*(load_file(f / "prompt" / "adapter_model.safetensors") for f in (killed, whole)))
+        assert same(*(load_file(f / "soft_prompt" / "adapter_model.safetensors") for f in (killed, whole)))
 
 
 def test_an_interrupted_run_saves_exits_with_130_and_resumes_to_the_bit(recipe, uninterrupted, tmp_path):

@@ -64,7 +64,7 @@ class Method(ABC):
         """One value per response token, (N,), which the loop weighs by `weights`; or values of any other shape, which
         it only sums. Differentiable in the student."""
 
-    def before_step(self, batches: list[Batch], student: Any, step: Step) -> None:
+    def before_step(self, batches: list[Batch], student: Any, teacher: Any, step: Step) -> None:
         """Train what the method itself owns, on the micro-batches that the student is about to see."""
 
     def advance(self, step: Step) -> None:

@@ -10,7 +10,6 @@ The same command again resumes an interrupted run from its last complete checkpo
 """
 
 import copy
-import errno
 import json
 import os
 import platform
@@ -22,7 +21,6 @@ from typing import Any, cast, get_type_hints
 
 import torch
 import transformers
-import yaml
 from rich import get_console
 from rich.console import Console
 from torch import nn
@@ -34,6 +32,7 @@ from .batch import Example
 from .callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
 from .data import Examples, examples_from_rows, load_examples
 from .evaluate import distance
+from .folder import check_unchanged, claim, write
 from .method import Method
 from .methods import METHODS
 from .models import (
@@ -50,7 +49,7 @@ from .models import (
     window_of,
 )
 from .playground.names import is_playground, resolve, rows
-from .recipe import Data, Recipe, RecipeError, checked, load
+from .recipe import Data, Recipe, RecipeError, checked
 from .registry import did_you_mean
 from .rollouts import ROLLOUTS
 from .scores import Knowledge
@@ -59,11 +58,6 @@ from .teachers import TEACHERS
 from .trainer import DistillationTrainer, last_checkpoint
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_DEAR = ("student", "teacher_answers.jsonl")  # what takes long to compute, beside checkpoints
-_RESULTS = (  # all that a run writes
-    *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl", "prompt"),
-    *("metrics.jsonl", "samples.jsonl", "before.json", "run.json"),
-)
 
 
 class Interrupted(Exception):
@@ -94,21 +88,21 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     folder = Path(arguments.output_dir or ".")
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
-            _claim(folder, recipe, restart)
+            claim(folder, recipe, restart)
     if (folder / "run.json").exists() and (folder / "student").exists():
         console.print(f"{folder} is finished already; --restart runs it again", soft_wrap=True)
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
     run = build(recipe, arguments, console)
     checkpoint = last_checkpoint(folder)
-    _check_unchanged(run)
+    check_unchanged(folder, recipe, run.train)
     if checkpoint:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
         before = json.loads((folder / "before.json").read_text(encoding="utf-8"))["own_samples"]
     else:
         before = own_samples(run)
         began = {"fingerprint": run.train.fingerprint, "own_samples": before}
-        _write(folder / "before.json", json.dumps(began), arguments)
+        write(folder / "before.json", json.dumps(began), arguments)
     watch = StopOnInterrupt()
     run.trainer.add_callback(watch)
     start = time.perf_counter()
@@ -121,7 +115,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     save_student(run)
     if arguments.process_index == 0:
         run.trainer.method.export(folder)
-    _write(folder / "run.json", json.dumps(summary, indent=2), arguments)
+    write(folder / "run.json", json.dumps(summary, indent=2), arguments)
     return summary
 
 
@@ -303,53 +297,6 @@ def _teacher(recipe: Recipe, vocabulary: int) -> Any:
         return located.build("teacher", TEACHERS, vocabulary=vocabulary)
 
 
-def _claim(folder: Path, recipe: Recipe, restart: bool) -> None:
-    """Make the folder this recipe's, and refuse one that belongs to another: nothing computed is overwritten."""
-    file = folder / "recipe.yaml"
-    same = _is_of(file, recipe)
-    if not same and file.exists() and file.resolve() == recipe.source.resolve():
-        message = f"{folder} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
-        raise recipe.complaint("training.output_dir", f"{message}: give another training.output_dir")
-    if not same and not restart and _is_dear(folder):
-        message = f"{folder} holds a run of another recipe: give another training.output_dir, or --restart"
-        raise recipe.complaint("training.output_dir", f"{message} to delete that run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if restart or not same:
-            _clear(folder, _RESULTS)
-        if not same:
-            _write(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-        elif not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        message = f"the run's folder {folder} cannot be written ({error.strerror}): give another training.output_dir"
-        raise recipe.complaint("training.output_dir", message) from None
-
-
-def _is_dear(folder: Path) -> bool:
-    """Does a run's folder hold what took long to compute?"""
-    return last_checkpoint(folder) is not None or any((folder / name).exists() for name in _DEAR)
-
-
-def _is_of(file: Path, recipe: Recipe) -> bool:
-    """Is this the resolved recipe of a run of `recipe`?"""
-    if not file.exists():
-        return False
-    try:
-        return load(file).resolved() == recipe.resolved()
-    except RecipeError:
-        return False
-
-
-def _clear(folder: Path, names: tuple[str, ...]) -> None:
-    """Delete what a run wrote into its folder, and nothing else that may lie there."""
-    for name in names:
-        for path in folder.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
     trainer = run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -379,23 +326,3 @@ def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, A
         },
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
     }
-
-
-def _check_unchanged(run: Run) -> None:
-    """Refuse to go on with other data than a run began with: its order and the teacher's answers belong to the rows."""
-    file = run.folder / "before.json"
-    if not file.exists() or not _is_dear(run.folder):
-        return
-    if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != run.train.fingerprint:
-        message = f"{run.train.source} is not what it was when the run in {run.folder} began"
-        message += ": restore it, give another training.output_dir, or --restart to delete that run"
-        raise run.recipe.complaint("data.dataset", message)
-
-
-def _write(path: Path, text: str, arguments: TrainingArguments | None = None) -> None:
-    """Write a file whole or not at all; with `arguments`, on the main process alone."""
-    if arguments is not None and arguments.process_index != 0:
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

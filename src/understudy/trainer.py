@@ -124,7 +124,7 @@ class DistillationTrainer(Trainer):
         for batch in batches:
             self.window.saw(batch)
         with self.window.spent("learn"):
-            self.method.before_step(batches, self.model, step)
+            self.method.before_step(batches, self.model, self.teacher, step)
         counts = [sum(self.method.units(b) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
         units, tokens = self.accelerator.reduce(counts, reduction="sum")

@@ -103,7 +103,7 @@ class PromptKD(Method):
         """c_k of optimizer step k, counted from 1: linear from c_0 to 0 at the run's last step."""
         return self.regularization * max(0.0, 1 - k / total) if total else self.regularization
 
-    def before_step(self, batches: list[Batch], student: Any, step: Step) -> None:
+    def before_step(self, batches: list[Batch], student: Any, teacher: Any, step: Step) -> None:
         """Update the prompt, with the student frozen, on the micro-batches that the student is about to see."""
         if not self.prompt_tokens:
             return
@@ -144,10 +144,14 @@ class PromptKD(Method):
         return self.divergence.between(teacher, student)
 
     def state_dict(self) -> dict[str, Tensor]:
+        if self._teacher is None:
+            return {}
         moments = self._optimizer.state.get(self._teacher.prompt, {})
         return {"prompt": self._teacher.prompt.detach(), **{f"adamw.{name}": x for name, x in moments.items()}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if not state:
+            return
         prompt = self._teacher.prompt
         with torch.no_grad():
             prompt.copy_(state["prompt"])
@@ -158,11 +162,11 @@ class PromptKD(Method):
             }
 
     def export(self, folder: Path) -> None:
-        """The prompt in PEFT's prompt-tuning format: `PeftModel.from_pretrained(teacher, folder / "prompt")`."""
+        """The prompt in PEFT's prompt-tuning format: `PeftModel.from_pretrained(teacher, folder / "soft_prompt")`."""
         from peft import PromptTuningConfig
 
         model, prompt = self._teacher.model, self._teacher.prompt
-        target = folder / "prompt"
+        target = folder / "soft_prompt"
         target.mkdir(parents=True, exist_ok=True)
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",
