@@ -137,6 +137,23 @@ def score(
             return model(**inputs).logits
 
 
+@torch.no_grad()
+def opinion(model: Any, batch: Batch, **options: Any) -> Scores:
+    """A model's Scores as constants, whatever goes on around: no gradients, nobody else's autocast.
+
+    Takes the `options` of `score`. Dropout is the caller's business.
+    """
+    said: list[Scores] = []
+
+    def keep(scores: Scores) -> Tensor:
+        said.append(scores)
+        return batch.input_ids
+
+    with torch.autocast(batch.input_ids.device.type, enabled=False):
+        score(model, batch, keep, **options)
+    return said[0]
+
+
 def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, Any], Tensor]:
     """What the model is called with, and which of its positions predict a response token.
 
@@ -161,6 +178,11 @@ def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, 
 def is_projectable(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Is this output embedding a plain linear layer whose weight can be used directly?"""
     return isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and not hasattr(layer, "_hf_hook")
+
+
+def can_project(model: Any) -> bool:
+    """May the head be taken apart? In bfloat16 the logits differ by rounding, with an unknown transform by far more."""
+    return parity(model) < 1e-2
 
 
 @torch.no_grad()

@@ -30,13 +30,12 @@ from .batch import Batch, Example, deal
 from .callbacks import AdvanceMethod, RefuseBrokenGradients, ShowProgress
 from .method import Method
 from .rollout import Rollout, Writers
-from .scores import Knowledge, Scores, compare, parity, score
+from .scores import Knowledge, Scores, can_project, compare, score
 from .step import Step
 from .teacher import Teacher
 from .window import Window
 
 STATE_FILE = "distillation.safetensors"
-_PARITY = 1e-2  # relative difference of logits above which the head is not taken apart; see `scores.parity`
 
 
 class DistillationTrainer(Trainer):
@@ -102,7 +101,7 @@ class DistillationTrainer(Trainer):
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
         self.window = Window()
         self.tokens_seen = 0  # response tokens trained on, by all processes, over the whole run
-        self._project = parity(student) < _PARITY
+        self._project = can_project(student)
         self.writers = self._writers(rollout, teacher_writer)
 
     def _writers(self, rollout: Rollout | None, teacher_writer: Rollout | None) -> Writers:

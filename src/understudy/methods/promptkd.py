@@ -25,7 +25,7 @@ from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
 from ..method import Method
 from ..rollout import Writers
-from ..scores import Knowledge, Scores, score
+from ..scores import Knowledge, Scores, can_project, opinion, score
 from ..step import Step
 from ..teacher import Teacher
 
@@ -58,6 +58,7 @@ class PromptKD(Method):
         if self.prompt_tokens < 0:
             raise ValueError(f"promptkd needs prompt_tokens of at least 0, not {self.prompt_tokens}")
         self._teacher: Any = None  # the PromptedTeacher, once there is one
+        self._student_projects: bool | None = None
 
     @property
     def needs(self) -> Knowledge:
@@ -128,7 +129,7 @@ class PromptKD(Method):
 
     def _prompt_loss(self, batch: Batch, student: Any, coefficient: float) -> Tensor:
         """Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] over the batch's tokens; gradients reach the prompt alone."""
-        wanted = _say(student, batch, self._teacher.vocabulary)
+        wanted = self._student_says(student, batch)
         plain = self._teacher.plain.score(batch) if coefficient else None
         weights = batch.weights(self.reduction)
 
@@ -139,6 +140,16 @@ class PromptKD(Method):
             return (weights.to(value.device) * value).sum()
 
         return self._teacher.differentiable(batch, loss, weights, self.teacher_dropout)
+
+    def _student_says(self, student: Any, batch: Batch) -> Scores:
+        """The student's Scores as constants, without dropout."""
+        if self._student_projects is None:
+            self._student_projects = can_project(student)
+        was_training = student.training
+        student.eval()
+        said = opinion(student, batch, vocabulary=self._teacher.plain.vocabulary, project=self._student_projects)
+        student.train(was_training)
+        return said
 
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
         return self.divergence.between(teacher, student)
@@ -195,13 +206,16 @@ class PromptedTeacher(Teacher):
     gives: ClassVar[Knowledge] = Knowledge.MODEL
 
     def __init__(self, plain: Any, prompt: nn.Parameter, checkpointing: bool) -> None:
-        self.plain, self.prompt, self.model, self.vocabulary = plain, prompt, plain.model, plain.vocabulary
+        self.plain, self.prompt, self.model = plain, prompt, plain.model
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        return _say(self.model, self._fitting(batch), self.vocabulary, self.prompt.detach())
+        return opinion(self.model, self._fitting(batch), prefix=self.prompt.detach(), **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        """As the plain teacher is scored."""
+        return {"vocabulary": self.plain.vocabulary, "project": self.plain.projects}
 
     def differentiable(self, batch: Batch, then: Any, weights: Tensor, dropout: bool) -> Tensor:
         """What `then` makes of the prompted teacher's Scores, differentiable in the prompt."""
@@ -212,14 +226,8 @@ class PromptedTeacher(Teacher):
             for module in silenced:
                 module.eval()
             batch = self._fitting(batch)
-            return score(
-                self.model,
-                batch,
-                then,
-                vocabulary=self.vocabulary,
-                weights=weights.to(batch.input_ids.device),
-                prefix=self.prompt,
-            )
+            weights = weights.to(batch.input_ids.device)
+            return score(self.model, batch, then, weights=weights, prefix=self.prompt, **self._how())
         finally:
             self.model.eval()
 
@@ -232,17 +240,6 @@ class PromptedTeacher(Teacher):
                 f"teacher's window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
             )
         return batch.to(self.model.device)
-
-
-@torch.no_grad()
-def _say(model: Any, batch: Batch, vocabulary: int | None, prefix: Tensor | None = None) -> Scores:
-    """A model's Scores as constants, without dropout."""
-    said: list[Scores] = []
-    was_training = model.training
-    model.eval()
-    score(model, batch, lambda scores: said.append(scores) or batch.input_ids, vocabulary=vocabulary, prefix=prefix)
-    model.train(was_training)
-    return said[0]
 
 
 def _toward(target: Scores, prompted: Scores, direction: Direction) -> Tensor:

@@ -3,13 +3,11 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..batch import Batch
-from ..scores import Knowledge, Scores, parity, score
+from ..scores import Knowledge, Scores, can_project, opinion
 from ..teacher import Teacher
-
-_PARITY = 1e-2  # relative; bfloat16 heads differ by rounding, an unknown transform by far more
 
 
 class LocalTeacher(Teacher):
@@ -43,24 +41,14 @@ class LocalTeacher(Teacher):
         self.model: Any = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
         self._placed = device is not None or quantization is not None or hasattr(model, "hf_device_map")
-        self._project = not _is_sharded(model) and parity(model) < _PARITY
+        self.projects = not _is_sharded(model) and can_project(model)
 
     def beside(self, device: torch.device) -> None:
         if not self._placed:
             self.model.to(device)
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        said: list[Scores] = []
-
-        def keep(scores: Scores) -> Tensor:
-            said.append(scores)
-            return batch.input_ids
-
-        device = self.model.device
-        with torch.autocast(device.type, enabled=False):  # the student's, if any
-            score(self.model, batch.to(device), keep, vocabulary=self.vocabulary, project=self._project)
-        return said[0]
+        return opinion(self.model, batch.to(self.model.device), vocabulary=self.vocabulary, project=self.projects)
 
 
 def _load(
