@@ -298,3 +298,21 @@ def test_the_run_of_one_recipe_file_is_named_after_it(home, monkeypatch):
     write(home / "plain.yaml", content)
     assert distill(load("plain.yaml"), console=quiet())["folder"] == str(Path("runs") / "plain")
     assert yaml.safe_load((home / "runs" / "plain" / "recipe.yaml").read_text())["method"] == {"sft": {}}
+
+
+def test_a_corpus_goes_to_the_method_that_reads_one_and_to_no_other(home):
+    (home / "corpus.txt").write_text("1+1=2\n2+2=4\n3+3=6\n")
+    corpus = {"dataset": str(home / "corpus.txt"), "max_length": 16}
+    summary = run(home, method="dpkd", corpus=corpus)
+    assert summary["steps"] == 2
+    made = build(recipe_of(home, method="dpkd", corpus=corpus), training_arguments(recipe_of(home)))
+    assert [e.prompt for e in made.trainer.method.corpus]
+    with pytest.raises(RecipeError, match="gkd reads no corpus; dpkd does"):
+        run(home, restart=True, corpus=corpus)
+
+
+def test_the_distance_of_own_samples_is_to_the_teacher_without_its_prompt(home):
+    method = {"promptkd": {"prompt": "1", "initialize": "random", "prompt_tokens": 2}}
+    made = build(recipe_of(home, method=method), training_arguments(recipe_of(home)))
+    assert made.trainer.teacher is not made.teacher
+    assert made.trainer.teacher.plain is made.teacher

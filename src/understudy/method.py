@@ -4,6 +4,7 @@ Everything else (models, batching, distribution, resuming, logging) is written o
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ class Method(ABC):
 
     paper: ClassVar[str]  # authors, year, where to read it
     reduction: Reduction = "token"  # what the mean of the loss is over; see `Batch.weights`
+    corpus: Sequence[Example] | None = None  # plain texts, given by the run to methods that begin with an empty one
 
     @property
     def needs(self) -> Knowledge:

@@ -17,6 +17,7 @@ from .data import stop_ids
 from .playground.names import resolve
 from .recipe import Recipe, RecipeError, Student
 from .registry import did_you_mean
+from .rollouts.generate import own_stop_ids
 
 logger = logging.getLogger(__name__)
 _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
@@ -301,10 +302,7 @@ def tokenizer_name(recipe: Recipe) -> str:
 
 def all_stop_ids(tokenizer: Any, *models: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, its chat template's, and what the models say they end with."""
-    found = set(stop_ids(tokenizer))
-    for model in models:
-        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        found |= set() if own is None else {own} if isinstance(own, int) else set(own)
+    found = set(stop_ids(tokenizer)).union(*map(own_stop_ids, models))
     return sorted(i for i in found if i < len(tokenizer))
 
 

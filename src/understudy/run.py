@@ -17,7 +17,7 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import transformers
@@ -54,6 +54,7 @@ from .registry import did_you_mean
 from .rollouts import ROLLOUTS
 from .scores import Knowledge
 from .step import Step
+from .teacher import Teacher
 from .teachers import TEACHERS
 from .trainer import DistillationTrainer, last_checkpoint
 
@@ -70,6 +71,7 @@ class Run:
 
     recipe: Recipe
     trainer: DistillationTrainer
+    teacher: Teacher | None  # as the recipe describes it; a method may train with it in a changed form
     tokenizer: Any
     folder: Path
     train: Examples
@@ -177,7 +179,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         source = held_out or train
         examples = [source[i] for i in range(min(shown.show, len(source)))]
         trainer.add_callback(ShowSamples(rollout, examples, tokenizer, every, folder / "samples.jsonl", console))
-    return Run(recipe, trainer, tokenizer, folder, train, held_out)
+    return Run(recipe, trainer, teacher, tokenizer, folder, train, held_out)
 
 
 def own_samples(run: Run, count: int = 64) -> dict[str, float]:
@@ -185,8 +187,7 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
 
     Returns the means of `scores.compare` over the answers' tokens; nothing where no teacher's distribution is known.
     """
-    trainer = run.trainer
-    teacher = getattr(trainer.teacher, "plain", trainer.teacher)  # a prompted teacher as it is without its prompt
+    trainer, teacher = run.trainer, run.teacher
     if teacher is None or teacher.gives < Knowledge.DISTRIBUTION:
         return {}
     source = run.held_out or run.train
@@ -259,11 +260,11 @@ def _datasets(
         if look.dataset is not None:
             held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
     if recipe.corpus is not None:
-        if not hasattr(method, "corpus"):
+        if method.corpus is None:
             raise recipe.complaint("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
         texts = recipe.corpus.model_copy(update={"text_prompt": 1})
         with recipe.locating("corpus"):
-            cast(Any, method).corpus = load_data(texts, tokenizer, window, 1)
+            method.corpus = load_data(texts, tokenizer, window, 1).examples
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])
@@ -300,7 +301,7 @@ def _teacher(recipe: Recipe, vocabulary: int) -> Any:
 def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
     trainer = run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = getattr(trainer.teacher, "model", None)
+    teacher = getattr(run.teacher, "model", None)
     return {
         "recipe": run.recipe.name,
         "folder": str(run.folder),

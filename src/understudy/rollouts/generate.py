@@ -56,8 +56,7 @@ class GenerateRollout(Rollout):
     def follow(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "GenerateRollout":
         stop = self.stop_ids
         if stop is None:
-            own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-            stop = sorted({*_ids(own), *_ids(tokenizer.eos_token_id)})
+            stop = sorted({*own_stop_ids(model), *_ids(tokenizer.eos_token_id)})
         if not stop:
             raise ValueError(
                 "the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids"
@@ -195,6 +194,11 @@ def _writing(model: nn.Module) -> Iterator[None]:
 
 def _bare(model: Any) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def own_stop_ids(model: Any) -> list[int]:
+    """The tokens that a model itself says it ends with; None stands for no model."""
+    return _ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
