@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from fakes import VOCABULARY, some_examples, tiny
 from folders import characters, jsonl, llama, sums
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from understudy import cli
 from understudy.batch import Batch, Example
@@ -137,3 +138,23 @@ def test_the_command_takes_columns_and_a_template(home, tmp_path, monkeypatch, c
     run(monkeypatch, home / "teacher", "--data", tmp_path / "rows.jsonl", *shape, "--output", tmp_path / "a.jsonl")
     assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "1+2="
     assert "accuracy" in capsys.readouterr().out
+
+
+class Halved(LlamaForCausalLM):
+    """Does something to its logits that nobody was told of."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+
+def test_a_model_with_logits_of_its_own_is_measured_by_them():
+    made = Halved(tiny("llama").config).eval()
+    made.load_state_dict(tiny("llama").state_dict())
+    answers = some_examples()
+    batch = Batch.of(answers, 0)
+    found = distance(made, LocalTeacher(tiny("llama", seed=1)), answers, VOCABULARY)
+    logits = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert found["student_entropy"] == pytest.approx(float(entropy), rel=1e-5)

@@ -17,7 +17,7 @@ from .data import Examples
 from .metrics.exact_match import exact_match
 from .metrics.final_answer import final_answer, is_correct
 from .rollout import Rollout
-from .scores import Scores, compare, score
+from .scores import Scores, can_project, compare, score
 from .step import Step
 from .teacher import Teacher
 
@@ -78,6 +78,7 @@ def distance(
     sums: dict[str, float] = {}
     tokens = 0
     model.eval()
+    projects = can_project(model)
     ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), batch_size):
         batch = Batch.of(ordered[start : start + batch_size], 0, model.get_input_embeddings().weight.device)
@@ -88,6 +89,6 @@ def distance(
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
             return student.tokens.float()
 
-        score(model, batch, look, vocabulary=vocabulary)
+        score(model, batch, look, vocabulary=vocabulary, project=projects)
         tokens += len(batch.tokens)
     return {name: total / tokens for name, total in sums.items()}
