@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from fakes import BigramTeacher, ragged_examples, tiny
-from loop import student, trainer
+from loop import logged, student, trainer
 
 from understudy.batch import Batch, Example
-from understudy.divergences import ForwardKL
+from understudy.divergences import ForwardKL, ReverseKL
 from understudy.methods.dpkd import DPKD
 from understudy.projection import Dense
 from understudy.rollout import Rollout, Writers
@@ -255,7 +255,72 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def whole(log_q=LOG_Q, log_p=LOG_P, batch=PAIR):
+    """Scores of both models on a pair, as far as the chosen tokens go."""
+    return [Scores(batch.tokens, Dense(_only(x, batch))) for x in (log_q, log_p)]
+
+
+def test_implicit_rewards_margin_accuracy_and_lengths_are_observed():
+    """β/|y| log q(y)/p(y) of the worked pair: −1.049822/3 and 2.302585/2 times β."""
+    seen = DPKD(beta=0.1).observe(*whole(), PAIR)
+    assert tuple(seen) == DPKD().watched
+    expected = {
+        "teacher_reward": -0.1 * 1.049822 / 3,
+        "student_reward": 0.1 * 2.302585 / 2,
+        "margin": -0.150123,
+        "preference_accuracy": 0.0,
+        "teacher_length": 3,
+        "student_length": 2,
+    }
+    assert {name: float(value) for name, value in seen.items()} == pytest.approx(expected, abs=1e-6)
+    assert DPKD(level="token").watched == ()
+    turned = DPKD().observe(*whole(LOG_P, LOG_Q), PAIR)
+    assert float(turned["preference_accuracy"]) == 1
+
+
+def test_a_run_logs_what_is_observed_and_the_divergences(tmp_path):
+    made = trainer(tmp_path, DPKD())
+    made.train()
+    for name in (*DPKD().watched, "reverse_kl", "forward_kl"):
+        assert len(logged(made, name)) == 4, name
+    margins = zip(*(logged(made, name) for name in ("teacher_reward", "student_reward", "margin")), strict=True)
+    assert all(t - s == pytest.approx(m, abs=1e-6) for t, s, m in margins)
+
+
+def test_stage_one_s_terms_cancel_with_the_student_s_own_implicit_reward():
+    """E_q[β log(q/p)] − β KL(q‖p) = 0 for every q: by itself stage one defines the reward and teaches nothing."""
+    p, q = torch.tensor([0.6, 0.3, 0.1], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64)
+    beta, logits = 0.5, q.log().requires_grad_()
+    log_q = logits.log_softmax(-1)
+    implicit = beta * (log_q.detach() - p.log())
+    value = (log_q.exp() * implicit).sum() - beta * ReverseKL()(p.log()[None], log_q[None]).sum()
+    [gradient] = torch.autograd.grad(value, logits)
+    assert float(value) == pytest.approx(0, abs=1e-12)
+    assert float(gradient.abs().max()) < 1e-12
+
+
+def test_stage_one_with_a_given_reward_has_the_closed_form_of_gkd_with_one():
+    """argmax E_q[r] − β KL(q‖p) ∝ p exp(r/β): β = 1/2, r = (1, 0, 0); r is recovered as β log(q*/p) + β log Z."""
+    p, r, beta = torch.tensor([0.6, 0.3, 0.1], dtype=F64), torch.tensor([1.0, 0.0, 0.0], dtype=F64), 0.5
+    best = (p.log() + r / beta).softmax(-1)
+    torch.testing.assert_close(best, torch.tensor([0.917243, 0.062068, 0.020689], dtype=F64), rtol=0, atol=1e-6)
+    z = float((p * (r / beta).exp()).sum())
+    torch.testing.assert_close(beta * (best / p).log() + beta * math.log(z), r, rtol=0, atol=1e-6)
+
+
+def test_the_reverse_kl_of_stage_one_counts_on_the_student_s_answer():
+    generator = torch.Generator().manual_seed(0)
+    log_q, log_p = (torch.randn(5, 9, generator=generator, dtype=F64).log_softmax(-1) for _ in range(2))
+    said = [Scores(PAIR.tokens, Dense(x)) for x in (log_q, log_p)]
+    [plain], [more] = DPKD().loss(*said, PAIR), DPKD(reverse_kl_weight=0.3).loss(*said, PAIR)
+    own = ReverseKL()(log_p[3:], log_q[3:]).mean()
+    assert float(more - plain) == pytest.approx(0.3 * float(own), abs=1e-12)
+    assert DPKD(reverse_kl_weight=0.3).needs > DPKD().needs
+
+
 def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="level: token does without"):
+        DPKD(level="token", reverse_kl_weight=0.1)
     with pytest.raises(ValueError, match="beta above 0"):
         DPKD(beta=0)
     with pytest.raises(ValueError, match="sft_weight"):

@@ -6,9 +6,9 @@ response token. Padding happens once, here; masks come from lengths, never from 
 Shapes: B sequences, T positions, N response tokens in the whole batch.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Example:
     row: int = -1  # the dataset row that the prompt comes from
     pair: int = -1  # examples that are compared with each other share this number and one micro-batch
     truncated: bool = False  # did the response run out of room before it ended?
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the dataset's row
+    rewards: Mapping[str, float] = field(default_factory=dict, compare=False)  # what the response is worth, by name
+    advantage: float = 0.0  # its reward over that of others
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -115,6 +115,7 @@ class ShowSamples(TrainerCallback):
         if not self.every or state.global_step % self.every or not self.examples:
             return
         answers = self.rollout.generate(self.examples, Step(0, args.seed))
+        answers = answers[:: len(answers) // len(self.examples)]  # the first of several to a prompt
         if not state.is_world_process_zero:
             return
         names = ("prompt", "student", "reference")

@@ -119,6 +119,36 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes to compare.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted, for all of them.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="One option's values, such as method.gkd.on_policy=0,0.5,1.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are shared.")] = 1,
+    baseline: Annotated[str | None, typer.Option(help="A recipe's name; the others' differences from it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Judge on this dataset (default: the recipes' own).")] = None,
+    split: Annotated[str, typer.Option(help="The split to judge on.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Judge on so many rows from the beginning.")] = None,
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help="Such as bleu, chrf, rouge_l.")] = None,
+    temperatures: Annotated[list[float] | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the runs and the table go.")] = Path("runs/compare"),
+) -> None:
+    """Run several recipes with several seeds, judge the students alike, and print a table. Again: goes on."""
+    from .recipe import RecipeError
+
+    if missing := [str(path) for path in recipes if not path.is_file()]:
+        raise RecipeError(f"there is no recipe {missing[0]}")
+    _quiet()
+    from .compare import Protocol, compare, contestants
+
+    protocol = Protocol(data, split, limit, tuple(temperatures or [0.0]), tuple(metrics or ()))
+    typer.echo(compare(contestants(recipes, overrides or [], sweep), output, protocol, seeds, parallel, baseline))
+    typer.echo(f"everything: {output}")
+
+
+@app.command()
 def methods() -> None:
     """List the methods with their papers and options."""
     from .methods import METHODS, describe
@@ -189,6 +219,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("understudy").setLevel(logging.INFO)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -278,7 +278,7 @@ class _Cutter:
             room = self.max_length - len(prompt)
             truncated = len(response) > room
             self.cut_responses += truncated
-            yield Example(prompt, response[:room], truncated=truncated), row
+            yield Example(prompt, response[:room], truncated=truncated, columns=row.columns), row
 
     def _end_of(self, prompt: list[int]) -> list[int]:
         # A model that knows no text without a BOS gets one with a shortened prompt, too.

@@ -38,7 +38,7 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
         recipe = load(recipes() / "playground" / f"{name}.yaml", [*common, *overrides])
         return distill(recipe, restart=True, console=console)
 
-    warm = train("sft")
+    warm = train("warm_start")
     student = f"student.model={warm['folder']}/student"
     own = train("gkd", student)
     tokens_per_step = _dataset_tokens_per_step(own)

@@ -8,7 +8,7 @@ chat templates.
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,7 @@ class Row:
     references: tuple[str, ...] = ()
     response: str = ""
     chat: bool = False  # rendered by a chat template, which writes the special tokens itself
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as the dataset has them
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,12 @@ class Format:
             BadRow: with what is wrong with it, and where it stands.
             DataError: for a conversation where the tokenizer has no chat template.
         """
+        row = SourceRow(row.where, {**row.columns, **self._renamed(row)})
+        text = self._text(row)
+        return replace(text, columns=row.columns) if isinstance(text, Row) else text
+
+    def _text(self, row: SourceRow) -> Row | Document:
         where = row.where
-        row = SourceRow(where, {**row.columns, **self._renamed(row)})
         if self.template is not None:
             return _pair(where, self._fill(row), self._references(row, self._answer_beside_template(row)))
         kind = self._kind(row)

@@ -42,6 +42,11 @@ class Method(ABC):
         """How many positions of the teacher's window the method takes for itself."""
         return 0
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The names of what `observe` returns, the same on every process."""
+        return ()
+
     def prepare(self, teacher: Any, tokenizer: Any, learning_rate: float) -> Any:
         """The teacher whose scores `loss` is to see, given the run's; called once, before training."""
         return teacher
@@ -65,6 +70,10 @@ class Method(ABC):
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
         """One value per response token, (N,), which the loop weighs by `weights`; or values of any other shape, which
         it only sums. Differentiable in the student."""
+
+    def observe(self, student: Scores, teacher: Scores, batch: Batch) -> dict[str, Tensor]:
+        """Values to watch, besides the loss, by their names in `watched`; their means are logged. Without gradients."""
+        return {}
 
     def before_step(self, batches: list[Batch], student: Any, teacher: Any, step: Step) -> None:
         """Train what the method itself owns, on the micro-batches that the student is about to see."""

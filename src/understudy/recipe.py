@@ -90,8 +90,19 @@ class Evaluate(_Block):
     show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
 
 
+class Reward(_Block):
+    """What responses are worth, for methods that take a reward; see `reward.Reward`."""
+
+    functions: dict[str, float] = {}  # module:function → weight
+    model: str | None = None  # for sequence classification
+    label: str | None = None  # the class of the model whose probability counts
+    reads: Literal["text", "pair"] = "text"
+    weight: float = 1.0  # the model's
+    normalize: bool = False
+
+
 class Recipe(_Block):
-    """The seven words, and `corpus` for methods that read one.
+    """The seven words, and `corpus` and `reward` for methods that take one.
 
     `method`, `teacher` and `rollout` are kept as (name, fields) until they are built.
     """
@@ -102,6 +113,7 @@ class Recipe(_Block):
     rollout: tuple[str, dict[str, Any]] = ("generate", {})
     data: Data
     corpus: Data | None = None  # plain text, for methods with a language-modelling loss
+    reward: Reward | None = None
     training: dict[str, Any] = {}
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
@@ -293,7 +305,7 @@ def _sentence(error: ValidationError, source: str, places: Places) -> str:
     path = tuple(str(part) for part in first["loc"] if part != "[key]")
     where = place(source, places, path)
     key = ".".join(path)
-    blocks = {"student": Student, "data": Data, "corpus": Data, "evaluate": Evaluate}
+    blocks = {"student": Student, "data": Data, "corpus": Data, "reward": Reward, "evaluate": Evaluate}
     if first["type"] == "extra_forbidden":
         known = (Recipe if len(path) == 1 else blocks[path[0]]).model_fields
         homes = [name for name, block in blocks.items() if path[-1] in block.model_fields] if len(path) == 1 else []

@@ -16,6 +16,7 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -51,6 +52,7 @@ from .models import (
 from .playground.names import is_playground, resolve, rows
 from .recipe import Data, Recipe, RecipeError, checked
 from .registry import did_you_mean
+from .reward import Reward, RewardModel, function
 from .rollouts import ROLLOUTS
 from .scores import Knowledge
 from .step import Step
@@ -107,11 +109,11 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
         write(folder / "before.json", json.dumps(began), arguments)
     watch = StopOnInterrupt()
     run.trainer.add_callback(watch)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     run.trainer.train(resume_from_checkpoint=checkpoint)
     if watch.interrupted:
         raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command goes on from there")
-    seconds = time.perf_counter() - start
+    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     metrics = run.trainer.evaluate() if run.held_out is not None else {}
     summary = _summary(run, seconds, metrics) | {"own_samples": {"before": before, "after": own_samples(run)}}
     save_student(run)
@@ -123,7 +125,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
     """Build what a recipe describes. Mistakes are looked for in the order of what finding them costs."""
-    method: Method = recipe.build("method", METHODS)
+    method: Method = recipe.build("method", METHODS, **_reward(recipe))
     rollout = recipe.build("rollout", ROLLOUTS)
     wanted = method.needs > Knowledge.NOTHING or "teacher" in method.authors
     if wanted and recipe.teacher is None:
@@ -180,6 +182,25 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         examples = [source[i] for i in range(min(shown.show, len(source)))]
         trainer.add_callback(ShowSamples(rollout, examples, tokenizer, every, folder / "samples.jsonl", console))
     return Run(recipe, trainer, teacher, tokenizer, folder, train, held_out)
+
+
+def _reward(recipe: Recipe) -> dict[str, Reward]:
+    """The method's argument `reward`, if the recipe has that block."""
+    block = recipe.reward
+    if block is None:
+        return {}
+    name = recipe.method[0]
+    if name in METHODS.names() and "reward" not in signature(METHODS.get(name)).parameters:
+        raise recipe.complaint("reward", f"{name} takes no reward; gkd does")
+    with recipe.locating("reward"):
+        try:
+            functions: dict[Any, float] = {function(place): w for place, w in block.functions.items()}
+            if block.model is not None:
+                with loading("reward model", block.model):
+                    functions[RewardModel(block.model, block.label, block.reads)] = block.weight
+            return {"reward": Reward(functions, block.normalize)}
+        except ValueError as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
 
 
 def own_samples(run: Run, count: int = 64) -> dict[str, float]:
@@ -298,7 +319,7 @@ def _teacher(recipe: Recipe, vocabulary: int) -> Any:
         return located.build("teacher", TEACHERS, vocabulary=vocabulary)
 
 
-def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
+def _summary(run: Run, seconds: dict[str, float], metrics: dict[str, float]) -> dict[str, Any]:
     trainer = run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     teacher = getattr(run.teacher, "model", None)
@@ -306,7 +327,7 @@ def _summary(run: Run, seconds: float, metrics: dict[str, float]) -> dict[str, A
         "recipe": run.recipe.name,
         "folder": str(run.folder),
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 2),
+        **{name: round(value, 2) for name, value in seconds.items()},
         "tokens": int(trainer.tokens_seen),
         "student_parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

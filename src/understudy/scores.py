@@ -71,11 +71,14 @@ class Scores:
         return divergence(log_p.to(log_q.device, log_q.dtype), log_q)
 
 
+COMPARED = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+
+
 @torch.no_grad()
 def compare(teacher: Scores, student: Scores) -> dict[str, Tensor]:
     """Forward KL, reverse KL and both entropies at every response token, each (N,), in nats; for people to watch."""
     q, p = _shared(student.source, teacher.source)
-    rows = {"forward_kl": [], "reverse_kl": [], "student_entropy": [], "teacher_entropy": []}
+    rows: dict[str, list[Tensor]] = {name: [] for name in COMPARED}
     size = chunk_rows(q.vocabulary)
     for start in range(0, len(student.tokens), size):
         chunk = slice(start, start + size)

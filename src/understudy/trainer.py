@@ -30,7 +30,7 @@ from .batch import Batch, Example, deal
 from .callbacks import AdvanceMethod, RefuseBrokenGradients, ShowProgress
 from .method import Method
 from .rollout import Rollout, Writers
-from .scores import Knowledge, Scores, can_project, compare, score
+from .scores import COMPARED, Knowledge, Scores, can_project, compare, score
 from .step import Step
 from .teacher import Teacher
 from .window import Window
@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):
         self.pad = processing_class.pad_token_id
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
-        self.window = Window()
+        self.window = self._new_window()
         self.tokens_seen = 0  # response tokens trained on, by all processes, over the whole run
         self._project = can_project(student)
         self.writers = self._writers(rollout, teacher_writer)
@@ -160,14 +160,20 @@ class DistillationTrainer(Trainer):
 
         def loss(student: Scores) -> Tensor:
             values = self.method.loss(student, teacher, batch)
-            if diagnose and teacher is not None and self.method.needs >= Knowledge.DISTRIBUTION:
-                self.window.compared(compare(teacher, student))
+            if diagnose and teacher is not None:
+                if self.teacher is not None and self.teacher.gives >= Knowledge.DISTRIBUTION:
+                    self.window.observed(compare(teacher, student))
+                with torch.no_grad():
+                    self.window.observed(self.method.observe(student, teacher, batch))
             return (weights * values).sum() if values.shape == weights.shape else values.sum()
 
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return score(
             model, batch, loss, head_of=bare, vocabulary=self.vocabulary, weights=weights, project=self._project
         )
+
+    def _new_window(self) -> Window:
+        return Window([*COMPARED, *self.method.watched])
 
     def _is_logged(self) -> bool:
         """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
@@ -192,7 +198,7 @@ class DistillationTrainer(Trainer):
         if dataset is None:
             raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
         examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
-        training, self.window = self.window, Window()  # evaluation has its own counts
+        training, self.window = self.window, self._new_window()  # evaluation has its own counts
         remembered = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model = cast(nn.Module, self.model)
@@ -235,7 +241,7 @@ class DistillationTrainer(Trainer):
             state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
             self.tokens_seen = int(state.pop("tokens_seen"))
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
-        self.window = Window()
+        self.window = self._new_window()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,20 +11,25 @@ import torch
 from .batch import Batch
 
 _ACTIVITIES = ("generate", "score", "learn")
-_TOKEN_MEANS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
-_SUMS = ("responses", "tokens", "truncated", "compared", *_TOKEN_MEANS)
+_COUNTS = ("responses", "tokens", "truncated")
 
 
 class Window:
-    """Counts on every process and closes into one log line for all of them."""
+    """Counts on every process and closes into one log line for all of them.
 
-    def __init__(self) -> None:
+    `watched` names the values that `observed` may bring; the same on every process.
+    """
+
+    def __init__(self, watched: Sequence[str] = ()) -> None:
+        self.watched = tuple(watched)
         self._open()
 
     def _open(self) -> None:
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = defaultdict(float)
         self._sums: dict[str, float] = defaultdict(float)
+        self._watched: dict[str, float] = defaultdict(float)  # sums of what was observed …
+        self._times: dict[str, int] = defaultdict(int)  # … and how many values there were
 
     @contextmanager
     def spent(self, activity: str) -> Iterator[None]:
@@ -43,22 +48,26 @@ class Window:
         self._sums["tokens"] += len(batch.tokens)
         self._sums["truncated"] += sum(e.truncated for e in batch.examples)
 
-    def compared(self, comparison: dict[str, torch.Tensor]) -> None:
-        """Count token values of `scores.compare`."""
-        self._sums["compared"] += len(comparison["forward_kl"])
-        for name in _TOKEN_MEANS:
-            self._sums[name] += float(comparison[name].sum())
+    def observed(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Count values of any shape; their means will be logged."""
+        for name, value in values.items():
+            self._watched[name] += float(value.sum())
+            self._times[name] += value.numel()
 
     def close(self, accelerator: Any) -> dict[str, float]:
         """The window's log line, over all processes, and a new window.
 
-        Lengths are in tokens; `truncated` is the share of responses cut off by a length limit; divergences and
-        entropies are means over response tokens in nats; `tokens_per_second` counts response tokens of all processes
-        over wall-clock time. Seconds are the first process's own; `seconds_other` is the rest of the time since the
-        last line: optimizer, data, evaluation, checkpoints.
+        Lengths are in tokens; `truncated` is the share of responses cut off by a length limit; what was watched is a
+        mean over its values (divergences and entropies: over response tokens, in nats); `tokens_per_second` counts
+        response tokens of all processes over wall-clock time. Seconds are the first process's own; `seconds_other` is
+        the rest of the time since the last line: optimizer, data, evaluation, checkpoints.
         """
-        local = torch.tensor([self._sums[name] for name in _SUMS], dtype=torch.float64, device=accelerator.device)
-        total = dict(zip(_SUMS, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
+        parts = [(self._sums, _COUNTS), (self._watched, self.watched), (self._times, self.watched)]
+        local = [part[name] for part, names in parts for name in names]
+        local = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
+        counts = accelerator.reduce(local, reduction="sum").tolist()
+        total = dict(zip(_COUNTS, counts, strict=False))
+        sums, times = counts[len(_COUNTS) :][: len(self.watched)], counts[len(_COUNTS) + len(self.watched) :]
         elapsed = time.perf_counter() - self._since
         line = {f"seconds_{activity}": self._seconds[activity] for activity in _ACTIVITIES}
         line["seconds_other"] = elapsed - sum(line.values())
@@ -67,8 +76,7 @@ class Window:
             line["truncated"] = total["truncated"] / total["responses"]
             line["tokens"] = total["tokens"]
             line["tokens_per_second"] = total["tokens"] / elapsed
-        if total["compared"]:
-            line |= {name: total[name] / total["compared"] for name in _TOKEN_MEANS}
+        line |= {name: s / n for name, s, n in zip(self.watched, sums, times, strict=True) if n}
         self._open()
         return line
 

@@ -10,6 +10,11 @@ Stage two prefers the teacher's output y_t to the student's y_s (Bradley–Terry
     u = β/|y_t| log q(y_t)/p(y_t) − β/|y_s| log q(y_s)/p(y_s),   L = −log σ(u)                          (Eq. 9, used)
     total = L + λ E_{d~corpus}[ −log q(d) ]                                                            (Algorithm 1)
 
+Stage one is a definition rather than a step: with the student's own implicit reward in the place of r its two terms
+cancel, E_q[β log(q/p)] = β KL(q‖p), whatever the student is. What it adds to training is its reverse KL on the student's
+outputs, an option here (`reverse_kl_weight`); with a reward of your own, stage one is `gkd` with a reward and
+divergence reverse_kl, α = β/(1+β).
+
 Both outputs are ids, sampled at temperature 1 and not differentiated. The gradient is
 −β σ(−u) (∇log q(y_t)/|y_t| − ∇log q(y_s)/|y_s|): the weight grows where the student is wrong. Eqs. 11, 28 and 30 of the
 paper print the sigmoid's argument with the opposite sign, against their own prose; here the derivative is autograd's.
@@ -24,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..batch import Author, Batch, Example, Reduction
+from ..divergences import ReverseKL
 from ..method import Method
 from ..rollout import Writers
 from ..scores import Knowledge, Scores
@@ -46,6 +52,7 @@ class DPKD(Method):
     preference: Preference = "dpo"
     lm_weight: float = 0.5  # λ, of the corpus, if there is one
     sft_weight: float = 0.0  # of −log q(y_t), in place of as much of L; 0.5 in the released script
+    reverse_kl_weight: float = 0.0  # of stage one's KL(q‖p), a mean over the tokens of the student's answer
     label_smoothing: float = 0.0  # the probability that a pair is the wrong way round
     reference_free: bool = False  # without the teacher's log-probabilities
     margin: float = 0.0  # γ of simpo
@@ -59,15 +66,23 @@ class DPKD(Method):
             raise ValueError(f"dpkd needs beta above 0, not {self.beta}")
         if not 0 <= self.sft_weight < 1 or not 0 <= self.label_smoothing < 0.5:
             raise ValueError("dpkd needs sft_weight in [0, 1) and label_smoothing in [0, 0.5)")
+        if self.reverse_kl_weight and self.level == "token":
+            raise ValueError("dpkd's reverse_kl_weight is of the student's answers, which level: token does without")
         self._own: dict[int, tuple[int, Example]] = {}  # row → the step its student answer was written at, and it
 
     @property
     def needs(self) -> Knowledge:
-        return Knowledge.DISTRIBUTION if self.level == "token" else Knowledge.CHOSEN
+        whole = self.level == "token" or self.reverse_kl_weight
+        return Knowledge.DISTRIBUTION if whole else Knowledge.CHOSEN
 
     @property
     def authors(self) -> frozenset[Author]:
         return frozenset({"teacher"} if self.level == "token" else {"teacher", "student"})
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        rewards = ("teacher_reward", "student_reward", "margin", "preference_accuracy")
+        return () if self.level == "token" else (*rewards, "teacher_length", "student_length")
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         taught = writers.teacher.generate(examples, step)
@@ -108,9 +123,24 @@ class DPKD(Method):
         else:
             losers = self._losers(batch, winners)
             value = self._pairwise(student.chosen, teacher.chosen, batch, winners, losers)
+            if self.reverse_kl_weight:
+                divergence = ReverseKL().between(teacher, student)
+                value = value + self.reverse_kl_weight * (batch.per_sequence(divergence) / batch.lengths)[losers]
         if self.sft_weight:
             value = (1 - self.sft_weight) * value - self.sft_weight * means[winners]
         return torch.cat([value, -self.lm_weight * means[texts]])
+
+    def observe(self, student: Scores, teacher: Scores, batch: Batch) -> dict[str, Tensor]:
+        """The implicit rewards β/|y| log(q(y)/p(y)) of both answers, and which of the two the student prefers."""
+        if self.level == "token":
+            return {}
+        winners = [i for i, e in enumerate(batch.examples) if e.author == "teacher"]
+        losers = self._losers(batch, winners)
+        log_ratio = student.chosen - teacher.chosen.to(student.chosen)
+        rewards = self.beta * batch.per_sequence(log_ratio) / batch.lengths
+        margin = rewards[winners] - rewards[losers]
+        values = (rewards[winners], rewards[losers], margin, (margin > 0).float())
+        return dict(zip(self.watched, (*values, batch.lengths[winners], batch.lengths[losers]), strict=True))
 
     @staticmethod
     def _losers(batch: Batch, winners: list[int]) -> list[int]:

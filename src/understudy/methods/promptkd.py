@@ -191,7 +191,7 @@ class PromptKD(Method):
         )
         config.save_pretrained(str(target))
         save_file({"prompt_embeddings": prompt.detach().cpu().contiguous()}, target / "adapter_model.safetensors")
-        logger.warning("the learned prompt reads most like %s", self.nearest_tokens())
+        logger.info("the learned prompt reads most like %s", self.nearest_tokens())
 
     def nearest_tokens(self) -> list[str]:
         """The vocabulary token whose embedding is most like each of the prompt's vectors, by cosine."""

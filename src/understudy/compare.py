@@ -1,0 +1,245 @@
+"""Comparing recipes: the same data, the same evaluation, several seeds.
+
+    OUTPUT/<contestant>/seed-<n>/   a run's folder, and in it evaluation.json, answers-*.jsonl and log.txt
+    OUTPUT/reference/               what the teacher and the warm start answer
+    OUTPUT/comparison.json, .md     every result, and the table
+
+Every run has a process of its own, so that one that fails leaves the others alone. The same command again goes on
+where it stopped: runs and evaluations that are finished stay.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import comparison
+from .comparison import Result
+from .evaluate import evaluate
+from .folder import write
+from .models import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
+from .recipe import Recipe, RecipeError, load
+from .rollouts.generate import GenerateRollout
+from .run import distill, load_data
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A recipe with what is changed in it; `name` is its folder's."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+
+    def load(self, *more: str) -> Recipe:
+        """The recipe, with the contestant's overrides and `more`."""
+        return load(self.recipe, [*self.overrides, *more])
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every model is judged: on which problems, by which sampling and metrics."""
+
+    dataset: str | None = None  # default: the recipe's own
+    split: str = "test"
+    limit: int | None = None
+    temperatures: tuple[float, ...] = (0.0,)
+    metrics: tuple[str, ...] = ()  # beside accuracy, lengths and truncation
+    seed: int = 0
+    batch_size: int = 256
+
+    @property
+    def names(self) -> dict[str, float]:
+        """What each sampling is called: greedy, T=1."""
+        return {"greedy" if t == 0 else f"T={t:g}": t for t in self.temperatures}
+
+
+def contestants(
+    recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str | None = None
+) -> list[Contestant]:
+    """One for each recipe, or one for each recipe and value of a `sweep` such as "method.gkd.on_policy=0,0.5,1".
+
+    Raises:
+        RecipeError: for two recipes of the same name, and a sweep without values.
+    """
+    made = [Contestant(path.stem, path, tuple(overrides)) for path in recipes]
+    if sweep is not None:
+        key, _, values = sweep.partition("=")
+        if not key or not values:
+            raise RecipeError(f"a sweep is written key=value,value,…, such as training.learning_rate=1e-3,1e-4, not {sweep}")
+        short = key.rpartition(".")[2]
+        made = [
+            Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"))
+            for c in made
+            for value in values.split(",")
+        ]
+    if len({c.name for c in made}) < len(made):
+        raise RecipeError("two of the recipes have the same file name, by which runs are told apart: rename one")
+    return made
+
+
+def compare(
+    entered: Sequence[Contestant],
+    output: Path,
+    protocol: Protocol,
+    seeds: int = 1,
+    parallel: int = 1,
+    baseline: str | None = None,
+    console: Console | None = None,
+) -> str:
+    """Run every contestant with the seeds 0 … seeds − 1, judge all students alike, and return the table in Markdown.
+
+    The teacher and the student that the runs begin with are judged as well, where all contestants share them.
+
+    Raises:
+        RecipeError: for a recipe that cannot be read, before anything is run, and an unknown baseline.
+    """
+    console = console or Console()
+    recipes = [c.load() for c in entered]
+    if baseline is not None and baseline not in {c.name for c in entered}:
+        raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(c.name for c in entered)}')
+    jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
+    extra = _references(entered, recipes)
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    tasks: list[tuple[Any, ...]] = [(_judge_reference, name, entered[0], output, protocol) for name in extra.items()]
+    tasks += [(_run, contestant, seed, folder, protocol) for contestant, seed, folder in jobs]
+    _work(tasks, threads, parallel, console)
+
+    results: dict[str, dict[int, Result | str]] = {c.name: {} for c in entered}
+    for contestant, seed, folder in jobs:
+        results[contestant.name][seed] = _result(folder, protocol)
+    judged = {name: _result(_reference_folder(output, model), protocol) for name, model in extra.items()}
+    known = {name: r for name, r in judged.items() if isinstance(r, Result)}
+    table = comparison.lines(results, baseline, known.get("teacher"), known.get("warm start"))
+    first = [m for m in ("accuracy", *protocol.metrics) if any(m in v for line in table for v in line.metrics.values())]
+    columns = [(name, metric) for name in protocol.names for metric in first]
+    text = comparison.markdown(table, columns, known)
+    content = {
+        "protocol": asdict(protocol),
+        "baseline": baseline,
+        "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in judged.items()},
+        "lines": [asdict(line) for line in table],
+        "runs": {name: {seed: str(folder) for c, seed, folder in jobs if c.name == name} for name in results},
+    }
+    write(output / "comparison.json", json.dumps(content, indent=2))
+    write(output / "comparison.md", text)
+    return text
+
+
+def _references(entered: Sequence[Contestant], recipes: Sequence[Recipe]) -> dict[str, str]:
+    """The models beside which the students are seen: the teacher and the warm start, if there is one for all."""
+    teachers = {teacher_name(recipe) for recipe in recipes} - {None}
+    starts = {recipe.student.model for recipe in recipes}
+    found = {"teacher": teachers, "warm start": starts}
+    return {name: str(next(iter(models))) for name, models in found.items() if len(models) == 1 and None not in models}
+
+
+def _work(tasks: list[tuple[Any, ...]], threads: int, parallel: int, console: Console) -> None:
+    """Do every task in a process of its own, `parallel` at a time."""
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(tasks), []
+    bar = Progress(TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    try:
+        with bar as progress:
+            shown = progress.add_task("", total=len(tasks))
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    work, *arguments = waiting.pop(0)
+                    process = context.Process(target=_child, args=(work, arguments, threads))
+                    process.start()
+                    running.append(process)
+                time.sleep(0.2)
+                done = [p for p in running if not p.is_alive()]
+                running = [p for p in running if p.is_alive()]
+                progress.advance(shown, len(done))
+    finally:
+        for process in running:
+            process.terminate()
+
+
+def _child(work: Any, arguments: list[Any], threads: int) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    work(*arguments)
+
+
+def _run(contestant: Contestant, seed: int, folder: Path, protocol: Protocol) -> None:
+    """Train one contestant with one seed and judge its student; what goes wrong is written to failed.txt."""
+    if isinstance(_result(folder, protocol), Result):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "failed.txt").unlink(missing_ok=True)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        console = Console(file=log, width=120)
+        try:
+            place = f"training.output_dir={json.dumps(str(folder))}"
+            recipe = contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
+            distill(recipe, console=console)
+            judge(str(folder / "student"), recipe, folder, protocol)
+        except Exception as error:
+            traceback.print_exc(file=log)
+            write(folder / "failed.txt", " ".join(str(error).split()) or type(error).__name__)
+
+
+def _judge_reference(reference: tuple[str, str], contestant: Contestant, output: Path, protocol: Protocol) -> None:
+    folder = _reference_folder(output, reference[1])
+    if isinstance(_result(folder, protocol), Result):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    judge(reference[1], contestant.load(), folder, protocol)
+
+
+def _reference_folder(output: Path, model: str) -> Path:
+    return output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8]
+
+
+def judge(model: str, recipe: Recipe, folder: Path, protocol: Protocol) -> None:
+    """Let a model answer as the protocol says, on the data that a recipe reads; write evaluation.json and the answers."""
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, dtype="float32").eval()
+    longest = recipe.rollout[1].get("max_new_tokens", GenerateRollout.max_new_tokens)
+    data = {"dataset": protocol.dataset or recipe.data.dataset, "split": protocol.split, "limit": protocol.limit}
+    examples = load_data(recipe.data.model_copy(update=data), tokenizer, window_of(load_config(model)), longest)
+    found: dict[str, Any] = {}
+    for name, temperature in protocol.names.items():
+        rollout = GenerateRollout(
+            max_new_tokens=longest,
+            temperature=temperature,
+            stop_ids=all_stop_ids(tokenizer, loaded),
+            batch_size=protocol.batch_size,
+        )
+        more = {"metrics": protocol.metrics} if protocol.metrics else {}
+        result = evaluate(loaded, tokenizer, examples, rollout, seed=protocol.seed, **more)
+        answers = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in result.answers)
+        write(folder / f"answers-{name}.jsonl", answers)
+        right = [a["correct"] for a in result.answers]
+        found[name] = {"metrics": result.metrics, "scores": None if None in right else [float(r) for r in right]}
+    write(folder / "evaluation.json", json.dumps({"protocol": asdict(protocol), "found": found}, indent=1))
+
+
+def _result(folder: Path, protocol: Protocol) -> Result | str:
+    """What a run's folder holds of this protocol, or why there is nothing."""
+    file, run = folder / "evaluation.json", folder / "run.json"
+    if not file.exists():
+        failed = folder / "failed.txt"
+        return failed.read_text(encoding="utf-8") if failed.exists() else "the process was killed"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["protocol"] != json.loads(json.dumps(asdict(protocol))):
+        return "judged by another protocol"
+    found = content["found"]
+    cost = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+    return Result(
+        metrics={name: part["metrics"] for name, part in found.items()},
+        scores={name: part["scores"] for name, part in found.items() if part["scores"] is not None},
+        **{name: cost.get(name) for name in ("seconds", "cpu_seconds", "tokens")},
+    )

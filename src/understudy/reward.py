@@ -1,0 +1,178 @@
+"""A reward: what a response is worth, by Python functions, by a reward model, or by both.
+
+The one idea: a reward is a number read off texts, without any gradient. What a method learns from is the advantage, the
+reward less that of the other responses to the same prompt, which changes the variance of a policy gradient and not its
+expectation.
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from .batch import Example
+
+Scorer = Callable[[list[str], list[str], list[Mapping[str, Any]]], Sequence[float]]
+
+
+class Reward:
+    """A weighted sum of scorers, each `(prompts, responses, rows) → one number per response`.
+
+    Prompts and responses are texts without special tokens; `rows` are the columns of the dataset's rows.
+
+    Args:
+        functions: scorers with their weights, or scorers alone, whose weights are 1.
+        normalize: divide advantages by the standard deviation of the group's rewards (as GRPO does).
+    """
+
+    def __init__(self, functions: Mapping[Scorer, float] | Sequence[Scorer], normalize: bool = False) -> None:
+        weighed = functions if isinstance(functions, Mapping) else dict.fromkeys(functions, 1.0)
+        if not weighed:
+            raise ValueError("a reward needs at least one function or a model")
+        self.functions = {_name(function): (function, float(weight)) for function, weight in weighed.items()}
+        if len(self.functions) < len(weighed):
+            raise ValueError("two of the reward's functions have the same name, by which they are logged: rename one")
+        self.normalize = normalize
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is logged: the whole, and its parts if there are several."""
+        return ("reward", *(f"reward_{name}" for name in self.functions if len(self.functions) > 1))
+
+    def judge(self, examples: Sequence[Example], tokenizer: Any) -> list[Example]:
+        """The examples with their `rewards` and `advantage`.
+
+        Raises:
+            ValueError: if a function returns something else than a finite number for every response.
+        """
+        prompts = tokenizer.batch_decode([e.prompt for e in examples], skip_special_tokens=True)
+        responses = tokenizer.batch_decode([e.response for e in examples], skip_special_tokens=True)
+        rows = [e.columns for e in examples]
+        parts = {
+            name: _numbers(name, function(prompts, responses, rows), len(examples))
+            for name, (function, _) in self.functions.items()
+        }
+        totals = [sum(w * parts[name][i] for name, (_, w) in self.functions.items()) for i in range(len(examples))]
+        values = {"reward": totals, **{f"reward_{name}": part for name, part in parts.items()}}
+        gained = advantages(totals, [e.row for e in examples], self.normalize)
+        return [
+            replace(example, rewards={name: values[name][i] for name in self.names}, advantage=gained[i])
+            for i, example in enumerate(examples)
+        ]
+
+
+def advantages(rewards: Sequence[float], rows: Sequence[int], normalize: bool = False) -> list[float]:
+    """Each reward less the mean of the other rewards of its group: the responses to one row, or all of them together
+    where no row has several.
+
+    Leaving a response's own reward out of its baseline keeps the policy gradient unbiased (RLOO; Kool et al., 2019). A
+    group of one has nothing to be compared with, and no advantage.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row].append(index)
+    if all(len(group) == 1 for group in groups.values()):
+        groups = {0: list(range(len(rewards)))}
+    gained = [0.0] * len(rewards)
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        mean = sum(rewards[i] for i in group) / len(group)
+        deviation = math.sqrt(sum((rewards[i] - mean) ** 2 for i in group) / (len(group) - 1))
+        scale = len(group) / (len(group) - 1) / ((deviation + 1e-8) if normalize else 1.0)
+        for i in group:
+            gained[i] = (rewards[i] - mean) * scale
+    return gained
+
+
+class RewardModel:
+    """A scorer from a sequence-classification model: its single logit, or the probability of one of its labels.
+
+    Args:
+        name: a model by name or folder.
+        label: the class whose probability is the reward, such as "entailment"; needed if there are several.
+        reads: `text` joins prompt and response; `pair` gives them as the tokenizer's two texts, as NLI models expect.
+        batch_size: texts at once.
+    """
+
+    def __init__(
+        self, name: str, label: str | None = None, reads: Literal["text", "pair"] = "text", batch_size: int = 16
+    ) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.name, self.reads, self.batch_size = name, reads, batch_size
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        labels = AutoConfig.from_pretrained(name).label2id
+        if label is not None and label not in labels:
+            raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
+        if label is None and len(labels) > 1:
+            raise ValueError(f"the reward model {name} has several labels: name one of {', '.join(labels)} as label")
+        self.label = None if label is None else int(labels[label])
+
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when first used, beside a GPU if there is one."""
+        from transformers import AutoModelForSequenceClassification
+
+        model = AutoModelForSequenceClassification.from_pretrained(self.name)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], responses: list[str], rows: list[Mapping[str, Any]]) -> list[float]:
+        model, scores = self.model, []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            texts: Any = [p + r for p, r in zip(prompts[part], responses[part], strict=True)]
+            texts = (texts,) if self.reads == "text" else (prompts[part], responses[part])
+            read = self.tokenizer(*texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
+            logits = model(**read).logits.float()
+            scores += (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
+        return scores
+
+
+def function(place: str) -> Scorer:
+    """The function that `module:function` names; the module may lie in the working directory.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise ValueError(f'a reward function is written module:function, not "{place}"')
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"the reward function {place} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise ValueError(f'the module {module} has no function "{name}"')
+    return found
+
+
+def _name(function: Scorer) -> str:
+    return "model" if isinstance(function, RewardModel) else getattr(function, "__name__", type(function).__name__)
+
+
+def _numbers(name: str, values: Any, count: int) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"the reward function {name} should return a list of numbers, not {values!r:.80}") from None
+    if len(numbers) != count:
+        raise ValueError(f"the reward function {name} returned {len(numbers)} numbers for {count} responses")
+    if not all(map(math.isfinite, numbers)):
+        bad = next(i for i, x in enumerate(numbers) if not math.isfinite(x))
+        raise ValueError(f"the reward function {name} returned {numbers[bad]} for response {bad}; it must be finite")
+    return numbers
