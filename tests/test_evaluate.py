@@ -63,6 +63,27 @@ def test_prompts_alone_have_answers_but_no_accuracy():
     assert result.metrics["response_length"] == 5.0
 
 
+def test_metrics_are_measured_over_the_rows_that_have_references():
+    rows = [{"prompt": "a", "completion": ["one cat", "two cats"]}, {"prompt": "b"}, {"prompt": "c", "completion": "3"}]
+    asked = ["rouge_l", "bleu", "exact_match"]
+    result = evaluate(
+        None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot("two cats", "two", "4"), metrics=asked
+    )
+    assert list(result.metrics)[-3:] == asked
+    assert result.metrics["rouge_l"] == result.metrics["exact_match"] == 50
+    assert set(result.signatures) == set(asked)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sentence"),
+    [("blue", 'no metric "blue"; did you mean "bleu"'), ("bleu", "no row of rows has one: name the column")],
+)
+def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(metric, sentence):
+    nobody = Parrot()  # would raise, because it has no answer
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(None, TOKENIZER, examples_from_rows([{"prompt": "a"}], TOKENIZER), nobody, metrics=[metric])
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("evaluate")
@@ -123,9 +144,10 @@ def run(monkeypatch, *arguments):
 def test_the_command_prints_the_metrics_and_writes_the_answers(home, tmp_path, monkeypatch, capsys):
     output = tmp_path / "deep" / "answers.jsonl"
     arguments = (home / "student", "--data", home / "sums.jsonl", "--teacher", home / "teacher", "--limit", 5)
-    run(monkeypatch, *arguments, "--output", output)
+    run(monkeypatch, *arguments, "--output", output, "--metric", "chrf", "--metric", "rouge_l")
     printed = capsys.readouterr().out
-    for name in ("accuracy", "response_length", "truncated", "forward_kl", "reverse_kl"):
+    assert "chrf: nrefs:1|case:mixed" in printed
+    for name in ("accuracy", "chrf", "rouge_l", "response_length", "truncated", "forward_kl", "reverse_kl"):
         assert name in printed
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == [f"{i}+{i % 5}=" for i in range(5)]

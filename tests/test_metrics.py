@@ -1,9 +1,16 @@
-"""What counts as a right answer."""
+"""What counts as a right answer, and what as a good one."""
+
+from pathlib import Path
 
 import pytest
+import sacrebleu
 
+from understudy import metrics
 from understudy.metrics.exact_match import exact_match, normalize
 from understudy.metrics.final_answer import final_answer, is_correct
+from understudy.registry import UnknownName
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 
 @pytest.mark.parametrize(
@@ -41,3 +48,85 @@ def test_an_exact_match_disregards_case_punctuation_and_white_space():
 def test_normalizing_twice_is_normalizing_once():
     text = "It's  A\ttest – really!"
     assert normalize(normalize(text)) == normalize(text)
+
+
+def only(name, answers, references):
+    """The value of one metric."""
+    return metrics.score([name], answers, references)[name].value
+
+
+def test_a_metric_is_found_by_its_numbers_name():
+    assert {"bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match", "final_answer"} <= set(metrics.names())
+    scores = metrics.score(["chrf", "rouge_l", "bleu"], ["a cat"], [["a cat"]])
+    assert list(scores) == ["chrf", "rouge_l", "bleu"], "in the order in which they are asked for"
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_one():
+    with pytest.raises(UnknownName, match='there is no metric "rouge"; did you mean "rouge_'):
+        metrics.score(["rouge"], ["a"], [["a"]])
+
+
+@pytest.mark.parametrize("name", metrics.names())
+def test_every_metric_is_0_for_nothing_and_100_for_the_reference_itself(name):
+    answers = ["the cat sat on the mat\n#### 4", "a dog ran over the red road\n#### 5"]
+    references = [["something else\n#### 7", answers[0]], [answers[1]]]
+    assert only(name, answers, references) == pytest.approx(100)
+    assert only(name, ["", ""], references) == pytest.approx(0)
+
+
+def test_shares_are_out_of_100():
+    references = [["Paris"], ["Rome", "Roma"], ["7 #### 7"], ["#### 8"]]
+    assert only("exact_match", ["paris!", "roma", "7", "8"], references) == 75
+    assert only("final_answer", ["paris", "rome", "it is\n#### 7", "#### 9"], references) == 25
+
+
+# sacrebleu's documentation: a system of three sentences with two references, one of which says nothing of the second.
+SYSTEM = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
+FIRST = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
+SECOND = ["The dog had bit the man.", None, "The man had bitten the dog."]
+
+
+def test_bleu_and_chrf_take_as_many_references_as_each_answer_has():
+    references = [[r for r in pair if r is not None] for pair in zip(FIRST, SECOND, strict=True)]
+    assert [len(r) for r in references] == [2, 1, 2]
+    scores = metrics.score(["bleu", "chrf"], SYSTEM, references)
+    assert scores["bleu"].value == pytest.approx(sacrebleu.corpus_bleu(SYSTEM, [FIRST, SECOND]).score)
+    assert scores["chrf"].value == pytest.approx(sacrebleu.corpus_chrf(SYSTEM, [FIRST, SECOND]).score)
+    assert scores["bleu"].signature.startswith("nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert scores["chrf"].signature.startswith("nrefs:var|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+def test_the_number_of_references_does_not_depend_on_their_order():
+    answers, references = SYSTEM, [[r] for r in FIRST]
+    more = [*references[:2], [FIRST[2], "The man had just bitten him."]]
+    for name in ("bleu", "chrf", "rouge_l"):
+        assert only(name, answers, more) > only(name, answers, references)
+        assert only(name, answers, [r[::-1] for r in more]) == pytest.approx(only(name, answers, more))
+
+
+def test_rouge_takes_the_best_reference_for_each_number():
+    references = [["police killed the gunman", "the gunman shot, the police watched"]]
+    # Lin (2004): "police kill the gunman" against the first: words 3 of 4 (stemmed 4 of 4).
+    assert only("rouge_1", ["police kill the gunman"], references) == pytest.approx(100)
+    assert only("rouge_2", ["the gunman kill police"], references[0:1]) == pytest.approx(100 / 3)
+    assert only("rouge_l", ["the gunman kill police"], [references[0][:1]]) == pytest.approx(50)
+
+
+def shared(path):
+    """A file of the data beside the repository."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"there is no {path} beside the repository")
+    return found
+
+
+def test_rouge_agrees_with_the_figures_of_rouge_1_5_5():
+    """The F1 that the Perl script gave for these thousand pairs with stemming, from the tests of rouge-score.
+
+    The script's middle of a bootstrap and the plain mean differ in the fourth digit.
+    """
+    references = [[line] for line in shared("data/rouge-testdata/target_large.txt").read_text().splitlines()]
+    answers = shared("data/rouge-testdata/prediction_large.txt").read_text().splitlines()
+    scores = metrics.score(["rouge_1", "rouge_l"], answers, references)
+    assert scores["rouge_1"].value == pytest.approx(40.524, abs=0.02)
+    assert scores["rouge_l"].value == pytest.approx(40.275, abs=0.02)

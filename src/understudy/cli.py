@@ -72,10 +72,16 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="Also measure this, such as rouge_l, bleu or chrf.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write every answer here, as JSONL.")] = None,
 ) -> None:
     """Let a model answer a dataset's prompts; say how many answers are right, and how far from a teacher they are."""
+    from .metrics import check
+
     named = dict(_pair(column) for column in columns or [])
+    check(metric or [])
     _quiet()
     from .evaluate import evaluate
     from .models import (
@@ -115,7 +121,8 @@ def evaluate(
         with loading("model", teacher):
             judge = LocalTeacher(resolve(teacher), vocabulary=len(tokenizer))
     rollout.stop_ids = all_stop_ids(tokenizer, student)
-    show_evaluation(evaluate(student, tokenizer, examples, rollout, judge, seed), f"{model} on {data}", output)
+    result = evaluate(student, tokenizer, examples, rollout, judge, seed, metrics=metric or [])
+    show_evaluation(result, f"{model} on {data}", output)
 
 
 @app.command()

@@ -218,8 +218,7 @@ def judge(model: str, recipe: Recipe, folder: Path, protocol: Protocol) -> None:
             stop_ids=all_stop_ids(tokenizer, loaded),
             batch_size=protocol.batch_size,
         )
-        more = {"metrics": protocol.metrics} if protocol.metrics else {}
-        result = evaluate(loaded, tokenizer, examples, rollout, seed=protocol.seed, **more)
+        result = evaluate(loaded, tokenizer, examples, rollout, seed=protocol.seed, metrics=protocol.metrics)
         answers = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in result.answers)
         write(folder / f"answers-{name}.jsonl", answers)
         right = [a["correct"] for a in result.answers]

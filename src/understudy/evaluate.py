@@ -7,11 +7,12 @@ a teacher is measured where it matters, on the model's own answers.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from . import metrics as judges
 from .batch import Batch, Example
 from .data import Examples
 from .metrics.exact_match import exact_match
@@ -28,6 +29,7 @@ class Evaluation:
 
     answers: list[dict[str, Any]]  # prompt, answer, references, correct
     metrics: dict[str, float]
+    signatures: dict[str, str] = field(default_factory=dict)  # how the metrics that were asked for were come by
 
 
 def evaluate(
@@ -38,13 +40,24 @@ def evaluate(
     teacher: Teacher | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    metrics: Sequence[str] = (),
 ) -> Evaluation:
     """Let `model` answer every example's prompt by `rollout`, and measure.
 
     Metrics: `accuracy` (share of right answers, where there are references), `response_length` (tokens), `truncated`
     (share of answers without an end), `seconds` of writing; with a teacher also `forward_kl`, `reverse_kl`,
-    `student_entropy` and `teacher_entropy`, means over the tokens of the model's own answers in nats.
+    `student_entropy` and `teacher_entropy`, means over the tokens of the model's own answers in nats. `metrics` names
+    further ones of the folder metrics/, out of 100, over the rows that have references.
+
+    Raises:
+        ValueError: before anything is written, for a name of no metric, and for metrics of rows without references.
     """
+    judges.check(metrics)
+    if metrics and not any(row.references for row in examples.rows):
+        raise ValueError(
+            f"{', '.join(metrics)} compare with references, and no row of {examples.source} has one: name the column "
+            "that holds them, such as completion=de"
+        )
     start = time.perf_counter()
     written = rollout.follow(model, tokenizer).generate(examples.examples, Step(0, seed))
     seconds = time.perf_counter() - start
@@ -56,7 +69,7 @@ def evaluate(
         answers.append(
             {"prompt": example.prompt, "answer": text, "references": list(example.references), "correct": right}
         )
-    metrics = {
+    measured = {
         "examples": float(len(answers)),
         "response_length": sum(len(e.response) for e in written) / len(written),
         "truncated": sum(e.truncated for e in written) / len(written),
@@ -64,10 +77,13 @@ def evaluate(
     }
     judged = [a["correct"] for a in answers if a["correct"] is not None]
     if judged:
-        metrics = {"accuracy": sum(judged) / len(judged), **metrics}
+        measured = {"accuracy": sum(judged) / len(judged), **measured}
+    scored = [a for a in answers if a["references"]]
+    scores = judges.score(metrics, [a["answer"] for a in scored], [a["references"] for a in scored])
+    measured |= {name: score.value for name, score in scores.items()}
     if teacher is not None:
-        metrics |= distance(model, teacher, written, len(tokenizer), batch_size)
-    return Evaluation(answers, metrics)
+        measured |= distance(model, teacher, written, len(tokenizer), batch_size)
+    return Evaluation(answers, measured, {name: score.signature for name, score in scores.items()})
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ def show_evaluation(result: Evaluation, title: str, output: Path | None, console
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
+    for name, signature in result.signatures.items():
+        console.print(f"{name}: {signature}", soft_wrap=True, highlight=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in result.answers), encoding="utf-8")

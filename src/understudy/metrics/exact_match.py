@@ -3,6 +3,18 @@
 import string
 from collections.abc import Sequence
 
+from ..metric import Metric, Score
+
+
+class ExactMatch(Metric):
+    """The share of answers that equal one of their references."""
+
+    names = ("exact_match",)
+
+    def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+        right = sum(map(exact_match, answers, references))
+        return {"exact_match": Score(100 * right / len(answers), "case:lower|punctuation:removed|refs:any")}
+
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
     """Does the answer equal one of the references but for case, punctuation and white space?"""

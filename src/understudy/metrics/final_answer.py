@@ -3,6 +3,18 @@
 import re
 from collections.abc import Sequence
 
+from ..metric import Metric, Score
+
+
+class FinalAnswer(Metric):
+    """The share of answers that end in the final answer of one of their references."""
+
+    names = ("final_answer",)
+
+    def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+        right = sum(map(is_correct, answers, references))
+        return {"final_answer": Score(100 * right / len(answers), "mark:####|refs:any")}
+
 
 def final_answer(text: str) -> str | None:
     """The number after the last `####`, without thousands separators; None if there is none."""
