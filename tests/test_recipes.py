@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from understudy.models import load_tokenizer, teacher_name
 from understudy.playground.names import is_playground
-from understudy.recipe import Recipe, load
+from understudy.recipe import Recipe, RecipeError, load
 from understudy.run import Run, build, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,9 +124,8 @@ def family_of(name: str) -> Family:
     return known[0] if known else OURS
 
 
-def put_model(name: str, tokenizer: Any, width: int, layers: int) -> None:
-    """A random model of the name's family in the folder of this name, with its tokenizer."""
-    family = family_of(name)
+def put_model(name: str, family: Family, tokenizer: Any, width: int, layers: int) -> None:
+    """A random model of the family, with its tokenizer, in the folder of this name."""
     shape = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -172,7 +171,7 @@ def row_of(dataset: str, block: Any) -> dict[str, str]:
         return {"text": "\n".join(SENTENCES)}
     named = [field for _, field, _, _ in string.Formatter().parse(block.template or "") if field]
     wanted = [*named, *(block.columns or {}).values()] or ["prompt", "completion"]
-    return dict(zip(wanted, [*SENTENCES, *wanted], strict=False))
+    return dict(zip(wanted, ["Who plays?", "The star.", *wanted], strict=False))
 
 
 def load_dataset(path: str, name: str | None = None, split: str | None = None) -> datasets.Dataset:
@@ -191,11 +190,15 @@ def furnish(recipe: Recipe) -> None:
     student, teacher = recipe.student, teacher_name(recipe)
     places = [name for name in (student.model, teacher, student.tokenizer) if name]
     played = [name for name in places if is_playground(name)]
-    tokenizer = load_tokenizer(played[0]) if played else bytewise(family_of(places[0]))
+    known = [family for name in places if (family := family_of(name)) != OURS]
     layers = max([2, *(layer + 1 for layer in student.layers or [])])
     for name in dict.fromkeys(places):
+        family = family_of(name)
+        if family == OURS and known:
+            family = known[0]  # a folder of one's own beside a model of the hub holds one of its family
+        tokenizer = load_tokenizer(played[0]) if played else bytewise(family)
         if not is_playground(name):
-            put_model(name, tokenizer, 32 if name == teacher else 16, layers if name == teacher else 2)
+            put_model(name, family, tokenizer, *((32, layers) if name == teacher else (16, 2)))
     blocks = [(recipe.data.dataset, recipe.data), (recipe.evaluate.dataset, recipe.data)]
     if recipe.corpus is not None:
         put_rows(recipe.corpus.dataset, row_of(recipe.corpus.dataset, recipe.corpus))
@@ -258,9 +261,12 @@ def by_kind() -> dict[str, str]:
     """One recipe for every method and student's architecture, those of papers first."""
     found: dict[str, str] = {}
     for path in [*PAPERS, *RECIPES]:
-        recipe = load(ROOT / path)
-        fresh = (recipe.student.fresh or {}).get("model_type")
-        kind = fresh or family_of(recipe.student.model or teacher_name(recipe) or "").model_type
+        try:
+            recipe = load(ROOT / path)
+            fresh = (recipe.student.fresh or {}).get("model_type")
+            kind = fresh or family_of(recipe.student.model or teacher_name(recipe) or "").model_type
+        except (RecipeError, AssertionError):
+            continue  # its own test says what is wrong with it
         found.setdefault(f"{recipe.method[0]}-{kind}", path)
     return found
 
