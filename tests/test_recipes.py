@@ -164,6 +164,8 @@ def put_rows(dataset: str, row: dict[str, str], count: int = 6) -> None:
 
 def row_of(dataset: str, block: Any) -> dict[str, str]:
     """A row of a dataset that is no hub's: one of a public collection, or with the columns that the block asks for."""
+    on_the_hub = dataset.count("/") == 1 and not Path(dataset).suffix and dataset[0] != "."
+    assert not on_the_hub, f"{dataset} looks like a dataset of the hub: add its columns to HUB"
     known = next((row for name, row in FILES.items() if name in dataset), None)
     if known:
         return known
@@ -185,28 +187,31 @@ def load_dataset(path: str, name: str | None = None, split: str | None = None) -
     return datasets.Dataset.from_list([known.row] * 6)
 
 
+def families(recipe: Recipe) -> dict[str, Family]:
+    """The family of each model and tokenizer that the recipe names, the student's first.
+
+    A folder of one's own beside a model of the hub holds one of its family.
+    """
+    names = [recipe.student.model, teacher_name(recipe), recipe.student.tokenizer]
+    found = {name: family_of(name) for name in names if name}
+    known = next((family for family in found.values() if family != OURS), OURS)
+    return {name: known if family == OURS else family for name, family in found.items()}
+
+
 def furnish(recipe: Recipe) -> None:
     """Put everything that the recipe names below the working directory."""
-    student, teacher = recipe.student, teacher_name(recipe)
-    places = [name for name in (student.model, teacher, student.tokenizer) if name]
-    played = [name for name in places if is_playground(name)]
-    known = [family for name in places if (family := family_of(name)) != OURS]
-    layers = max([2, *(layer + 1 for layer in student.layers or [])])
-    for name in dict.fromkeys(places):
-        family = family_of(name)
-        if family == OURS and known:
-            family = known[0]  # a folder of one's own beside a model of the hub holds one of its family
-        tokenizer = load_tokenizer(played[0]) if played else bytewise(family)
+    found, teacher = families(recipe), teacher_name(recipe)
+    played = next((name for name in found if is_playground(name)), None)
+    layers = max([2, *(layer + 1 for layer in recipe.student.layers or [])])
+    for name, family in found.items():
+        tokenizer = load_tokenizer(played) if played else bytewise(family)
         if not is_playground(name):
             put_model(name, family, tokenizer, *((32, layers) if name == teacher else (16, 2)))
-    blocks = [(recipe.data.dataset, recipe.data), (recipe.evaluate.dataset, recipe.data)]
+    for dataset in filter(None, (recipe.data.dataset, recipe.evaluate.dataset)):
+        if dataset not in HUB and not is_playground(dataset):
+            put_rows(dataset, row_of(dataset, recipe.data))
     if recipe.corpus is not None:
         put_rows(recipe.corpus.dataset, row_of(recipe.corpus.dataset, recipe.corpus))
-    for dataset, block in blocks:
-        if dataset and dataset not in HUB and not is_playground(dataset):
-            on_the_hub = dataset.count("/") == 1 and not Path(dataset).suffix and dataset[0] != "."
-            assert not on_the_hub, f"{dataset} looks like a dataset of the hub: add its columns to HUB"
-            put_rows(dataset, row_of(dataset, block))
 
 
 @pytest.fixture
@@ -264,7 +269,7 @@ def by_kind() -> dict[str, str]:
         try:
             recipe = load(ROOT / path)
             fresh = (recipe.student.fresh or {}).get("model_type")
-            kind = fresh or family_of(recipe.student.model or teacher_name(recipe) or "").model_type
+            kind = fresh or next(iter(families(recipe).values())).model_type
         except (RecipeError, AssertionError):
             continue  # its own test says what is wrong with it
         found.setdefault(f"{recipe.method[0]}-{kind}", path)
