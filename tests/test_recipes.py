@@ -252,7 +252,9 @@ def test_a_recipe_can_be_built(path, built):
     run = built(path)
     recipe, arguments = run.recipe, run.trainer.args
     assert len(run.train) > 0
-    assert run.train.cut_prompts == run.train.cut_responses == run.train.skipped == 0
+    assert run.train.skipped == 0
+    if not is_playground(recipe.data.dataset):  # whose problems are real ones; a stand-in's row is short
+        assert run.train.cut_prompts == run.train.cut_responses == 0
     room = 0 if run.trainer.method.authors == {"dataset"} else recipe.rollout[1].get("max_new_tokens", 256)
     assert all(len(example.prompt) + room <= recipe.data.max_length for example in run.train.examples)
     total = arguments.max_steps if arguments.max_steps > 0 else 1000
