@@ -84,6 +84,7 @@ def _gpt2(vocabulary: int, width: int, tied: bool) -> PreTrainedModel:
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
+        attn_pdrop=0.1,
     )
     return GPT2LMHeadModel(config)
 

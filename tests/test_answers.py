@@ -1,6 +1,7 @@
 """Answers written once: kept over steps and runs, and never somebody else's."""
 
 import json
+from dataclasses import replace
 
 from fakes import ScriptedRollout, ragged_examples
 
@@ -76,3 +77,16 @@ def test_what_is_written_keeps_the_prompt_s_row_and_pair(tmp_path):
 
     [answer] = kept(tmp_path)[1].generate([replace(PROMPTS[2], pair=5)], Step(0))
     assert (answer.row, answer.pair, answer.prompt) == (2, 5, PROMPTS[2].prompt)
+
+
+def test_a_held_out_row_is_not_answered_with_a_trained_row_s_answer(tmp_path):
+    """Both are numbered from 0."""
+    _, answers = kept(tmp_path)
+    other = [replace(e, prompt=[9, *e.prompt]) for e in PROMPTS]
+    first = answers.generate(PROMPTS, Step(0))
+    assert [e.prompt for e in answers.generate(other, Step(0))] == [e.prompt for e in other]
+    writer, again = kept(tmp_path)
+    assert again.generate(PROMPTS, Step(0)) == first
+    again.generate(other, Step(0))
+    assert writer.asked == 0
+    assert len((tmp_path / "deep" / "answers.jsonl").read_text().splitlines()) == 2 * len(PROMPTS)

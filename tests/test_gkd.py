@@ -108,7 +108,9 @@ def test_at_alpha_one_it_is_plain_gkd_to_the_bit(tmp_path):
 
 def test_projected_and_plain_losses_have_the_same_gradients(tmp_path):
     """The reward's term goes through the one-pass projection, whose row weights hold the advantages."""
-    examples = [replace(e, author="student", advantage=a) for e, a in zip(ragged_examples(4), (1, -2, 0, 3), strict=True)]
+    examples = [
+        replace(e, author="student", advantage=a) for e, a in zip(ragged_examples(4), (1, -2, 0, 3), strict=True)
+    ]
     gradients = []
     for project in (True, False):
         made = trainer(tmp_path, GKD(divergence=ForwardKL(), distillation=0.3, reward=Reward([short])), student())

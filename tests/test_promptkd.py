@@ -11,8 +11,8 @@ from loop import student, teacher, trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from understudy.batch import Batch
-from understudy.divergences import ReverseKL
-from understudy.methods.promptkd import PromptKD, _toward
+from understudy.divergences import JensenShannon, ReverseKL
+from understudy.methods.promptkd import PromptKD, _recompute_layers, _toward
 from understudy.projection import Dense
 from understudy.scores import Scores, score
 from understudy.step import Step
@@ -90,15 +90,15 @@ def test_the_prompt_gradient_is_the_derivative_of_the_loss():
     judge.model.double()
     judge.prompt.data = judge.prompt.data.double()
     learner = student("gpt2").double()
-    method._prompt_loss(BATCH, learner, 0.7).backward()
+    method._add_gradient(BATCH, learner, 0.7)
+    gradient = judge.prompt.grad.clone()
     at = (1, 2)
     value = []
     for sign in (1, -1):
-        with torch.no_grad():
-            judge.prompt[at] += sign * 1e-4
-            value.append(float(method._prompt_loss(BATCH, learner, 0.7)))
-            judge.prompt[at] -= sign * 1e-4
-    assert float(judge.prompt.grad[at]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
+        judge.prompt.data[at] += sign * 1e-4
+        value.append(float(method._add_gradient(BATCH, learner, 0.7)))
+        judge.prompt.data[at] -= sign * 1e-4
+    assert float(gradient[at]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
 
 
 def test_three_symbols_give_the_values_worked_out_by_hand():
@@ -164,13 +164,35 @@ def test_guidance_brings_the_teacher_nearer_to_the_student():
     assert distance() < before
 
 
-def test_recomputing_activations_changes_nothing():
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_recomputing_activations_changes_nothing(kind, dropout):
+    """Also in teachers that can drop out, in modules (GPT-2) or by functions (OPT), whether they are to or not."""
     grads = []
     for checkpointing in (False, True):
-        method, judge = prompted(checkpointing=checkpointing)
-        method._prompt_loss(BATCH, student(), 1.0).backward()
+        method, judge = prompted(kind, checkpointing=checkpointing, teacher_dropout=dropout)
+        torch.manual_seed(0)
+        method._add_gradient(BATCH, student(), 1.0)
         grads.append(judge.prompt.grad)
+        assert not judge.model.training
     torch.testing.assert_close(*grads)
+
+
+def test_a_teacher_whose_layers_cannot_run_again_is_told():
+    with pytest.raises(ValueError, match="leave promptkd's checkpointing off"):
+        _recompute_layers(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(0.5)])
+def test_a_student_with_adapters_learns_from_the_prompted_teacher(divergence, tmp_path):
+    made = trainer(tmp_path, PromptKD(prompt_tokens=3, divergence=divergence), student("llama+lora"))
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    prompt = made.teacher.prompt.detach().clone()
+    made.train()
+    moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora" in name for name in moved)
+    assert not torch.equal(made.teacher.prompt, prompt)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
@@ -200,7 +222,7 @@ def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
     from peft import PeftModel
 
     method, judge = prompted()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         method.export(tmp_path)
     assert "reads most like" in caplog.text
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()

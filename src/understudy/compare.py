@@ -64,9 +64,7 @@ class Protocol:
         return {"greedy" if t == 0 else f"T={t:g}": t for t in self.temperatures}
 
 
-def contestants(
-    recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str | None = None
-) -> list[Contestant]:
+def contestants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str | None = None) -> list[Contestant]:
     """One for each recipe, or one for each recipe and value of a `sweep` such as "method.gkd.on_policy=0,0.5,1".
 
     Raises:
@@ -76,7 +74,9 @@ def contestants(
     if sweep is not None:
         key, _, values = sweep.partition("=")
         if not key or not values:
-            raise RecipeError(f"a sweep is written key=value,value,…, such as training.learning_rate=1e-3,1e-4, not {sweep}")
+            raise RecipeError(
+                f"a sweep is written key=value,value,…, such as training.learning_rate=1e-3,1e-4, not {sweep}"
+            )
         short = key.rpartition(".")[2]
         made = [
             Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"))
@@ -204,7 +204,7 @@ def _reference_folder(output: Path, model: str) -> Path:
 
 
 def judge(model: str, recipe: Recipe, folder: Path, protocol: Protocol) -> None:
-    """Let a model answer as the protocol says, on the data that a recipe reads; write evaluation.json and the answers."""
+    """Let a model answer as the protocol says, on a recipe's data; write evaluation.json and the answers."""
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype="float32").eval()
     longest = recipe.rollout[1].get("max_new_tokens", GenerateRollout.max_new_tokens)

@@ -7,7 +7,6 @@ the score of every answer, by which two models are compared on the same problems
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -161,7 +160,9 @@ def markdown(table: Sequence[Line], columns: Sequence[tuple[str, str]], extra: M
     """
     heads = ["model", *(f"{metric} ({protocol})" for protocol, metric in columns)]
     heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
-    rows = [[name, *(_number(r.metrics[p].get(m), m) for p, m in columns), "", "", "", "", ""] for name, r in extra.items()]
+    rows = [
+        [name, *(_number(r.metrics[p].get(m), m) for p, m in columns), "", "", "", "", ""] for name, r in extra.items()
+    ]
     for line in table:
         row = [line.name]
         for protocol, metric in columns:

@@ -190,12 +190,12 @@ class Format:
 
     def _fill(self, row: SourceRow) -> str:
         assert self.template is not None
-        for field in self.fields:
-            if field not in row.columns:
-                raise BadRow(f'{row.where}: the template names the column "{field}", but {_there(row, field)}')
-            value = row.columns[field]
+        for name in self.fields:
+            if name not in row.columns:
+                raise BadRow(f'{row.where}: the template names the column "{name}", but {_there(row, name)}')
+            value = row.columns[name]
             if not isinstance(value, str | int | float):
-                raise BadRow(f'{row.where}: the template\'s column "{field}" is {describe(value)}, not text')
+                raise BadRow(f'{row.where}: the template\'s column "{name}" is {describe(value)}, not text')
         try:
             prompt = self.template.format_map(row.columns)
         except (ValueError, LookupError, AttributeError) as error:

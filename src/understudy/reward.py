@@ -109,7 +109,7 @@ class RewardModel:
 
         self.name, self.reads, self.batch_size = name, reads, batch_size
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        labels = AutoConfig.from_pretrained(name).label2id
+        labels: Any = AutoConfig.from_pretrained(name).label2id
         if label is not None and label not in labels:
             raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
         if label is None and len(labels) > 1:
@@ -151,7 +151,7 @@ def function(place: str) -> Scorer:
         raise ValueError(f'a reward function is written module:function, not "{place}"')
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        found: Any = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise ValueError(f"the reward function {place} cannot be imported: {error}") from error
     finally:

@@ -231,10 +231,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         if key not in known:
             message = f'transformers\' TrainingArguments have no field "{key}"{did_you_mean(key, known)}'
             raise recipe.complaint(f"training.{key}", message)
-        hint = hints[key]
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # which YAML reads as false
+        hint: Any = hints[key]
         with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
             values[key] = checked(value, hint, f"training.{key}") if hint in (int, float, bool) else value
-        if key in _AT_LEAST_ONE and value < 1:
+        if key in _AT_LEAST_ONE and int(value) < 1:
             raise recipe.complaint(f"training.{key}", f"training.{key} is {value}, and 1 is the least")
     if values.get("eval_strategy", "no") not in ("no", False) and recipe.evaluate.dataset is None:
         message = "evaluating while training needs held-out data: add evaluate.dataset, or leave eval_strategy out"

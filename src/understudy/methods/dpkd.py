@@ -11,9 +11,9 @@ Stage two prefers the teacher's output y_t to the student's y_s (Bradley–Terry
     total = L + λ E_{d~corpus}[ −log q(d) ]                                                            (Algorithm 1)
 
 Stage one is a definition rather than a step: with the student's own implicit reward in the place of r its two terms
-cancel, E_q[β log(q/p)] = β KL(q‖p), whatever the student is. What it adds to training is its reverse KL on the student's
-outputs, an option here (`reverse_kl_weight`); with a reward of your own, stage one is `gkd` with a reward and
-divergence reverse_kl, α = β/(1+β).
+cancel, E_q[β log(q/p)] = β KL(q‖p), whatever the student is. What it adds to training is its reverse KL on the
+student's outputs, an option here (`reverse_kl_weight`); with a reward of your own, stage one is `gkd` with a reward
+and divergence reverse_kl, α = β/(1+β).
 
 Both outputs are ids, sampled at temperature 1 and not differentiated. The gradient is
 −β σ(−u) (∇log q(y_t)/|y_t| − ∇log q(y_s)/|y_s|): the weight grows where the student is wrong. Eqs. 11, 28 and 30 of the
@@ -22,7 +22,7 @@ paper print the sigmoid's argument with the opposite sign, against their own pro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class DPKD(Method):
             raise ValueError("dpkd needs sft_weight in [0, 1) and label_smoothing in [0, 0.5)")
         if self.reverse_kl_weight and self.level == "token":
             raise ValueError("dpkd's reverse_kl_weight is of the student's answers, which level: token does without")
-        self._own: dict[int, tuple[int, Example]] = {}  # row → the step its student answer was written at, and it
+        self._own: dict[Any, tuple[int, Example]] = {}  # prompt → the step its student answer was written at, and it
 
     @property
     def needs(self) -> Knowledge:
@@ -95,13 +95,13 @@ class DPKD(Method):
     def _own_answers(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         if self.refresh == 1:
             return writers.student.generate(examples, step)
-        old = [e for e in examples if e.row not in self._own or self._stale(e.row, step)]
+        old = [e for e in examples if _key(e) not in self._own or self._stale(e, step)]
         for answer in writers.student.generate(old, step) if old else []:
-            self._own[answer.row] = step.number, answer
-        return [self._own[e.row][1] for e in examples]
+            self._own[_key(answer)] = step.number, answer
+        return [self._own[_key(e)][1] for e in examples]
 
-    def _stale(self, row: int, step: Step) -> bool:
-        return self.refresh > 0 and step.number - self._own[row][0] >= self.refresh
+    def _stale(self, example: Example, step: Step) -> bool:
+        return self.refresh > 0 and step.number - self._own[_key(example)][0] >= self.refresh
 
     def _texts(self, count: int, step: Step) -> list[Example]:
         """As many texts of the corpus as there are prompts, drawn by the step."""
@@ -192,7 +192,7 @@ class DPKD(Method):
         """Student answers that are to be used again."""
         if self.refresh == 1 or not self._own:
             return {}
-        kept = [(row, at, e) for row, (at, e) in self._own.items()]
+        kept = [(e.row, at, e) for at, e in self._own.values()]
         return {
             "rows": torch.tensor([[row, at, len(e.response), e.truncated] for row, at, e in kept]),
             "responses": torch.tensor([token for *_, e in kept for token in e.response]),
@@ -209,4 +209,9 @@ class DPKD(Method):
         ):
             answer = Example(prompts[:prompt], responses[:length], "student", row, truncated=bool(cut))
             prompts, responses = prompts[prompt:], responses[length:]
-            self._own[row] = at, answer
+            self._own[_key(answer)] = at, answer
+
+
+def _key(example: Example) -> tuple[int, tuple[int, ...]]:
+    """The row and its prompt: held-out rows are numbered from 0 as the trained ones are."""
+    return example.row, tuple(example.prompt)

@@ -13,6 +13,7 @@ trained ‖ target).
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
@@ -113,8 +116,7 @@ class PromptKD(Method):
         prompt.grad = torch.zeros_like(prompt)
         units = 0
         for batch in batches:
-            loss = self._prompt_loss(batch, student, coefficient)
-            loss.backward()
+            self._add_gradient(batch, student, coefficient)
             units += batch.units(self.reduction)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             count = torch.tensor(float(units), device=prompt.device)
@@ -127,8 +129,8 @@ class PromptKD(Method):
         self._optimizer.param_groups[0]["lr"] = self._rate * warmth
         self._optimizer.step()
 
-    def _prompt_loss(self, batch: Batch, student: Any, coefficient: float) -> Tensor:
-        """Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] over the batch's tokens; gradients reach the prompt alone."""
+    def _add_gradient(self, batch: Batch, student: Any, coefficient: float) -> Tensor:
+        """Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] over the batch's tokens; the prompt's gradient grows by its own."""
         wanted = self._student_says(student, batch)
         plain = self._teacher.plain.score(batch) if coefficient else None
         weights = batch.weights(self.reduction)
@@ -139,7 +141,7 @@ class PromptKD(Method):
                 value = value + coefficient * _toward(plain, prompted, self.anchor)
             return (weights.to(value.device) * value).sum()
 
-        return self._teacher.differentiable(batch, loss, weights, self.teacher_dropout)
+        return self._teacher.backward(batch, loss, weights, self.teacher_dropout)
 
     def _student_says(self, student: Any, batch: Batch) -> Scores:
         """The student's Scores as constants, without dropout."""
@@ -208,7 +210,7 @@ class PromptedTeacher(Teacher):
     def __init__(self, plain: Any, prompt: nn.Parameter, checkpointing: bool) -> None:
         self.plain, self.prompt, self.model = plain, prompt, plain.model
         if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_layers(self.model)
 
     def score(self, batch: Batch) -> Scores:
         return opinion(self.model, self._fitting(batch), prefix=self.prompt.detach(), **self._how())
@@ -217,17 +219,15 @@ class PromptedTeacher(Teacher):
         """As the plain teacher is scored."""
         return {"vocabulary": self.plain.vocabulary, "project": self.plain.projects}
 
-    def differentiable(self, batch: Batch, then: Any, weights: Tensor, dropout: bool) -> Tensor:
-        """What `then` makes of the prompted teacher's Scores, differentiable in the prompt."""
-        checkpointed = getattr(self.model, "is_gradient_checkpointing", False)
-        self.model.train(dropout or checkpointed)  # transformers checkpoints in training mode only
-        silenced = [] if dropout else [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    def backward(self, batch: Batch, then: Any, weights: Tensor, dropout: bool) -> Tensor:
+        """What `then` makes of the prompted teacher's Scores, as a constant; the prompt's gradient grows by its own."""
+        batch = self._fitting(batch)
+        weights = weights.to(batch.input_ids.device)
+        self.model.train(dropout)  # until the backward pass is over, which may run layers again
         try:
-            for module in silenced:
-                module.eval()
-            batch = self._fitting(batch)
-            weights = weights.to(batch.input_ids.device)
-            return score(self.model, batch, then, weights=weights, prefix=self.prompt, **self._how())
+            loss = score(self.model, batch, then, weights=weights, prefix=self.prompt, **self._how())
+            loss.backward()
+            return loss.detach()
         finally:
             self.model.eval()
 
@@ -240,6 +240,18 @@ class PromptedTeacher(Teacher):
                 f"teacher's window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
             )
         return batch.to(self.model.device)
+
+
+def _recompute_layers(model: Any) -> None:
+    """Let every layer forget its activations and run again in the backward pass, whatever the model's mode is.
+
+    The switch that transformers has for this works in training mode only, in which a teacher would drop out.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers that can run again: leave promptkd's checkpointing off")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def _toward(target: Scores, prompted: Scores, direction: Direction) -> Tensor:
