@@ -27,8 +27,10 @@ from . import comparison
 from .comparison import Result
 from .evaluate import evaluate
 from .folder import write
+from .methods import METHODS
 from .models import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
 from .recipe import Recipe, RecipeError, load
+from .rollouts import ROLLOUTS
 from .rollouts.generate import GenerateRollout
 from .run import distill, load_data
 
@@ -106,14 +108,19 @@ def compare(
     """
     console = console or Console()
     recipes = [c.load() for c in entered]
+    for recipe in recipes:
+        recipe.check("method", METHODS)
+        recipe.check("rollout", ROLLOUTS)
     if baseline is not None and baseline not in {c.name for c in entered}:
         raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(c.name for c in entered)}')
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
     extra = _references(entered, recipes)
     threads = max(1, (os.cpu_count() or 1) // parallel)
-    tasks: list[tuple[Any, ...]] = [(_judge_reference, name, entered[0], output, protocol) for name in extra.items()]
-    tasks += [(_run, contestant, seed, folder, protocol) for contestant, seed, folder in jobs]
-    _work(tasks, threads, parallel, console)
+    tasks: list[tuple[Any, ...]] = []  # what is to be done, the folder that it is done in, and what with
+    tasks += [(_judge_reference, _reference_folder(output, m), m, entered[0], protocol) for m in extra.values()]
+    tasks += [(_run, folder, contestant, seed, protocol) for contestant, seed, folder in jobs]
+    unfinished = [task for task in tasks if isinstance(_result(task[1], protocol), str)]
+    _work(unfinished, threads, parallel, console)
 
     results: dict[str, dict[int, Result | str]] = {c.name: {} for c in entered}
     for contestant, seed, folder in jobs:
@@ -173,10 +180,8 @@ def _child(work: Any, arguments: list[Any], threads: int) -> None:
     work(*arguments)
 
 
-def _run(contestant: Contestant, seed: int, folder: Path, protocol: Protocol) -> None:
+def _run(folder: Path, contestant: Contestant, seed: int, protocol: Protocol) -> None:
     """Train one contestant with one seed and judge its student; what goes wrong is written to failed.txt."""
-    if isinstance(_result(folder, protocol), Result):
-        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "failed.txt").unlink(missing_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -191,12 +196,9 @@ def _run(contestant: Contestant, seed: int, folder: Path, protocol: Protocol) ->
             write(folder / "failed.txt", " ".join(str(error).split()) or type(error).__name__)
 
 
-def _judge_reference(reference: tuple[str, str], contestant: Contestant, output: Path, protocol: Protocol) -> None:
-    folder = _reference_folder(output, reference[1])
-    if isinstance(_result(folder, protocol), Result):
-        return
+def _judge_reference(folder: Path, model: str, contestant: Contestant, protocol: Protocol) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    judge(reference[1], contestant.load(), folder, protocol)
+    judge(model, contestant.load(), folder, protocol)
 
 
 def _reference_folder(output: Path, model: str) -> Path:

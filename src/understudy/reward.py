@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -158,7 +158,7 @@ def function(place: str) -> Scorer:
         sys.path.pop(0)
     if not callable(found):
         raise ValueError(f'the module {module} has no function "{name}"')
-    return found
+    return cast(Scorer, found)
 
 
 def _name(function: Scorer) -> str:
