@@ -300,6 +300,33 @@ MISTAKES = {
         {"teacher": {"local": {"model": "{home}/narrow"}}, "student": {"model": "{home}/teacher"}},
         r"line \d+: the tokenizer has \d+ tokens and the teacher has embeddings for \d+ only",
     ),
+    "a reward for a method that takes none": (
+        {"method": "kd", "reward": {"functions": {"understudy.playground.rewards:correct": 1.0}}},
+        r"line \d+: kd takes no reward; gkd does",
+    ),
+    "a reward of nothing": (
+        {"reward": {"functions": {}}},
+        r"line \d+: reward: a reward needs at least one function or a model",
+    ),
+    "a reward function that is not there": (
+        {"reward": {"functions": {"understudy.playground.rewards:corect": 1.0}}},
+        r'line \d+: reward: the module understudy.playground.rewards has no function "corect"',
+    ),
+    "a reward model that is not there": (
+        {"reward": {"model": "{home}/judge"}},
+        r'line \d+: no reward model can be loaded from "{home}/judge"',
+    ),
+    "a reward of half the steps": (
+        {
+            "method": {"gkd": {"on_policy": 0.5}},
+            "reward": {"functions": {"understudy.playground.rewards:correct": 1.0}},
+        },
+        r"line \d+: method.gkd: gkd's reward is of the student's own responses: it needs on_policy 1",
+    ),
+    "a share left to no reward": (
+        {"method": {"gkd": {"distillation": 0.5}}},
+        r"line \d+: method.gkd: gkd with distillation below 1 leaves the rest to a reward: give one",
+    ),
     "no such dataset": (
         {"data": {"dataset": "{home}/sum.jsonl"}},
         r'there is no file or folder "{home}/sum.jsonl"; did you mean "sums.jsonl"\?',

@@ -316,3 +316,39 @@ def test_the_distance_of_own_samples_is_to_the_teacher_without_its_prompt(home):
     made = build(recipe_of(home, method=method), training_arguments(recipe_of(home)))
     assert made.trainer.teacher is not made.teacher
     assert made.trainer.teacher.plain is made.teacher
+
+
+def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home):
+    """`training` says when and by what; a student that does not change is never better, and stops after two of them."""
+    look = {"dataset": str(home / "sums.jsonl"), "limit": 4, "show": 0, "metrics": ["chrf"], "patience": 2}
+    training = {
+        "output_dir": str(home / "judged"),
+        "max_steps": 9,
+        "learning_rate": 0.0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "metric_for_best_model": "eval_chrf",
+        "load_best_model_at_end": True,
+        "use_cpu": True,
+    }
+    content = described(home, method="sft", evaluate=look)
+    summary = distill(load(write(home / "judged.yaml", content | {"training": training})), console=quiet())
+    judged = [line for line in lines(home / "judged" / "metrics.jsonl") if "eval_chrf" in line]
+    assert [line["step"] for line in judged] == [1, 2, 3, 3]  # once more at the end
+    assert summary["steps"] == 3
+    assert {"eval_chrf", "eval_accuracy", "eval_loss"} <= set(summary["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("look", "complaint"),
+    [
+        ({"metrics": ["chrf"]}, "metrics need held-out data: add evaluate.dataset"),
+        ({"metrics": ["bleux"], "dataset": "sums.jsonl"}, r'line \d+: there is no metric "bleux"; did you mean "bleu"'),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused(look, complaint, home):
+    if "dataset" in look:
+        look = {**look, "dataset": str(home / look["dataset"])}
+    with pytest.raises(RecipeError, match=complaint):
+        run(home, method="sft", evaluate=look)

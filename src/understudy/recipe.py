@@ -80,12 +80,17 @@ class Data(_Block):
 
 
 class Evaluate(_Block):
-    """What to look at: a held-out dataset, read like `data` where not said otherwise, and answers to show."""
+    """What to look at: a held-out dataset, read like `data` where not said otherwise, and answers to show.
+
+    The pace, and which checkpoint is best, are `training`'s: eval_steps, metric_for_best_model, load_best_model_at_end.
+    """
 
     dataset: str | None = None
     split: str = "test"
     name: str | None = None
     limit: int | None = 500
+    metrics: list[str] = []  # of greedy answers to the held-out prompts, beside the loss
+    patience: int | None = Field(default=None, gt=0)  # end after so many evaluations without a better one
     show: int = Field(default=3, ge=0)  # answers of the student shown as it learns
     show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
 

@@ -11,28 +11,26 @@ The same command again resumes an interrupted run from its last complete checkpo
 
 import copy
 import json
-import os
-import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-import transformers
 from rich import get_console
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
+from . import metrics
 from .answers import KeptAnswers
 from .batch import Example
 from .callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
 from .data import Examples, examples_from_rows, load_examples
-from .evaluate import distance
+from .evaluate import distance, evaluate
 from .folder import check_unchanged, claim, write
 from .method import Method
 from .methods import METHODS
@@ -56,6 +54,7 @@ from .reward import Reward, RewardModel, function
 from .rollouts import ROLLOUTS
 from .scores import Knowledge
 from .step import Step
+from .summary import summarize
 from .teacher import Teacher
 from .teachers import TEACHERS
 from .trainer import DistillationTrainer, last_checkpoint
@@ -114,8 +113,8 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     if watch.interrupted:
         raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command goes on from there")
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
-    metrics = run.trainer.evaluate() if run.held_out is not None else {}
-    summary = _summary(run, seconds, metrics) | {"own_samples": {"before": before, "after": own_samples(run)}}
+    found = run.trainer.evaluate() if run.held_out is not None else {}
+    summary = summarize(run, seconds, found) | {"own_samples": {"before": before, "after": own_samples(run)}}
     save_student(run)
     if arguments.process_index == 0:
         run.trainer.method.export(folder)
@@ -170,12 +169,15 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         rollout,
         processing_class=tokenizer,
         teacher_writer=teacher_writer,
+        judge=_judge(recipe, rollout, tokenizer, held_out) if recipe.evaluate.metrics else None,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=[WriteMetrics(folder / "metrics.jsonl")],
     )
     shown = recipe.evaluate
+    if shown.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(shown.patience))
     if shown.show:
         every = shown.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
         source = held_out or train
@@ -201,6 +203,27 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
             return {"reward": Reward(functions, block.normalize)}
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
+
+
+def _judge(
+    recipe: Recipe, rollout: Any, tokenizer: Any, held_out: Examples | None
+) -> Callable[[Any], dict[str, float]]:
+    """What a student's greedy answers to the held-out prompts come to, as numbers."""
+    names = recipe.evaluate.metrics
+    if held_out is None:
+        raise recipe.complaint("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
+    with recipe.locating("evaluate.metrics"):
+        metrics.check(names)
+    greedy = copy.copy(rollout)
+    greedy.temperature, greedy.responses = 0.0, 1
+
+    def judge(student: Any) -> dict[str, float]:
+        found = evaluate(student, tokenizer, held_out, greedy, metrics=names).metrics
+        return {
+            name: value for name, value in found.items() if not name.startswith(("seconds", "tokens_per", "examples"))
+        }
+
+    return judge
 
 
 def own_samples(run: Run, count: int = 64) -> dict[str, float]:
@@ -319,34 +342,3 @@ def _teacher(recipe: Recipe, vocabulary: int) -> Any:
     located = recipe.model_copy(update={"teacher": (name, {**fields, "model": resolve(place)})})
     with recipe.locating("teacher"), loading("model", place):
         return located.build("teacher", TEACHERS, vocabulary=vocabulary)
-
-
-def _summary(run: Run, seconds: dict[str, float], metrics: dict[str, float]) -> dict[str, Any]:
-    trainer = run.trainer
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = getattr(run.teacher, "model", None)
-    return {
-        "recipe": run.recipe.name,
-        "folder": str(run.folder),
-        "steps": trainer.state.global_step,
-        **{name: round(value, 2) for name, value in seconds.items()},
-        "tokens": int(trainer.tokens_seen),
-        "student_parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "teacher_parameters": None if teacher is None else sum(p.numel() for p in teacher.parameters()),
-        "examples": len(run.train),
-        "fingerprint": run.train.fingerprint,
-        "cut_prompts": run.train.cut_prompts,
-        "cut_responses": run.train.cut_responses,
-        "skipped": run.train.skipped,
-        "seed": trainer.args.seed,
-        "processes": trainer.args.world_size,
-        "device": str(trainer.args.device) if not torch.cuda.is_available() else torch.cuda.get_device_name(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
-    }

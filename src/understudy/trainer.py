@@ -14,7 +14,7 @@ not depend on how the step is cut into micro-batches and processes.
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +47,8 @@ class DistillationTrainer(Trainer):
         method: what to train on and what to minimise.
         rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
         processing_class: the tokenizer that student and teacher share; required.
+        teacher_writer: writes the teacher's responses instead of the rollout.
+        judge: from the student to further metrics, which `evaluate` returns, too.
         kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
     """
 
@@ -62,6 +64,7 @@ class DistillationTrainer(Trainer):
         processing_class: Any,
         args: TrainingArguments | None = None,
         teacher_writer: Rollout | None = None,
+        judge: Callable[[nn.Module], dict[str, float]] | None = None,
         callbacks: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
@@ -94,7 +97,7 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             teacher.beside(self.accelerator.device)
             teacher = method.prepare(teacher, processing_class, args.learning_rate)
-        self.method, self.teacher = method, teacher
+        self.method, self.teacher, self.judge = method, teacher, judge
         self.vocabulary = len(processing_class)
         self.pad = processing_class.pad_token_id
         if self.pad is None:
@@ -192,7 +195,8 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """The method's own objective on a fixed set, as in training but with the same draws every time.
 
-        Returns `{prefix}_loss` and, where the teacher scores, the means over tokens that training logs.
+        Returns `{prefix}_loss`; where the teacher scores, the means over tokens that training logs; and the judge's
+        metrics, each of which may be `metric_for_best_model`. All processes judge alike.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -217,6 +221,7 @@ class DistillationTrainer(Trainer):
             self.method.load_state_dict(remembered)  # what it collected here was not for training
         total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
         line = {"loss": float(total / units)} | {name: v for name, v in line.items() if not name.startswith("seconds")}
+        line |= {} if self.judge is None else self.judge(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
         super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
