@@ -284,6 +284,15 @@ def test_a_template_writes_the_prompt_over_any_columns(chatml):
     assert texts(chatml, example) == ("Add: 22\nAnswer:", "4<|endoftext|>")
 
 
+def test_a_template_reads_columns_and_no_attributes(gpt2):
+    row = {"translation": {"en": "Who?", "deep": {"de": "Wer?"}}}
+    options = {"template": "{translation.en} ", "columns": {"completion": "translation.deep.de"}}
+    [example] = examples_from_rows([row], gpt2, **options).rows
+    assert (example.prompt, example.response) == ("Who? ", "Wer?")
+    with pytest.raises(DataError, match=r'names the column "translation\.__class__", but'):
+        examples_from_rows([row], gpt2, template="{translation.__class__}")
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [

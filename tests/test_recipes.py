@@ -75,12 +75,17 @@ SENTENCES = ("Who learns the part?", "Nobody yet; the star is well.", "Über Nac
 class Columns:
     """A public dataset's columns, each with a value, and how many rows its splits have."""
 
-    row: dict[str, str]
+    row: dict[str, Any]
     splits: dict[str, int]
     name: str | None = None
 
 
 HUB = {
+    "wmt/wmt14": Columns(
+        {"translation": {"de": SENTENCES[2], "en": SENTENCES[1]}},
+        {"train": 4508785, "validation": 3000, "test": 3003},
+        "de-en",
+    ),
     "databricks/databricks-dolly-15k": Columns(
         {"instruction": SENTENCES[0], "context": "", "response": SENTENCES[1], "category": "open_qa"}, {"train": 15011}
     ),

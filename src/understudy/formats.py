@@ -139,6 +139,7 @@ class Format:
             BadRow: with what is wrong with it, and where it stands.
             DataError: for a conversation where the tokenizer has no chat template.
         """
+        row = SourceRow(row.where, {**row.columns, **_nested(row.columns)})
         row = SourceRow(row.where, {**row.columns, **self._renamed(row)})
         text = self._text(row)
         return replace(text, columns=row.columns) if isinstance(text, Row) else text
@@ -197,8 +198,8 @@ class Format:
             if not isinstance(value, str | int | float):
                 raise BadRow(f'{row.where}: the template\'s column "{name}" is {describe(value)}, not text')
         try:
-            prompt = self.template.format_map(row.columns)
-        except (ValueError, LookupError, AttributeError) as error:
+            prompt = _ByColumn().vformat(self.template, (), row.columns)
+        except ValueError as error:
             raise BadRow(f"{row.where}: the template cannot be filled: {error}") from error
         return _string(row.where, "template's prompt", prompt)
 
@@ -283,7 +284,24 @@ def _fields(template: str) -> list[str]:
         raise DataError(f"the template {template!r} {reason}") from error
     if not fields:
         raise DataError(f'the template {template!r} names no column; write one in braces, such as "{{question}}"')
-    return [re.split(r"[.\[]", field)[0] for field in fields]
+    return fields
+
+
+class _ByColumn(string.Formatter):
+    """Fills in columns by their whole names, dots included, and reads no attribute of anything."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
+def _nested(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of columns that hold objects, under dotted names, such as translation.de."""
+    found = {}
+    for name, value in columns.items():
+        if isinstance(value, Mapping):
+            inner = {str(key): x for key, x in value.items()}
+            found |= {f"{name}.{key}": x for key, x in {**inner, **_nested(inner)}.items()}
+    return found
 
 
 def _columns_of(kind: str) -> set[str]:
