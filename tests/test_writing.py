@@ -79,9 +79,6 @@ def test_an_interrupted_evaluation_goes_on_and_writes_nothing_twice(tmp_path):
     assert sum(map(len, rollout._asked)) == 12
     assert lines(path)[:28] == kept
     assert sorted((line["seed"], line["row"]) for line in lines(path)) == [(s, r) for s in (1, 2) for r in range(20)]
-    assert [a.line for a in again.answers] == [
-        a.line for a in write().answers
-    ] or path  # ids name a model only in files
     texts = [a.line["answer"] for a in again.answers]
     assert texts == [a.line["answer"] for a in write().answers]
     assert [a.example for a in again.answers] == [a.example for a in write().answers]
@@ -191,12 +188,12 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_writing as w
 
-class Slow(w.Portions):
+class Portions(w.Portions):
     def generate(self, prompts, step):
         time.sleep(0.05)
         return super().generate(prompts, step)
 
-w.write(Path(sys.argv[1]), Slow(batch_size=2))
+w.write(Path(sys.argv[1]), Portions(batch_size=2))
 """
 
 

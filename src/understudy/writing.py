@@ -94,7 +94,7 @@ def write_answers(
     rollout.follow(model, tokenizer, author)
     prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
     book = _Book(path, {} if path is None else identity(model, rollout, author), examples.rows, judge)
-    book.take_up(seeds, prompts)
+    book.take_up(seeds, [replace(prompt, author=author) for prompt in prompts])
     made(len(book.answers))
     tokens, seconds = 0, 0.0
     for seed in seeds:
@@ -108,7 +108,8 @@ def write_answers(
             except torch.OutOfMemoryError:
                 if pace is None or pace.size == 1:
                     raise
-                torch.accelerator.empty_cache()
+                if torch.accelerator.is_available():
+                    torch.accelerator.empty_cache()
                 pace.shrink()
                 continue
             took, length = time.perf_counter() - start, sum(len(example.response) for example in written)
