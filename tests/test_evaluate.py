@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from fakes import VOCABULARY, some_examples, tiny
-from folders import characters, jsonl, llama, sums
+from folders import characters, jsonl, llama, sums, write
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from understudy import cli
 from understudy.batch import Batch, Example
 from understudy.data import examples_from_rows
+from understudy.distance import distances
 from understudy.evaluate import distance, evaluate
 from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
@@ -30,7 +31,7 @@ class Parrot(Rollout):
         return self
 
     def generate(self, prompts, step):
-        texts = zip(prompts, self.answers, strict=True)
+        texts = [(prompt, self.answers[prompt.row]) for prompt in prompts]
         return [Example(p.prompt, [*TOKENIZER.encode(a, add_special_tokens=False), 2], row=p.row) for p, a in texts]
 
 
@@ -84,6 +85,52 @@ def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(
         evaluate(None, TOKENIZER, examples_from_rows([{"prompt": "a"}], TOKENIZER), nobody, metrics=[metric])
 
 
+class Moody(Parrot):
+    """Answers what it was told to for each seed."""
+
+    def __init__(self, **by_seed):
+        self.by_seed = by_seed
+
+    def generate(self, prompts, step):
+        self.answers = self.by_seed[f"seed{step.seed}"]
+        return super().generate(prompts, step)
+
+
+def test_several_seeds_give_the_mean_and_the_standard_deviation():
+    rows = [{"prompt": "a", "completion": "one"}, {"prompt": "b", "completion": "two"}]
+    told = {"seed1": ("one", "two"), "seed2": ("one", "no"), "seed3": ("no", "no")}
+    examples = examples_from_rows(rows, TOKENIZER)
+    result = evaluate(None, TOKENIZER, examples, Moody(**told), seed=[1, 2, 3], metrics=["exact_match", "self_bleu"])
+    assert [answer["answer"] for answer in result.answers] == ["one", "two", "one", "no", "no", "no"]
+    assert [answer["seed"] for answer in result.answers] == [1, 1, 2, 2, 3, 3]
+    assert (result.metrics["accuracy"], result.metrics["accuracy_std"]) == (0.5, 0.5)
+    assert (result.metrics["exact_match"], result.metrics["exact_match_std"]) == (50, 50)
+    assert result.metrics["response_length"] == pytest.approx((4 + 3.5 + 3) / 3)
+    # One word against those of the two other seeds: "one" twice and "no" twice are among them, "no" and "two" are not.
+    assert result.metrics["self_bleu"] == pytest.approx(100 * 4 / 6)
+    assert result.metrics["examples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"metrics": ["self_bleu"]}, "self_bleu compares the answers to a prompt with each other: give several seeds"),
+        ({"seed": [1, 1]}, "two of the seeds are the same"),
+        ({"seed": [1, 2]}, "greedy answers do not depend on the seed"),
+        ({"exposure": True}, "needs a teacher that can write"),
+        ({"exposure": True, "teacher": "live"}, "sample at temperature 1"),
+    ],
+)
+def test_what_would_mean_nothing_is_refused_before_anything_is_written(options, sentence):
+    if options.get("teacher") == "live":
+        options = {**options, "teacher": LocalTeacher(tiny("llama"))}
+    nobody = GenerateRollout(temperature=0)  # would fail, having no model
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(
+            None, TOKENIZER, examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER), nobody, **options
+        )
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("evaluate")
@@ -111,6 +158,36 @@ def test_the_distance_to_a_teacher_is_what_the_definitions_say(home):
         sums["teacher_entropy"] -= (log_p.exp() * log_p).sum().item()
     assert found == pytest.approx({name: total / 9 for name, total in sums.items()}, rel=1e-4)
     assert len(Batch.of(examples, 0).tokens) == 9
+
+
+def test_the_differences_at_every_position_are_what_their_definitions_say(home):
+    student = AutoModelForCausalLM.from_pretrained(home / "student").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    examples = [Example([5, 6, 7], [8, 9, 2]), Example([10], [11, 12, 13, 14, 2]), Example([4, 5], [2])]
+    found = distances(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
+    wanted = {
+        name: [[] for _ in range(5)] for name in ("agreement", "top_10_overlap", "teacher_surprise", "forward_kl")
+    }
+    for example in examples:
+        ids = torch.tensor([[*example.prompt, *example.response]])
+        with torch.no_grad():
+            log_q, log_p = (
+                m(ids).logits[0, len(example.prompt) - 1 : -1].double().log_softmax(-1) for m in (student, teacher)
+            )
+        for position, token in enumerate(example.response):
+            p, q = log_p[position], log_q[position]
+            ours, theirs = (set(sorted(range(len(x)), key=lambda v, x=x: -x[v])[:10]) for x in (q, p))
+            wanted["agreement"][position].append(float(p.argmax() == q.argmax()))
+            wanted["top_10_overlap"][position].append(len(ours & theirs) / 10)
+            wanted["teacher_surprise"][position].append(-float(p[token]))
+            wanted["forward_kl"][position].append(float((p.exp() * (p - q)).sum()))
+    curves, means = found.by_position(), found.means()
+    assert curves["alive"] == [3, 2, 2, 1, 1]
+    for name, values in wanted.items():
+        assert curves[name] == pytest.approx([sum(v) / len(v) for v in values], rel=1e-4), name
+        assert means[name] == pytest.approx(sum(map(sum, values)) / 9, rel=1e-4), name
+    halves = [distances(student, LocalTeacher(teacher), part, len(TOKENIZER)) for part in (examples[:1], examples[1:])]
+    assert (halves[0] + halves[1]).means() == pytest.approx(means, rel=1e-5)
 
 
 def test_a_model_is_at_no_distance_from_itself(home):
@@ -151,7 +228,78 @@ def test_the_command_prints_the_metrics_and_writes_the_answers(home, tmp_path, m
         assert name in printed
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == [f"{i}+{i % 5}=" for i in range(5)]
-    assert all(set(answer) == {"prompt", "answer", "references", "correct"} for answer in answers)
+    assert all({"prompt", "answer", "references", "correct"} <= set(answer) for answer in answers)
+
+
+def test_the_command_samples_as_a_protocol_says_and_goes_on_from_what_it_wrote(home, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "answers.jsonl"
+    arguments = ["--data", home / "sums.jsonl", "--teacher", home / "teacher", "--limit", 4, "--output", output]
+    arguments += ["--protocol", "minillm", "--max-new-tokens", 8, "--max-prompt-length", 32, "--exposure-bias"]
+    run(monkeypatch, home / "student", *arguments, "--metric", "self_bleu")
+    first = output.read_bytes(), (tmp_path / "answers.teacher.jsonl").read_bytes()
+    lines = [json.loads(line) for line in first[0].splitlines()]
+    assert sorted((line["seed"], line["row"]) for line in lines) == [
+        (s, r) for s in (10, 20, 30, 40, 50) for r in range(4)
+    ]
+    printed = capsys.readouterr().out
+    for name in ("± over seeds", "self_bleu", "exposure_bias", "agreement", "top_10_overlap", "teacher_perplexity"):
+        assert name in printed
+    found = json.loads((tmp_path / "answers.metrics.json").read_text())
+    assert len(found["curves"]["exposure_bias"]["percent"]) == len(found["curves"]["exposure_bias"]["alive"]) <= 8
+    assert found["curves"]["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
+    assert found["curves"]["distance"]["alive"][0] == 20
+    assert {"accuracy", "accuracy_std", "forward_kl", "forward_kl_std"} <= set(found["metrics"])
+    output.write_bytes(first[0][:-30])
+    run(monkeypatch, home / "student", *arguments)
+    assert (output.read_bytes(), (tmp_path / "answers.teacher.jsonl").read_bytes()) == first
+
+
+def refused(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["understudy", "evaluate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_protocol_that_is_none_is_refused_with_the_nearest(home, monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, home / "student", "--data", home / "sums.jsonl", "--protocol", "minilm")
+    assert 'no protocol "minilm"; did you mean "minillm"?' in said
+
+
+def test_where_the_harness_is_not_installed_a_sentence_says_so(home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = refused(monkeypatch, capsys, home / "student", "--lm-eval", "mmlu,bbh")
+    assert "pip install 'understudy[lm-eval]'" in said
+
+
+def test_the_harness_measures_its_tasks(home, tmp_path, monkeypatch, capsys):
+    """A task of choices between two answers, the first of which is always said to be right."""
+    pytest.importorskip("lm_eval")
+    jsonl(tmp_path / "rows.jsonl", [{"q": f"{i}+1=", "choices": [str(i + 1), "z"], "answer": 0} for i in range(6)])
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    write(tmp_path / "sums.yaml", task)
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    right = 0
+    for i in range(6):
+        ids = torch.tensor([TOKENIZER.encode(f"{i}+1=", add_special_tokens=False)])
+        log = model(ids).logits[0, -1].log_softmax(-1)
+        ours, other = (TOKENIZER.encode(text, add_special_tokens=False)[0] for text in (str(i + 1), "z"))
+        right += bool(log[ours] > log[other])
+    run(monkeypatch, home / "teacher", "--lm-eval", tmp_path / "sums.yaml", "--output", tmp_path / "a.jsonl")
+    assert json.loads((tmp_path / "a.metrics.json").read_text())["metrics"]["sums/acc"] == pytest.approx(right / 6)
+    said = refused(monkeypatch, capsys, home / "teacher", "--lm-eval", "mmul")
+    assert 'no task "mmul", nor is it a YAML file; did you mean "mmlu"?' in said
 
 
 def test_the_command_takes_columns_and_a_template(home, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """What counts as a right answer, and what as a good one."""
 
+import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import sacrebleu
 
 from understudy import metrics
 from understudy.metrics.exact_match import exact_match, normalize
-from understudy.metrics.final_answer import final_answer, is_correct
+from understudy.metrics.final_answer import final_answer, is_correct, stated
 from understudy.registry import UnknownName
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
@@ -96,6 +98,13 @@ def test_bleu_and_chrf_take_as_many_references_as_each_answer_has():
     assert scores["chrf"].signature.startswith("nrefs:var|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
 
 
+def test_bleu_of_a_sentence_is_what_its_definition_gives_by_hand():
+    """Of four words three are right; n-gram precisions 3/4, 2/3, 1/2, and ½ · ½ for the missing 4-gram (exp)."""
+    answer, reference = ["the cat sat down"], [["the cat sat there"]]
+    assert only("bleu", answer, reference) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
+    assert only("chrf", ["cat"], [["dog"]]) == 0
+
+
 def test_the_number_of_references_does_not_depend_on_their_order():
     answers, references = SYSTEM, [[r] for r in FIRST]
     more = [*references[:2], [FIRST[2], "The man had just bitten him."]]
@@ -130,3 +139,64 @@ def test_rouge_agrees_with_the_figures_of_rouge_1_5_5():
     scores = metrics.score(["rouge_1", "rouge_l"], answers, references)
     assert scores["rouge_1"].value == pytest.approx(40.524, abs=0.02)
     assert scores["rouge_l"].value == pytest.approx(40.275, abs=0.02)
+
+
+def test_self_bleu_is_100_for_copies_and_low_for_answers_that_share_nothing():
+    alike, apart = ["a b c d e", "a b c d e"], ["a b c d e", "v w x y z"]
+    assert only("self_bleu", alike, [alike[1:], alike[:1]]) == pytest.approx(100)
+    assert only("self_bleu", apart, [apart[1:], apart[:1]]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so she has 18 dollars", 18),
+        ("#### 1,234,567 apples", 1234567),
+        ("it is 3.\n#### -3", -3),
+        ("#### $5.50", Fraction(11, 2)),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("\u22127", -7),
+        ("16 - 3 = 13", 13),
+        ("10-3", 3),
+        ("rows 3 and 1,2", 2),
+        ("half, .5", Fraction(1, 2)),
+        ("1/2 cup", Fraction(1, 2)),
+        ("50%", 50),
+        ("in 3.", 3),
+        (r"\boxed{18}, of 20", 18),
+        (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
+        (r"\boxed{-\dfrac{1}{2}}", Fraction(-1, 2)),
+        (r"\boxed{1{,}000}", 1000),
+        (r"\boxed{5\text{ cm}}", 5),
+        (r"\boxed{\$1,200.00}", 1200),
+        (r"\boxed{12\%}", 12),
+        (r"\boxed{18", 18),
+        (r"\boxed{1} or rather #### 2", 2),
+        (r"#### 2 or rather \boxed{x^{2} + 1}", "x^{2}+1"),
+        (r"\boxed{12x}", "12x"),
+        (r"\boxed{10-3}", "10-3"),
+        ("#### seven", None),
+        ("", None),
+    ],
+)
+def test_a_text_states_its_last_mark_or_box_and_only_without_any_its_last_number(text, number):
+    assert stated(text) == number
+
+
+def test_final_answers_are_compared_as_numbers():
+    references = [["It is\n#### 1,000"]] * 5 + [["a", "#### 3"], ["no number"]]
+    answers = ["1000", "$1,000.00", r"\boxed{1000\text{ km}}", "#### 1001", "1000 of 2000", "3", "none"]
+    assert only("final_answer", answers, references) == pytest.approx(100 * 4 / 7)
+
+
+def test_every_reference_of_gsm8k_states_its_answer_however_it_is_put():
+    rows = [json.loads(line) for line in shared("data/gsm8k/test.jsonl").read_text().splitlines()]
+    assert len(rows) == 1319
+    references = [[row["answer"]] for row in rows]
+    parts = [row["answer"].rpartition("####") for row in rows]
+    for row, (_, _, number) in zip(rows, parts, strict=True):
+        assert stated(row["answer"]) == Fraction(number.strip().replace(",", ""))
+    for form in ("{}#### {}", "{}The answer is ${}.", "{}\\boxed{{{}}}", "{}That makes {} dollars."):
+        answers = [form.format(work, number.strip()) for work, _, number in parts]
+        assert only("final_answer", answers, references) == 100

@@ -59,7 +59,12 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="A model by name or folder, or playground:arithmetic.", show_default=False)
     ],
-    data: Annotated[str, typer.Option(help="A file, a folder, a dataset of the hub, or playground:arithmetic.")],
+    data: Annotated[
+        str | None, typer.Option(help="A file, a folder, a dataset of the hub, or playground:arithmetic.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness instead, such as mmlu,bbh.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Whose distribution to compare with, on the model's answers.")
     ] = None,
@@ -67,61 +72,53 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Evaluate so many rows from the beginning.")] = None,
     columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, such as completion=de.")] = None,
     template: Annotated[str | None, typer.Option(help="A format string over the data's columns: the prompt.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="greedy, or minillm: T = 1, five seeds, 256 + 256 tokens. Options below change it.")
+    ] = "greedy",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="The longest answer; by default 256, or half of the model's window.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    max_prompt_length: Annotated[int | None, typer.Option(help="The longest prompt; longer ones keep the end.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seed of sampling; several give several answers.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Answers written at once; by default as many as is fastest.")
+    ] = None,
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="Also measure this, such as rouge_l, bleu or chrf.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write every answer here, as JSONL.")] = None,
+    exposure_bias: Annotated[
+        bool, typer.Option("--exposure-bias", help="Let the teacher answer, too: what reading itself costs the model.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Keep every answer here, as JSONL, to go on from.")] = None,
 ) -> None:
-    """Let a model answer a dataset's prompts; say how many answers are right, and how far from a teacher they are."""
+    """Let a model answer a dataset's prompts; say how good the answers are, and how far from a teacher they are."""
     from .metrics import check
+    from .protocol import protocol as named
 
-    named = dict(_pair(column) for column in columns or [])
+    lengths = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
+    asked = named(protocol).but(temperature=temperature, seeds=tuple(seed) if seed else None, **lengths)
+    renamed = dict(_pair(column) for column in columns or []) or None
     check(metric or [])
+    if lm_eval is None and data is None:
+        raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
     _quiet()
-    from .evaluate import evaluate
-    from .models import (
-        all_stop_ids,
-        check_tokenizers,
-        check_vocabulary,
-        load_config,
-        load_model,
-        load_tokenizer,
-        loading,
-        window_of,
-    )
-    from .playground.names import resolve
-    from .recipe import Data
-    from .rollouts.generate import GenerateRollout
-    from .run import load_data
-    from .show import show_evaluation
-    from .teachers.local import LocalTeacher
+    from .show import progress, show_evaluation
 
-    tokenizer = load_tokenizer(model)
-    configs = [load_config(model)]
-    check_vocabulary(tokenizer, configs[0], "the model has")
-    if teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(teacher))
-        configs.append(load_config(teacher))
-        check_vocabulary(tokenizer, configs[1], "the teacher has")
-    window = window_of(*configs)
-    longest = max_new_tokens or min(256, (window or 512) // 2)
-    if window is not None and longest >= window:
-        raise ValueError(f"--max-new-tokens {longest} leaves no room for a prompt in a window of {window}: lower it")
-    rollout = GenerateRollout(max_new_tokens=longest, temperature=temperature)
-    block = Data(dataset=data, split=split, limit=limit, columns=named or None, template=template)
-    examples = load_data(block.model_copy(update={"max_length": window or 512 + longest}), tokenizer, window, longest)
-    student = load_model(model, dtype="auto")
-    judge = None
-    if teacher is not None:
-        with loading("model", teacher):
-            judge = LocalTeacher(resolve(teacher), vocabulary=len(tokenizer))
-    rollout.stop_ids = all_stop_ids(tokenizer, student)
-    result = evaluate(student, tokenizer, examples, rollout, judge, seed, metrics=metric or [])
+    if lm_eval is not None:
+        from .harness import run_tasks
+
+        result = run_tasks(model, lm_eval.split(","), limit, batch_size)
+        return show_evaluation(result, f"{model} on {lm_eval}", output)
+    from .judge import Question, judge
+    from .recipe import Data
+
+    block = Data(dataset=str(data), split=split, limit=limit, columns=renamed, template=template)
+    question = Question(model, block, asked, teacher, tuple(metric or ()), exposure_bias, batch_size, output)
+    with progress() as shown:
+        result = judge(question, shown)
     show_evaluation(result, f"{model} on {data}", output)
 
 

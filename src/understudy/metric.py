@@ -18,6 +18,7 @@ class Metric(ABC):
     """One kind of judgement, which may give several numbers at once. Subclasses are final."""
 
     names: ClassVar[tuple[str, ...]]  # of the numbers that it gives
+    among_answers: ClassVar[bool] = False  # are an answer's references the other answers to its prompt?
 
     @abstractmethod
     def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:

@@ -1,13 +1,17 @@
 """What the command line prints of results: tables for people."""
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .evaluate import Evaluation
+from .folder import write
 
 
 def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -27,15 +31,28 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
 
 
 def show_evaluation(result: Evaluation, title: str, output: Path | None, console: Console | None = None) -> None:
-    """The metrics as a table; the answers go to `output`, as JSONL, if that is given."""
+    """The metrics as a table. Beside `output`, which keeps the answers, everything measured goes to a JSON file."""
     console = console or Console()
-    table = Table("metric", "value", title=title)
+    several = any(name.endswith("_std") for name in result.metrics)
+    table = Table("metric", "value", *(["± over seeds"] if several else []))
     for name, value in result.metrics.items():
-        table.add_row(name, f"{value:.4g}")
+        if not name.endswith("_std"):
+            spread = result.metrics.get(f"{name}_std")
+            table.add_row(name, f"{value:.4g}", *([] if spread is None else [f"{spread:.2g}"]))
+    console.print(title, soft_wrap=True, highlight=False)
     console.print(table)
     for name, signature in result.signatures.items():
         console.print(f"{name}: {signature}", soft_wrap=True, highlight=False)
     if output is not None:
+        measured = output.with_name(f"{output.stem}.metrics.json")
+        numbers = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
+        found = {"title": title, "metrics": numbers, "signatures": result.signatures, "curves": result.curves}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in result.answers), encoding="utf-8")
-        console.print(f"answers: {output}", soft_wrap=True)
+        write(measured, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        console.print(f"{f'answers: {output}   ' if result.answers else ''}all numbers: {measured}", soft_wrap=True)
+
+
+def progress() -> Progress:
+    """A bar for every long task, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())

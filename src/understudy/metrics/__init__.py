@@ -27,6 +27,11 @@ def check(wanted: Sequence[str]) -> None:
             raise UnknownName(f'there is no metric "{name}"{nearest(name, names())}')
 
 
+def compares_answers(name: str) -> bool:
+    """Does this metric compare the answers to a prompt with each other, and not with references?"""
+    return any(name in kind.names and kind.among_answers for kind in map(FILES.get, FILES.names()))
+
+
 def score(wanted: Sequence[str], answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
     """The scores of the names `wanted`, in their order, for answers that each have at least one reference.
 
@@ -34,9 +39,8 @@ def score(wanted: Sequence[str], answers: Sequence[str], references: Sequence[Se
         UnknownName: for a name of no metric.
     """
     check(wanted)
-    kinds = [FILES.get(file) for file in FILES.names()]
     found: dict[str, Score] = {}
-    for kind in kinds:
+    for kind in map(FILES.get, FILES.names()):
         if set(wanted) & set(kind.names):
             found |= kind().score(answers, references)
     return {name: found[name] for name in wanted}
