@@ -8,7 +8,7 @@ import yaml
 from folders import llama
 from rich.console import Console
 
-from understudy.compare import Contestant, Protocol, compare, contestants
+from understudy.compare import Contestant, Trial, compare, contestants
 from understudy.recipe import RecipeError
 
 QUIET = Console(quiet=True)
@@ -45,8 +45,8 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
         *contestants([home / "kd.yaml", home / "gkd.yaml"]),
         Contestant("lost", home / "kd.yaml", ("data.dataset=./nowhere.jsonl",)),
     ]
-    protocol = Protocol(str(home / "test"), metrics=("chrf",), temperatures=(0.0, 1.0))
-    text = compare(entered, output, protocol, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    trial = Trial(str(home / "test"), metrics=("chrf",), temperatures=(0.0, 1.0), exposure=5)
+    text = compare(entered, output, trial, seeds=1, parallel=2, baseline="kd", console=QUIET)
     for name in ("kd", "gkd"):
         for seed in range(1):
             folder = output / name / f"seed-{seed}"
@@ -55,6 +55,10 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
     rows = text.splitlines()
     assert "accuracy (greedy)" in rows[0]
     assert "chrf (T=1)" in rows[0]
+    assert "exposure_bias (exposure)" in rows[0]
+    curves = json.loads((output / "kd" / "seed-0" / "evaluation.json").read_text())["found"]["exposure"]["curves"]
+    assert curves["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
+    assert curves["exposure_bias"]["alive"][0] == 5
     assert [row.split(" | ")[0] for row in rows[2:7]] == [
         "| teacher",
         "| warm start",
@@ -72,7 +76,7 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
     gone = output / "gkd" / "seed-0" / "evaluation.json"
     answers = json.loads(gone.read_text())["found"]["greedy"]["scores"]
     gone.unlink()
-    compare(entered[:2], output, protocol, seeds=1, baseline="kd", console=QUIET)
+    compare(entered[:2], output, trial, seeds=1, baseline="kd", console=QUIET)
     assert {p for p, at in before.items() if p.stat().st_mtime_ns != at} == {gone}
     assert json.loads(gone.read_text())["found"]["greedy"]["scores"] == answers
 
@@ -90,11 +94,11 @@ def test_a_sweep_makes_a_contestant_of_every_value(home):
         (lambda home: contestants([home / "kd.yaml"], sweep="training.learning_rate"), "a sweep is written key=value"),
         (lambda home: contestants([home / "kd.yaml", home / "kd.yaml"]), "the same file name"),
         (
-            lambda home: compare(contestants([home / "kd.yaml"]), home / "no", Protocol(), baseline="sft"),
+            lambda home: compare(contestants([home / "kd.yaml"]), home / "no", Trial(), baseline="sft"),
             'baseline "sft"',
         ),
         (
-            lambda home: compare(contestants([home / "kd.yaml"], ["method.kd.beta=1"]), home / "no", Protocol()),
+            lambda home: compare(contestants([home / "kd.yaml"], ["method.kd.beta=1"]), home / "no", Trial()),
             'no field "beta"',
         ),
     ],

@@ -137,6 +137,9 @@ def compare(
     limit: Annotated[int | None, typer.Option(help="Judge on so many rows from the beginning.")] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="Such as bleu, chrf, rouge_l.")] = None,
     temperatures: Annotated[list[float] | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    exposure: Annotated[
+        int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on so many of the prompts.")
+    ] = 0,
     output: Annotated[Path, typer.Option(help="Where the runs and the table go.")] = Path("runs/compare"),
 ) -> None:
     """Run several recipes with several seeds, judge the students alike, and print a table. Again: goes on."""
@@ -145,10 +148,10 @@ def compare(
     if missing := [str(path) for path in recipes if not path.is_file()]:
         raise RecipeError(f"there is no recipe {missing[0]}")
     _quiet()
-    from .compare import Protocol, compare, contestants
+    from .compare import Trial, compare, contestants
 
-    protocol = Protocol(data, split, limit, tuple(temperatures or [0.0]), tuple(metrics or ()))
-    typer.echo(compare(contestants(recipes, overrides or [], sweep), output, protocol, seeds, parallel, baseline))
+    trial = Trial(data, split, limit, tuple(temperatures or [0.0]), tuple(metrics or ()), exposure)
+    typer.echo(compare(contestants(recipes, overrides or [], sweep), output, trial, seeds, parallel, baseline))
     typer.echo(f"everything: {output}")
 
 

@@ -15,7 +15,7 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from .evaluate import evaluate
 from .folder import write
 from .methods import METHODS
 from .models import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
+from .playground.names import resolve
 from .recipe import Recipe, RecipeError, load
 from .rollouts import ROLLOUTS
 from .rollouts.generate import GenerateRollout
 from .run import distill, load_data
+from .teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,21 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How every model is judged: on which problems, by which sampling and metrics."""
+class Trial:
+    """How every model is tried: on which problems, by which sampling and metrics."""
 
     dataset: str | None = None  # default: the recipe's own
     split: str = "test"
     limit: int | None = None
     temperatures: tuple[float, ...] = (0.0,)
     metrics: tuple[str, ...] = ()  # beside accuracy, lengths and truncation
+    exposure: int = 0  # prompts on which exposure bias is measured, against `teacher`
+    teacher: str | None = None  # found out by `compare`
     seed: int = 0
     batch_size: int = 256
 
     @property
-    def names(self) -> dict[str, float]:
+    def samplings(self) -> dict[str, float]:
         """What each sampling is called: greedy, T=1."""
         return {"greedy" if t == 0 else f"T={t:g}": t for t in self.temperatures}
 
@@ -93,7 +97,7 @@ def contestants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: s
 def compare(
     entered: Sequence[Contestant],
     output: Path,
-    protocol: Protocol,
+    trial: Trial,
     seeds: int = 1,
     parallel: int = 1,
     baseline: str | None = None,
@@ -114,25 +118,32 @@ def compare(
     if baseline is not None and baseline not in {c.name for c in entered}:
         raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(c.name for c in entered)}')
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
-    extra = _references(entered, recipes)
+    extra = _references(recipes)
+    if trial.exposure:
+        if "teacher" not in extra:
+            raise RecipeError(
+                "exposure bias needs one teacher for all recipes that name one, and there are several or none"
+            )
+        trial = replace(trial, teacher=extra["teacher"])
     threads = max(1, (os.cpu_count() or 1) // parallel)
     tasks: list[tuple[Any, ...]] = []  # what is to be done, the folder that it is done in, and what with
-    tasks += [(_judge_reference, _reference_folder(output, m), m, entered[0], protocol) for m in extra.values()]
-    tasks += [(_run, folder, contestant, seed, protocol) for contestant, seed, folder in jobs]
-    unfinished = [task for task in tasks if isinstance(_result(task[1], protocol), str)]
+    tasks += [(_judge_reference, _reference_folder(output, m), m, entered[0], trial) for m in extra.values()]
+    tasks += [(_run, folder, contestant, seed, trial) for contestant, seed, folder in jobs]
+    unfinished = [task for task in tasks if isinstance(_result(task[1], trial), str)]
     _work(unfinished, threads, parallel, console)
 
     results: dict[str, dict[int, Result | str]] = {c.name: {} for c in entered}
     for contestant, seed, folder in jobs:
-        results[contestant.name][seed] = _result(folder, protocol)
-    judged = {name: _result(_reference_folder(output, model), protocol) for name, model in extra.items()}
+        results[contestant.name][seed] = _result(folder, trial)
+    judged = {name: _result(_reference_folder(output, model), trial) for name, model in extra.items()}
     known = {name: r for name, r in judged.items() if isinstance(r, Result)}
     table = comparison.lines(results, baseline, known.get("teacher"), known.get("warm start"))
-    first = [m for m in ("accuracy", *protocol.metrics) if any(m in v for line in table for v in line.metrics.values())]
-    columns = [(name, metric) for name in protocol.names for metric in first]
+    first = [m for m in ("accuracy", *trial.metrics) if any(m in v for line in table for v in line.metrics.values())]
+    columns = [(name, metric) for name in trial.samplings for metric in first]
+    columns += [("exposure", "exposure_bias")] if trial.exposure else []
     text = comparison.markdown(table, columns, known)
     content = {
-        "protocol": asdict(protocol),
+        "trial": asdict(trial),
         "baseline": baseline,
         "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in judged.items()},
         "lines": [asdict(line) for line in table],
@@ -143,7 +154,7 @@ def compare(
     return text
 
 
-def _references(entered: Sequence[Contestant], recipes: Sequence[Recipe]) -> dict[str, str]:
+def _references(recipes: Sequence[Recipe]) -> dict[str, str]:
     """The models beside which the students are seen: the teacher and the warm start, if there is one for all."""
     teachers = {teacher_name(recipe) for recipe in recipes} - {None}
     starts = {recipe.student.model for recipe in recipes}
@@ -180,7 +191,7 @@ def _child(work: Any, arguments: list[Any], threads: int) -> None:
     work(*arguments)
 
 
-def _run(folder: Path, contestant: Contestant, seed: int, protocol: Protocol) -> None:
+def _run(folder: Path, contestant: Contestant, seed: int, trial: Trial) -> None:
     """Train one contestant with one seed and judge its student; what goes wrong is written to failed.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "failed.txt").unlink(missing_ok=True)
@@ -190,53 +201,59 @@ def _run(folder: Path, contestant: Contestant, seed: int, protocol: Protocol) ->
             place = f"training.output_dir={json.dumps(str(folder))}"
             recipe = contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
             distill(recipe, console=console)
-            judge(str(folder / "student"), recipe, folder, protocol)
+            judge(str(folder / "student"), recipe, folder, trial)
         except Exception as error:
             traceback.print_exc(file=log)
             write(folder / "failed.txt", " ".join(str(error).split()) or type(error).__name__)
 
 
-def _judge_reference(folder: Path, model: str, contestant: Contestant, protocol: Protocol) -> None:
+def _judge_reference(folder: Path, model: str, contestant: Contestant, trial: Trial) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    judge(model, contestant.load(), folder, protocol)
+    judge(model, contestant.load(), folder, trial)
 
 
 def _reference_folder(output: Path, model: str) -> Path:
     return output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8]
 
 
-def judge(model: str, recipe: Recipe, folder: Path, protocol: Protocol) -> None:
-    """Let a model answer as the protocol says, on a recipe's data; write evaluation.json and the answers."""
+def judge(model: str, recipe: Recipe, folder: Path, trial: Trial) -> None:
+    """Let a model answer as the trial says, on a recipe's data; write evaluation.json and the answers."""
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype="float32").eval()
     longest = recipe.rollout[1].get("max_new_tokens", GenerateRollout.max_new_tokens)
-    data = {"dataset": protocol.dataset or recipe.data.dataset, "split": protocol.split, "limit": protocol.limit}
+    data = {"dataset": trial.dataset or recipe.data.dataset, "split": trial.split, "limit": trial.limit}
     examples = load_data(recipe.data.model_copy(update=data), tokenizer, window_of(load_config(model)), longest)
+    stops, size = all_stop_ids(tokenizer, loaded), trial.batch_size
+    done = folder / "evaluation.json"
+    if done.exists():  # of another trial
+        for path in [*folder.glob("answers-*.jsonl"), done]:
+            path.unlink()
     found: dict[str, Any] = {}
-    for name, temperature in protocol.names.items():
-        rollout = GenerateRollout(
-            max_new_tokens=longest,
-            temperature=temperature,
-            stop_ids=all_stop_ids(tokenizer, loaded),
-            batch_size=protocol.batch_size,
-        )
-        result = evaluate(loaded, tokenizer, examples, rollout, seed=protocol.seed, metrics=protocol.metrics)
-        answers = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in result.answers)
-        write(folder / f"answers-{name}.jsonl", answers)
+    for name, temperature in trial.samplings.items():
+        rollout = GenerateRollout(longest, temperature, stop_ids=stops, batch_size=size)
+        kept = {"seed": trial.seed, "output": folder / f"answers-{name}.jsonl"}
+        result = evaluate(loaded, tokenizer, examples, rollout, metrics=trial.metrics, **kept)
         right = [a["correct"] for a in result.answers]
         found[name] = {"metrics": result.metrics, "scores": None if None in right else [float(r) for r in right]}
-    write(folder / "evaluation.json", json.dumps({"protocol": asdict(protocol), "found": found}, indent=1))
+    if trial.exposure and trial.teacher is not None and trial.teacher != model:
+        some = replace(examples, examples=examples.examples[: trial.exposure], rows=examples.rows[: trial.exposure])
+        teacher = LocalTeacher(resolve(trial.teacher), vocabulary=len(tokenizer), dtype="float32")
+        kept = {"seed": trial.seed, "output": folder / "answers-exposure.jsonl"}
+        rollout = GenerateRollout(longest, stop_ids=stops, batch_size=size)
+        result = evaluate(loaded, tokenizer, some, rollout, teacher, exposure=True, **kept)
+        found["exposure"] = {"metrics": result.metrics, "scores": None, "curves": result.curves}
+    write(done, json.dumps({"trial": asdict(trial), "found": found}, indent=1))
 
 
-def _result(folder: Path, protocol: Protocol) -> Result | str:
-    """What a run's folder holds of this protocol, or why there is nothing."""
+def _result(folder: Path, trial: Trial) -> Result | str:
+    """What a run's folder holds of this trial, or why there is nothing."""
     file, run = folder / "evaluation.json", folder / "run.json"
     if not file.exists():
         failed = folder / "failed.txt"
         return failed.read_text(encoding="utf-8") if failed.exists() else "the process was killed"
     content = json.loads(file.read_text(encoding="utf-8"))
-    if content["protocol"] != json.loads(json.dumps(asdict(protocol))):
-        return "judged by another protocol"
+    if content["trial"] != json.loads(json.dumps(asdict(trial))):
+        return "judged in another trial"
     found = content["found"]
     cost = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
     return Result(

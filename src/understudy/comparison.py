@@ -134,7 +134,7 @@ def _closed(
     shares: dict[str, dict[str, float]] = {}
     for protocol, spreads in metrics.items():
         for metric, spread in spreads.items():
-            top, bottom = teacher.metrics[protocol].get(metric), start.metrics[protocol].get(metric)
+            top, bottom = (r.metrics.get(protocol, {}).get(metric) for r in (teacher, start))
             if top is not None and bottom is not None and top != bottom:
                 shares.setdefault(protocol, {})[metric] = (spread.mean - bottom) / (top - bottom)
     return shares
@@ -161,7 +161,7 @@ def markdown(table: Sequence[Line], columns: Sequence[tuple[str, str]], extra: M
     heads = ["model", *(f"{metric} ({protocol})" for protocol, metric in columns)]
     heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
     rows = [
-        [name, *(_number(r.metrics[p].get(m), m) for p, m in columns), "", "", "", "", ""] for name, r in extra.items()
+        [name, *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""] for name, r in extra.items()
     ]
     for line in table:
         row = [line.name]
