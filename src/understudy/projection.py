@@ -181,8 +181,9 @@ def _autocast(tensor: Any) -> Any:
 
 def _project(student: Projected, rules: Rules, weights: Tensor | None, temperature: float, summed: bool) -> Tensor:
     hidden, head = student.hidden, student.head
-    weight, bias = _autocast(head.weight), _autocast(head.bias)  # as the model's own head would have it
+    weight: Tensor = _autocast(head.weight)  # as the model's own head would have it
     device = hidden.device.type
+    bias: Tensor | None = _autocast(head.bias)
     hidden = hidden.to(weight.dtype)
     if weights is None:
         weights = torch.ones(len(hidden), device=hidden.device)
