@@ -18,7 +18,7 @@ import understudy
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "understudy"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MATHEMATICS = ("batch", "registry", "step", "scores", "divergences", "projection")
+MATHEMATICS = ("batch", "registry", "step", "scores", "divergences", "tile", "source", "projection")
 LINES_PER_FILE = 400
 
 

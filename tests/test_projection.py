@@ -1,14 +1,19 @@
 """The chunked projection against autograd through the whole (N, V), and what it holds in memory."""
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from understudy import projection
+from understudy import projection, tile
 from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
-from understudy.projection import Dense, Head, Projected, TopK, chosen_rule, divergence_rule, project
+from understudy.projection import chosen_rule, divergence_rule, fused_divergence, project
+from understudy.source import Dense, Head, Projected, TopK
+from understudy.tile import Transform
 
 N, V, D = 23, 31, 7
 DIVERGENCES = [
@@ -23,6 +28,7 @@ DIVERGENCES = [
 TOP = [d for d in DIVERGENCES if d.temperature == 1.0] + [ReverseKL()]
 f64 = torch.float64
 names = repr
+COMPILES = pytest.mark.skipif("TEST_COMPILED" not in os.environ, reason="takes minutes: set TEST_COMPILED=1")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,7 +45,7 @@ def random_source(
     for leaf in (hidden, weight, offset):
         if leaf is not None:
             leaf.requires_grad_()
-    return Projected(hidden, Head(weight, offset, scale, softcap))
+    return Projected(hidden, Head(weight, offset, Transform(scale, softcap)))
 
 
 def leaves(source: Projected) -> list[Tensor]:
@@ -118,7 +124,7 @@ def test_chain_is_the_derivative_of_what_a_head_does_after_its_product(scale, so
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     torch.testing.assert_close(source.head(source.hidden), logits)
     grad = torch.randn(N, V, generator=generator(), dtype=f64)
-    torch.testing.assert_close(source.head.chain(grad, logits), torch.autograd.grad(logits, product, grad)[0])
+    torch.testing.assert_close(source.head.transform.chain(grad, logits), torch.autograd.grad(logits, product, grad)[0])
 
 
 def test_only_gradients_that_are_asked_for_are_made(monkeypatch):
@@ -186,12 +192,174 @@ def test_no_tensor_over_all_rows_and_the_vocabulary_is_ever_made(kind, top, monk
     assert plain.size == rows * vocabulary
 
 
-def test_chunks_fit_into_their_memory():
-    for vocabulary in (100, 32_000, 152_000, 262_144):
-        rows = projection.chunk_rows(vocabulary)
-        assert 16 <= rows <= 1024
-        assert rows == 16 or rows * vocabulary * 4 * projection._BUFFERS <= projection.CHUNK_MB * 2**20
-    assert projection.chunk_rows(10**9) == 16
+def test_two_tiles_fit_into_their_memory():
+    for memory in (64.0, 256.0):
+        with tile.tiling(memory):
+            for vocabulary in (100, 32_000, 152_000, 262_144):
+                rows = tile.chunk_rows(vocabulary)
+                assert 16 <= rows <= 1024
+                assert rows == 16 or rows * vocabulary * 4 * 2 <= memory * 2**20
+            assert tile.chunk_rows(10**9) == 16
+    assert tile.current() == tile.Tiling(), "the settings end with the block"
+
+
+def test_gradients_are_the_same_when_they_are_asked_for_again():
+    student = random_source(seed=1)
+    total = project(student, divergence_rule(ReverseKL(), random_source(seed=2))).sum()
+    first = torch.autograd.grad(total, leaves(student), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for one, other in zip(torch.autograd.grad(2 * total, leaves(student)), kept, strict=True):
+        torch.testing.assert_close(one, 2 * other, rtol=1e-13, atol=1e-13)
+    assert all(torch.equal(one, other) for one, other in zip(first, kept, strict=True))
+
+
+# fused_divergence, for loops of one's own
+
+
+def plain_sum(divergence, student, teacher, weights):
+    values = divergence(teacher.log_probs().detach(), student.log_probs())
+    return (values * weights).sum()
+
+
+def fused_sum(divergence, student, teacher, weights, **options):
+    return fused_divergence(
+        divergence,
+        student.hidden,
+        student.head.weight,
+        teacher.hidden,
+        teacher.head.weight,
+        bias=student.head.bias,
+        teacher_bias=teacher.head.bias,
+        row_weights=weights,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILES)])
+@pytest.mark.parametrize("divergence", [replace(d, temperature=1.0) for d in DIVERGENCES], ids=names)
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_equals_plain(divergence, masked, compiled, chunk):
+    """Weights of either sign, masked rows that hold nonsense, a teacher with a padded vocabulary, two temperatures."""
+    student, teacher = random_source(seed=1), random_source(width=5, seed=2, vocabulary=V + 3)
+    weights = torch.rand(N, generator=generator(9), dtype=f64) - 0.3
+    if masked:
+        weights[::3] = 0
+        with torch.no_grad():
+            student.hidden[::3] = torch.inf
+    kept = weights != 0
+    clean = [Projected(x.hidden.detach()[kept].requires_grad_(), x.head.cut(V)) for x in (student, teacher)]
+    for temperature in (1.0, 1.7):
+        softened = replace(divergence, temperature=temperature)
+        expected = plain_sum(softened, *clean, weights[kept])
+        wanted = torch.autograd.grad(-0.3 * expected, leaves(clean[0])[:1] + leaves(student)[1:])
+        with tile.tiling(compiled=compiled):
+            found = fused_sum(divergence, student, teacher, weights, temperature=temperature)
+            grads = torch.autograd.grad(-0.3 * found, leaves(student))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads[0][kept], wanted[0], rtol=1e-11, atol=1e-12)
+        assert not grads[0][~kept].any()
+        for one, other in zip(grads[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@COMPILES
+@pytest.mark.parametrize("kind", ["top k", "dense", "chosen"])
+def test_compiled_rules_equal_the_plain_ones(kind):
+    student, log_p = random_source(seed=1), random_source(seed=2).log_probs().detach()
+    rules = {
+        "top k": divergence_rule(JensenShannon(0.3), top_k(log_p, 5)),
+        "dense": divergence_rule(JensenShannon(0.3), Dense(log_p)),
+        "chosen": chosen_rule(torch.randint(V, (N,), generator=generator())),
+    }[kind]
+    found = []
+    for compiled in (False, True):
+        with tile.tiling(compiled=compiled):
+            values = project(student, rules)
+            found.append([values, *torch.autograd.grad(values.sum(), leaves(student))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_what_cannot_be_compiled_is_computed_all_the_same(monkeypatch, caplog):
+    def broken(*_):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no such thing as a compiler")
+
+    monkeypatch.setattr(tile, "_kernel", broken)
+    student, teacher = random_source(seed=1), random_source(seed=2)
+    expected = plain_sum(ForwardKL(), student, teacher, 1.0)
+    for _ in range(2):
+        with tile.tiling(compiled=True):
+            torch.testing.assert_close(fused_sum(ForwardKL(), student, teacher, None), expected)
+    assert caplog.text.count("no such thing as a compiler") == 1
+
+
+def test_fused_gradients_add_up_over_micro_batches():
+    student, teacher = random_source(seed=1), random_source(seed=2)
+    weights = torch.rand(N, generator=generator(9), dtype=f64)
+    (whole,) = torch.autograd.grad(fused_sum(ReverseKL(), student, teacher, weights), [student.head.weight])
+    for rows in (slice(0, 7), slice(7, N)):
+        parts = [Projected(x.hidden[rows], x.head) for x in (student, teacher)]
+        fused_sum(ReverseKL(), *parts, weights[rows]).backward()
+    torch.testing.assert_close(student.head.weight.grad, whole, rtol=1e-12, atol=1e-13)
+
+
+def test_fused_gradients_reach_adapters_of_a_head():
+    """As LoRA has it: the head is a frozen matrix plus a product of two small ones."""
+    student, teacher = random_source(seed=1, bias=False), random_source(seed=2)
+    frozen = student.head.weight.detach()
+    low, high = (
+        torch.randn(*shape, generator=generator(), dtype=f64, requires_grad=True) for shape in ((V, 2), (2, D))
+    )
+    lora = Projected(student.hidden, Head(frozen + low @ high))
+    found = torch.autograd.grad(fused_sum(JensenShannon(), lora, teacher, None), [low, high], retain_graph=True)
+    wanted = torch.autograd.grad(plain_sum(JensenShannon(), lora, teacher, 1.0), [low, high])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_fused_divergence_of_a_frozen_head_makes_three_products():
+    student, teacher = random_source(seed=1, bias=False), random_source(seed=2, bias=False)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+            return func(*args, **(kwargs or {}))
+
+    for frozen, expected in ((False, 4), (True, 3)):
+        student.head.weight.requires_grad_(not frozen)
+        with Products() as products:
+            fused_sum(ForwardKL(), student, teacher, None).backward()
+        assert products.count == expected
+
+
+def test_fused_divergence_of_no_rows_is_nothing():
+    student, teacher = random_source(), random_source(seed=2)
+    total = fused_sum(ForwardKL(), student, teacher, torch.zeros(N))
+    total.backward()
+    assert total == 0
+    assert not any(leaf.grad.any() for leaf in leaves(student))
+
+
+def test_fused_products_follow_autocast():
+    student, teacher = (random_source(seed=seed, dtype=torch.float32, bias=False) for seed in (1, 2))
+    exact = fused_sum(ForwardKL(), student, teacher, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = fused_sum(ForwardKL(), student, teacher, None)
+    rounded.backward()
+    assert rounded.dtype == student.head.weight.grad.dtype == torch.float32
+    assert 1e-6 < abs(rounded / exact - 1) < 0.02
+
+
+def test_fused_divergence_refuses_what_does_not_belong_together():
+    student, teacher = random_source(bias=False), random_source(width=5)
+    with pytest.raises(ValueError, match=r"the teacher's hidden rows \(23, 7\) and head \(31, 5\)"):
+        fused_divergence(ForwardKL(), student.hidden, student.head.weight, student.hidden, teacher.head.weight)
+    with pytest.raises(ValueError, match="23 rows of the student meet 22"):
+        fused_divergence(ForwardKL(), *leaves(student), teacher.hidden[1:], teacher.head.weight)
+    with pytest.raises(ValueError, match="not twice"):
+        fused_sum(ForwardKL(temperature=2.0), student, teacher, None, temperature=2.0)
 
 
 # Half precision

@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
     from .methods.promptkd import PromptKD
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
+    from .projection import fused_divergence
     from .recipe import Recipe, load
     from .rollout import Rollout, Writers
     from .rollouts.generate import GenerateRollout
@@ -58,6 +59,7 @@ _HOMES = {
     "methods.promptkd": ("PromptKD",),
     "methods.seqkd": ("SeqKD",),
     "methods.sft": ("SFT",),
+    "projection": ("fused_divergence",),
     "recipe": ("Recipe", "load"),
     "rollout": ("Rollout", "Writers"),
     "rollouts.generate": ("GenerateRollout",),

@@ -118,7 +118,9 @@ def compare(
     if baseline is not None and baseline not in {c.name for c in entered}:
         raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(c.name for c in entered)}')
     if trial.dataset is None and len({recipe.data.dataset for recipe in recipes}) > 1:
-        raise RecipeError("the recipes have different datasets: name the one that all students are judged on, with --data")
+        raise RecipeError(
+            "the recipes have different datasets: name the one that all students are judged on, with --data"
+        )
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
     extra = _references(recipes)
     if trial.exposure:

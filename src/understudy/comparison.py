@@ -161,7 +161,8 @@ def markdown(table: Sequence[Line], columns: Sequence[tuple[str, str]], extra: M
     heads = ["model", *(f"{metric} ({protocol})" for protocol, metric in columns)]
     heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
     rows = [
-        [name, *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""] for name, r in extra.items()
+        [name, *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""]
+        for name, r in extra.items()
     ]
     for line in table:
         row = [line.name]

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .batch import Batch, Example
-from .projection import Dense, TopK, chunk_rows
 from .scores import Scores, can_project, compare, score
+from .source import Dense, TopK
 from .teacher import Teacher
+from .tile import chunk_rows
 
 TOP = 10  # the tokens that `top_10_overlap` is about
 

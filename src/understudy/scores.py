@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from .batch import Batch, Example
 from .divergences import Divergence, ForwardKL, ReverseKL
-from .projection import Dense, Head, Projected, Source, TopK, chosen_rule, chunk_rows, divergence_rule, project
+from .projection import chosen_rule, divergence_rule, project
+from .source import Dense, Head, Projected, Source, TopK
+from .tile import Transform, chunk_rows
 
 
 class Knowledge(IntEnum):
@@ -79,7 +81,7 @@ def compare(teacher: Scores, student: Scores) -> dict[str, Tensor]:
     """Forward KL, reverse KL and both entropies at every response token, each (N,), in nats; for people to watch."""
     q, p = _shared(student.source, teacher.source)
     rows: dict[str, list[Tensor]] = {name: [] for name in COMPARED}
-    size = chunk_rows(q.vocabulary)
+    size = max(1, chunk_rows(q.vocabulary) // 4)  # nothing here is done in place
     for start in range(0, len(student.tokens), size):
         chunk = slice(start, start + size)
         log_q = q.log_probs(chunk)
@@ -129,10 +131,10 @@ def score(
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return then(Scores(batch.tokens, Dense(logits.to(wide).log_softmax(-1)), weights))
 
-    with _bare_logits(bare) as (scale, softcap):
+    with _bare_logits(bare) as transform:
 
         def stand_in(hidden: Tensor) -> Tensor:
-            head = Head(layer.weight, layer.bias, scale, softcap)
+            head = Head(layer.weight, layer.bias, transform)
             head = head if vocabulary is None else head.cut(vocabulary)
             return then(Scores(batch.tokens, Projected(hidden[predicts.to(hidden.device)], head), weights))
 
@@ -242,8 +244,8 @@ _altered: set[int] = set()  # the ids of configurations that are switched off by
 
 
 @contextmanager
-def _bare_logits(model: Any) -> Iterator[tuple[float, float | None]]:
-    """Keep the model from touching what its head returns, and say what it would have done: (scale, softcap).
+def _bare_logits(model: Any) -> Iterator[Transform]:
+    """Keep the model from touching what its head returns, and say what it would have done.
 
     Models write this down in different places: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA
     X multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
@@ -269,7 +271,7 @@ def _bare_logits(model: Any) -> Iterator[tuple[float, float | None]]:
             _altered.add(id(config))
         for name, (owner, _, off) in found.items():
             setattr(owner, name, off)
-        yield scale, softcap
+        yield Transform(scale, softcap)
     finally:
         for name, (owner, value, _) in found.items():
             setattr(owner, name, value)

@@ -33,6 +33,7 @@ from .rollout import Rollout, Writers
 from .scores import COMPARED, Knowledge, Scores, can_project, compare, score
 from .step import Step
 from .teacher import Teacher
+from .tile import pays_to_compile, tiling
 from .window import Window
 
 STATE_FILE = "distillation.safetensors"
@@ -227,6 +228,18 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _pays_to_compile(self) -> bool:
+        """Decided from what the whole run is set to do, so that one that was interrupted goes on with the same numbers.
+
+        How long responses will be is not known; 64 tokens are taken.
+        """
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = len(cast(Any, self.train_dataset)) * self.args.num_train_epochs / self.args.train_batch_size
+            steps /= self.args.gradient_accumulation_steps
+        rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps * 64
+        return self.args.torch_compile or pays_to_compile(rows, self.vocabulary, self.args.device.type)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""
         if _internal_call and self.args.should_save:
@@ -248,7 +261,8 @@ class DistillationTrainer(Trainer):
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
         self.window = self._new_window()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            with tiling(compiled=self._pays_to_compile()):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
