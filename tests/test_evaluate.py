@@ -286,6 +286,7 @@ def test_the_harness_measures_its_tasks(home, tmp_path, monkeypatch, capsys):
         "doc_to_text": "{{q}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }
     write(tmp_path / "sums.yaml", task)
