@@ -284,6 +284,16 @@ def test_a_template_writes_the_prompt_over_any_columns(chatml):
     assert texts(chatml, example) == ("Add: 22\nAnswer:", "4<|endoftext|>")
 
 
+def test_a_prompt_of_several_sentences_is_one_text(gpt2):
+    row = {"prompt": ["One.", "Two."], "completion": ["A.", "B."]}
+    [example] = examples_from_rows([row], gpt2).rows
+    assert (example.prompt, example.references) == ("One. Two.", ("A.", "B."))
+    [example] = examples_from_rows([row], gpt2, template="{prompt} TL;DR:").rows
+    assert example.prompt == "One. Two. TL;DR:"
+    with pytest.raises(DataError, match='the "prompt" is a list, not a string'):
+        examples_from_rows([{"prompt": ["One.", 2]}], gpt2)
+
+
 def test_a_template_reads_columns_and_no_attributes(gpt2):
     row = {"translation": {"en": "Who?", "deep": {"de": "Wer?"}}}
     options = {"template": "{translation.en} ", "columns": {"completion": "translation.deep.de"}}

@@ -158,7 +158,7 @@ class Format:
             return self._instruction(row, references)
         if kind == "prompt" and _is_conversation(row.columns["prompt"]):
             return self._chat(where, _messages(where, "prompt", row.columns["prompt"], last="user"), references)
-        return _pair(where, _string(where, kind, row.columns[kind]), references)
+        return _pair(where, _string(where, kind, _joined(row.columns[kind])), references)
 
     # Which columns count
 
@@ -194,11 +194,12 @@ class Format:
         for name in self.fields:
             if name not in row.columns:
                 raise BadRow(f'{row.where}: the template names the column "{name}", but {_there(row, name)}')
-            value = row.columns[name]
+            value = _joined(row.columns[name])
             if not isinstance(value, str | int | float):
                 raise BadRow(f'{row.where}: the template\'s column "{name}" is {describe(value)}, not text')
         try:
-            prompt = _ByColumn().vformat(self.template, (), row.columns)
+            texts = {name: _joined(row.columns[name]) for name in self.fields}
+            prompt = _ByColumn().vformat(self.template, (), texts)
         except ValueError as error:
             raise BadRow(f"{row.where}: the template cannot be filled: {error}") from error
         return _string(row.where, "template's prompt", prompt)
@@ -292,6 +293,12 @@ class _ByColumn(string.Formatter):
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
         return kwargs[field_name], field_name
+
+
+def _joined(value: Any) -> Any:
+    """A prompt that is kept as a list of its sentences as one text; anything else as it is."""
+    sentences = isinstance(value, list) and value and all(isinstance(sentence, str) for sentence in value)
+    return " ".join(value) if sentences else value
 
 
 def _nested(columns: Mapping[str, Any]) -> dict[str, Any]:
