@@ -290,7 +290,7 @@ def test_a_prompt_of_several_sentences_is_one_text(gpt2):
     assert (example.prompt, example.references) == ("One. Two.", ("A.", "B."))
     [example] = examples_from_rows([row], gpt2, template="{prompt} TL;DR:").rows
     assert example.prompt == "One. Two. TL;DR:"
-    with pytest.raises(DataError, match='the "prompt" is a list, not a string'):
+    with pytest.raises(DataError, match='the "prompt" is a list'):
         examples_from_rows([{"prompt": ["One.", 2]}], gpt2)
 
 
