@@ -144,6 +144,7 @@ def compare(
     table = comparison.lines(results, baseline, known.get("teacher"), known.get("warm start"))
     first = [m for m in ("accuracy", *trial.metrics) if any(m in v for line in table for v in line.metrics.values())]
     columns = [(name, metric) for name in trial.samplings for metric in first]
+    columns += [(name, "response_length") for name in trial.samplings]
     columns += [("exposure", "exposure_bias")] if trial.exposure else []
     text = comparison.markdown(table, columns, known)
     content = {
