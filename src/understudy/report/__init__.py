@@ -1,8 +1,8 @@
 """The report: what runs did and what came of them, as one page, pictures and numbers.
 
-    folders.py   what the runs' folders hold        charts.py, drawing.py   pictures of it
-    content.py   all of it as one dictionary        page.py, page.*         one file of HTML
-    verdict.py   one sentence, and numbers in words answers.py              the same prompts, answered
+folders.py   what the runs' folders hold        charts.py, drawing.py   pictures of it
+content.py   all of it as one dictionary        page.py, page.*         one file of HTML
+verdict.py   one sentence, and numbers in words answers.py              the same prompts, answered
 """
 
 import json
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-REFRESH = 10  # seconds between two writings of a report that watches
+REFRESH = 10  # seconds between two writings of a report that watches, at least
 
 
 def write_report(
@@ -48,7 +48,11 @@ def write_report(
     output = output or (places[0] / "report" if len(places) == 1 else Path("runs/report"))
     found = content(runs, places)
     ended = not found["unfinished"]
-    found["answers"] = side_by_side(runs, prompts, models and (ended or again is None))
+    ranking = (
+        found["comparison"]["contest"]["ranking"] if found["comparison"] and found["comparison"]["contest"] else []
+    )
+    ranked = sorted(runs, key=lambda run: ranking.index(run.name) if run.name in ranking else len(ranking))
+    found["answers"] = side_by_side(ranked, places, prompts, models and (ended or again is None))
     drawn = charts(found)
     (output / "png").mkdir(parents=True, exist_ok=True)
     for chart in (chart for section in drawn.values() for chart in section):
@@ -67,8 +71,9 @@ def watch(
 ) -> Path:
     """Write the report again and again until all runs have ended; models are asked in the last one only."""
     while True:
+        start = time.monotonic()
         path, ended = write_report(places, output, prompts, models, again=REFRESH)
         wrote(path)
         if ended:
             return path
-        time.sleep(REFRESH)
+        time.sleep(max(REFRESH, 4 * (time.monotonic() - start)))  # the runs need the machine

@@ -6,6 +6,7 @@ have said it. Its mean over sampled answers is the reverse KL.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +18,21 @@ from ..rollouts.generate import GenerateRollout
 from ..run import load_data
 from ..scores import Scores, can_project, compare, opinion
 from ..step import Step
-from .content import finite, reference_models
-from .folders import RunFolder, dig
+from .content import finite, reference_folders, reference_models
+from .folders import RunFolder, dig, read_lines
 
 MOST = 6  # students that are asked
 
 
-def side_by_side(runs: Sequence[RunFolder], count: int, models: bool) -> dict[str, Any]:
+def side_by_side(runs: Sequence[RunFolder], places: Sequence[Path], count: int, models: bool) -> dict[str, Any]:
     """The answers to `count` prompts: written now if `models` may be loaded and are there, else those that were kept.
 
     Returns `about`, where they come from in a sentence, and `prompts`, each with its `answers`; an answer has a `text`
     and, where two models have read it, `tokens`.
+
+    Args:
+        runs: those whose students are best first, where that is known.
+        places: where to look for what a comparison's teacher and warm start answered.
     """
     asked = list({run.name: run for run in reversed(runs) if run.has_student}.values())[::-1][:MOST]
     reason = "--no-models was given" if not models else "no student is saved yet" if not asked else ""
@@ -36,7 +41,7 @@ def side_by_side(runs: Sequence[RunFolder], count: int, models: bool) -> dict[st
             return finite(_ask(asked, count))
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())
-    kept = _judged(runs, count) or _shown(runs, count)
+    kept = _judged(runs, places, count) or _shown(runs, count)
     tokens = f"No models were asked ({reason}), so that no token-level disagreement is shown."
     if not kept:
         return {"about": f"{tokens} The runs' folders hold no answers either.", "prompts": []}
@@ -80,7 +85,8 @@ def _ask(runs: Sequence[RunFolder], count: int) -> dict[str, Any]:
         add("warm start", _load(known["warm start"], "auto", device), teacher)
     for run in runs:
         add(run.name, _load(str(run.path / "student"), "auto", device), teacher)
-    return {"about": f"Greedy answers to {about}, written for this report.", "prompts": prompts}
+    chosen = "" if len(runs) < MOST else f" by the first {MOST} students"
+    return {"about": f"Greedy answers{chosen} to {about}, written for this report.", "prompts": prompts}
 
 
 def _load(name: str, dtype: str, device: torch.device) -> Any:
@@ -145,17 +151,20 @@ def disagreement(student: Any, teacher: Any, answer: Example, tokenizer: Any) ->
     return pieces
 
 
-def _judged(runs: Sequence[RunFolder], count: int) -> dict[str, Any] | None:
-    """The answers that were judged, of the first run of each name; those of models beside them lie elsewhere."""
-    kept = {run.name: (protocol, lines) for run in reversed(runs) for protocol, lines in run.answers.items() if lines}
-    if not kept:
+def _judged(runs: Sequence[RunFolder], places: Sequence[Path], count: int) -> dict[str, Any] | None:
+    """The answers that were judged: of teacher and warm start, and of the first run of each name."""
+    first = list({run.name: run for run in reversed(runs) if run.answers}.values())[::-1][:MOST]
+    if not first:
         return None
-    shown = list(kept.items())[::-1][:MOST]
-    protocol, first = shown[0][1]
+    protocol = next(iter(first[0].answers))
+    beside = {name: folder / f"answers-{protocol}.jsonl" for name, folder in reference_folders(runs, places).items()}
+    kept = {name: read_lines(path) for name, path in beside.items()} | {
+        r.name: r.answers.get(protocol, []) for r in first
+    }
     prompts = []
-    for line in first[:count]:
-        same = [(name, next((a for a in lines if a.get("prompt") == line.get("prompt")), None)) for name, (_, lines) in shown]
-        answers = [_kept(name, answer.get("answer"), answer) for name, answer in same if answer]
+    for line in first[0].answers[protocol][:count]:
+        same = {name: next((a for a in of if a.get("prompt") == line.get("prompt")), None) for name, of in kept.items()}
+        answers = [_kept(name, answer.get("answer"), answer) for name, answer in same.items() if answer]
         prompts.append({"prompt": line.get("prompt"), "reference": _first(line.get("references")), "answers": answers})
     return {"about": f"Answers as they were judged ({protocol}).", "prompts": prompts}
 

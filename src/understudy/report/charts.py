@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .drawing import ACCENT, FAINT, INK, PAPER, RULE, SOFT, Chart, Panel, label_ends
-from .verdict import PERCENT, duration, number, words
+from .drawing import ACCENT, FAINT, INK, PAPER, RULE, SOFT, Chart, Panel, label_ends, label_points
+from .verdict import PERCENT, duration, heading, number, words
 
 # A panel's title and the names, as they are logged, of what it shows; the first is drawn in the accent colour.
 _TOGETHER = (
@@ -27,6 +27,7 @@ _TOGETHER = (
     ("Gradient norm", ("grad_norm",)),
 )
 _ALWAYS_OPEN = ("loss", "reverse_kl")
+_ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}  # behind a text that lines run through
 _BEHIND = 60  # points of a line that is only there to be compared with
 _ACTIVITIES = {"generate": ACCENT, "score": SOFT, "learn": INK, "other": FAINT}
 
@@ -49,7 +50,7 @@ def _quantities(run: Mapping[str, Any]) -> Iterator[Chart]:
     rewards = sorted(name for name in series if name == "reward" or name.startswith("reward_"))
     groups = [*_TOGETHER, *([("Reward, mean over responses", tuple(rewards))] if rewards else [])]
     known = {name for _, names in groups for name in names}
-    groups += [(words(name).capitalize(), (name,)) for name in series if name not in known and name[:5] != "eval_"]
+    groups += [(heading(name), (name,)) for name in series if name not in known and name[:5] != "eval_"]
     panels = []
     for title, names in groups:
         shown = [name for name in names if len(_known(series.get(name))) > 0]
@@ -67,7 +68,7 @@ def _curves(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Panel
             axes.plot(*zip(*points, strict=True), color=colour, marker="o" if len(points) == 1 else None, ms=2.5)
             ends.append((points[-1][1], words(name), SOFT if colour == FAINT else colour))
         _plain(axes, shares=all(name in PERCENT for name, _ in lines))
-        label_ends(axes, ends if len(ends) > 1 else [(ends[0][0], number(ends[0][0], lines[0][0]), ACCENT)])
+        label_ends(axes, ends if len(ends) > 1 else [(ends[0][0], _short(ends[0][0], lines[0][0]), ACCENT)])
 
     return Panel(title, "; ".join(_said(name, one) for name, one in lines) + ".", draw)
 
@@ -83,21 +84,22 @@ def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     for name in [*order, *(n for n in logged if n not in order)]:
         having = {who: [r["series"][name] for r in of if name in r["series"]] for who, of in contestants.items()}
         having = {who: lines for who, lines in having.items() if lines}
-        everything = [value for lines in having.values() for line in lines for _, value in _known(line)]
-        if name == "truncated" and not any(everything):
+        if name == "truncated" and not any(v for lines in having.values() for one in lines for _, v in _known(one)):
             continue
-        limits = _limits(everything)
-        panels = [_one_of(who, name, having, limits) for who in having]
-        title = title_of.get(name, words(name).capitalize())
-        title = title if name not in ("reverse_kl", "response_length") else words(name).capitalize()
-        about = "a method's own objective: not to be compared between methods" if name == "loss" else "over the steps"
+        methods = {who: of[0]["method"] if name == "loss" else None for who, of in contestants.items()}
+        panels = []
+        for who in having:
+            alike = {other: lines for other, lines in having.items() if methods[other] == methods[who]}
+            panels.append(_one_of(who, name, alike))
+        title = title_of.get(name, heading(name))
+        title = title if name not in ("reverse_kl", "response_length") else heading(name)
+        about = "each method's own objective, beside runs of the same method" if name == "loss" else "over the steps"
         yield Chart(f"curves-{name}", title, about, panels, open=name in _ALWAYS_OPEN)
 
 
-def _one_of(
-    who: str, name: str, having: Mapping[str, Sequence[Mapping[str, Any]]], limits: tuple[float, float]
-) -> Panel:
-    """One contestant's runs before the others."""
+def _one_of(who: str, name: str, having: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
+    """One contestant's runs before the others, on the axes that they share."""
+    limits = _limits([value for lines in having.values() for line in lines for _, value in _known(line)])
 
     def draw(axes: Axes) -> None:
         for other, lines in having.items():
@@ -113,7 +115,7 @@ def _one_of(
         axes.set_ylim(limits)
         _plain(axes, shares=name in PERCENT)
         if last is not None:
-            label_ends(axes, [(last, number(last, name), ACCENT)])
+            label_ends(axes, [(last, _short(last, name), ACCENT)])
 
     about = "; ".join(_said(name, one) for one in having[who]) + "; other recipes in grey."
     return Panel(who, about, draw, right=0.86)
@@ -126,8 +128,11 @@ def _intervals(content: Mapping[str, Any]) -> Iterator[Chart]:
         rows = [(line["name"], line["metrics"][protocol][metric]) for line in judged["lines"] if line["metrics"]]
         beside = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in judged["references"].items()}
         if rows:
-            panel = _bars(f"{words(metric).capitalize()} ({protocol})", metric, rows, beside)
-            yield Chart(f"quality-{protocol}-{metric}".replace("=", ""), panel.title, "mean, 95 % interval", [panel])
+            panel = _bars(f"{heading(metric)} ({protocol})", metric, rows, beside)
+            about = (
+                "means and 95 % intervals over seeds" if any(s["low"] < s["high"] for _, s in rows) else "one seed each"
+            )
+            yield Chart(f"quality-{protocol}-{metric}".replace("=", ""), panel.title, about, [panel])
 
 
 def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapping[str, float | None]) -> Panel:
@@ -141,10 +146,10 @@ def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapp
             axes.barh(at, spread["mean"], height=0.3, color=colour)
             if spread["low"] < spread["high"]:
                 axes.plot([spread["low"], spread["high"]], [at, at], color=INK, linewidth=1)
-            axes.text(0, at + 0.24, name, fontsize=7, va="bottom", color=INK)
+            axes.text(0, at + 0.22, name, fontsize=7, va="bottom", color=INK, bbox=_ON_PAPER)
             axes.text(1.02, at, number(spread["mean"], metric), transform=axes.get_yaxis_transform(), va="center")
         for name, value in lines.items():
-            axes.axvline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)))
+            axes.axvline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0.5)
             axes.text(value, len(rows) - 0.1, name, fontsize=7, color=SOFT, ha="center", va="bottom")
         axes.set_ylim(-0.4, len(rows) + 0.3)
         axes.set_yticks([])
@@ -167,7 +172,7 @@ def _against_time(content: Mapping[str, Any]) -> Iterator[Chart]:
         ]
         if len(points) > 1:
             start = judged["references"].get("warm start", {}).get("metrics", {}).get(protocol, {}).get(metric)
-            panel = _scatter(f"{words(metric).capitalize()} against seconds of training", metric, points, start)
+            panel = _scatter(f"{heading(metric)} against seconds of training", metric, points, start)
             yield Chart("quality-time", panel.title, "one point per run", [panel])
 
 
@@ -175,21 +180,20 @@ def _scatter(title: str, metric: str, points: Sequence[tuple[str, float, float]]
     best = max(points, key=lambda point: point[2])[0]
 
     def draw(axes: Axes) -> None:
-        named = set()
-        for name, seconds, value in sorted(points, key=lambda point: -point[2]):
+        for name, seconds, value in points:
             axes.plot(seconds, value, "o", ms=4, mew=0.6, color=ACCENT if name == best else SOFT, mec=PAPER)
-            if name not in named:
-                axes.annotate(name, (seconds, value), (4, 3), textcoords="offset points", fontsize=6, color=SOFT)
-            named.add(name)
         if start is not None:
             axes.axhline(start, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)))
-            axes.text(1.0, start, "warm start", transform=axes.get_yaxis_transform(), fontsize=7, color=SOFT, va="top", ha="right")
-        axes.set_xlim(0, 1.05 * max(seconds for _, seconds, _ in points))
+            axes.text(
+                1.02, start, "warm start", transform=axes.get_yaxis_transform(), fontsize=6, color=SOFT, va="center"
+            )
+        axes.set_xlim(0, 1.05 * max(seconds for _, seconds, _ in points) or 1.0)
         _plain(axes, steps=False, shares=metric in PERCENT)
+        label_points(axes, {name: (seconds, value) for name, seconds, value in reversed(points)})
         axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
 
     said = "; ".join(f"{name} {number(value, metric)} after {duration(s)}" for name, s, value in points)
-    return Panel(title, said + ".", draw, height=2.8, right=0.9)
+    return Panel(title, said + ".", draw, height=2.8, right=0.83)
 
 
 def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
@@ -204,7 +208,7 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
             axes.plot(*zip(*points, strict=True), color=ACCENT, marker="o", ms=2.5)
             _plain(axes, steps=False, shares=name.removeprefix("eval_") in PERCENT)
             axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
-            label_ends(axes, [(points[-1][1], number(points[-1][1], name), ACCENT)])
+            label_ends(axes, [(points[-1][1], _short(points[-1][1], name), ACCENT)])
 
         if name not in skipped:
             panels.append(Panel(f"Held out: {words(name.removeprefix('eval_'))}", _said(name, one) + ".", draw))
@@ -230,7 +234,9 @@ def _positions(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 
 def _exposure(name: str, curve: Mapping[str, Any], limits: tuple[float, float]) -> Panel:
     errors = curve.get("standard_error") or []
-    points = [(l + 1, v, e or 0.0) for l, (v, e) in enumerate(_padded(curve["percent"], errors)) if v is not None]
+    points = [
+        (at, v, e or 0.0) for at, (v, e) in enumerate(_padded(curve["percent"], errors), start=1) if v is not None
+    ]
 
     def draw(axes: Axes) -> None:
         at, middle, error = zip(*points, strict=True)
@@ -248,7 +254,9 @@ def _exposure(name: str, curve: Mapping[str, Any], limits: tuple[float, float]) 
 
 
 def _by_position(name: str, curves: Mapping[str, Sequence[float | None]], limits: tuple[float, float]) -> Panel:
-    lines = {kind: [(l + 1, v) for l, v in enumerate(values) if v is not None] for kind, values in curves.items()}
+    lines = {
+        kind: [(at, v) for at, v in enumerate(values, start=1) if v is not None] for kind, values in curves.items()
+    }
     lines = {kind: points for kind, points in lines.items() if points}
 
     def draw(axes: Axes) -> None:
@@ -283,15 +291,18 @@ def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
             axes.text(left, at, f" {duration(left)}", fontsize=7, va="center", color=SOFT)
         for at, (name, colour) in enumerate(_ACTIVITIES.items()):
             place = 0.25 * at
-            axes.text(place, 1.0, "■", transform=axes.transAxes, color=colour, fontsize=7, va="bottom")
-            axes.text(place + 0.045, 1.0, name, transform=axes.transAxes, color=SOFT, fontsize=7, va="bottom")
-        axes.set_ylim(-0.4, len(timed) + 0.1)
+            over = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "bottom"}
+            axes.text(place, len(timed) - 0.1, "■", color=colour, **over)
+            axes.text(place + 0.05, len(timed) - 0.1, name, color=SOFT, **over)
+        axes.set_ylim(-0.4, len(timed) + 0.4)
         axes.set_yticks([])
         _plain(axes, steps=False)
         axes.set_xlabel("seconds", fontsize=7, labelpad=2)
 
     said = [f"{label}: {_shares(run['seconds_by_activity'])}" for label, run in zip(labels, timed, strict=True)]
-    panel = Panel("Where the time went", "; ".join(said) + ".", draw, height=0.75 + 0.27 * len(timed), left=0.03, right=0.86)
+    panel = Panel(
+        "Where the time went", "; ".join(said) + ".", draw, height=0.85 + 0.27 * len(timed), left=0.03, right=0.86
+    )
     yield Chart("time", "Where the time went", "seconds of the main process", [panel])
 
 
@@ -344,6 +355,10 @@ def _said(name: str, one: Mapping[str, Any]) -> str:
     )
 
 
+def _short(value: float, name: str) -> str:
+    return number(value, name if name.removeprefix("eval_") in PERCENT else "")
+
+
 def _interval(spread: Mapping[str, float], metric: str) -> str:
     if spread["low"] == spread["high"]:
         return ""
@@ -352,5 +367,3 @@ def _interval(spread: Mapping[str, float], metric: str) -> str:
 
 def _padded(values: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
     return [(value, others[i] if i < len(others) else None) for i, value in enumerate(values)]
-
-

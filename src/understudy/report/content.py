@@ -55,7 +55,9 @@ def _run(run: RunFolder) -> dict[str, Any]:
         "method": next(iter(dig(run.recipe, "method") or []), None) if run.recipe else None,
         "state": "failed" if run.failed else "finished" if run.summary else "unfinished",
         "failed": run.failed,
-        "logged": datetime.fromtimestamp(run.changed, timezone.utc).isoformat(timespec="seconds") if run.lines else None,
+        "logged": datetime.fromtimestamp(run.changed, timezone.utc).isoformat(timespec="seconds")
+        if run.lines
+        else None,
         "steps": summary.get("steps", last),
         "max_steps": summary.get("steps") or dig(run.recipe, "training", "max_steps"),
         "seconds": summary.get("seconds", sum(split.values())),
@@ -123,14 +125,14 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[floa
 
 
 def _positions(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Curves by position in an answer, as `understudy evaluate` leaves them: kind → the first evaluation that has it."""
+    """Curves by position in an answer, by kind, of the first evaluation that `understudy evaluate` left with them."""
     parts = [*run.measured.values(), *(dig(run.evaluation, "found") or {}).values()]
     found = {kind: next((c for part in parts if (c := dig(part, "curves", kind))), None) for kind in _CURVES}
     return {kind: curve for kind, curve in found.items() if curve}
 
 
 def _comparison(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Any] | None:
-    """The table over the runs that were judged alike, computed as `understudy compare` does; None if none was judged."""
+    """The table over the runs that were judged alike, as `understudy compare` computes it; None if none was judged."""
     judged = [run.evaluation for run in runs if run.evaluation]
     if not judged:
         return None
@@ -186,17 +188,22 @@ def _keep(results: Sequence[Result], common: Mapping[str, set[str]]) -> None:
                 del metrics[name]
 
 
-def _references(
-    runs: Sequence[RunFolder], places: Sequence[Path], protocol: Mapping[str, Any]
-) -> dict[str, Result]:
+def _references(runs: Sequence[RunFolder], places: Sequence[Path], protocol: Mapping[str, Any]) -> dict[str, Result]:
     """The teacher and the warm start, where all runs share them and a comparison has judged them alike."""
-    known = {}
-    for name, models in reference_models(runs).items():
-        for place in places:
-            file = _reference_folder(place, models) / "evaluation.json"
-            if file.is_file() and (content := read_json(file)).get("protocol") == protocol:
-                known[name] = _parts(content["found"], {})
-    return known
+    judged = {name: read_json(folder / "evaluation.json") for name, folder in reference_folders(runs, places).items()}
+    return {name: _parts(part["found"], {}) for name, part in judged.items() if part.get("protocol") == protocol}
+
+
+def reference_folders(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Path]:
+    """Where a comparison keeps what teacher and warm start answered: in one of the places, or above a run in one."""
+    homes = dict.fromkeys([*places, *(parent for run in runs for parent in run.path.resolve().parents[:3])])
+    found = {}
+    for name, model in reference_models(runs).items():
+        folders = [
+            folder for home in homes if ((folder := _reference_folder(home, model)) / "evaluation.json").is_file()
+        ]
+        found |= {name: folders[0]} if folders else {}
+    return found
 
 
 def reference_models(runs: Sequence[RunFolder]) -> dict[str, str]:
@@ -220,13 +227,14 @@ def _contest(
     ranked.sort(key=lambda line: line.metrics[protocol][metric].mean, reverse=True)
     if len(ranked) < 2:
         return None
+    names = [line.name for line in ranked]
     best, following = ranked[0], ranked[1]
     ours, theirs = ({s: r for s, r in results[line.name].items() if isinstance(r, Result)} for line in ranked[:2])
     seeds = sorted(set(ours) & set(theirs))
     pairs = [(ours[s].scores.get(protocol), theirs[s].scores.get(protocol)) for s in seeds]
     paired = metric == "accuracy" and bool(pairs) and all(a and b and len(a) == len(b) for a, b in pairs)
     found = comparison.difference([a or () for a, _ in pairs], [b or () for _, b in pairs]) if paired else None
-    return {"best": best.name, "next": following.name, "difference": asdict(found) if found else None}
+    return {"best": best.name, "next": following.name, "ranking": names, "difference": asdict(found) if found else None}
 
 
 def finite(value: Any) -> Any:

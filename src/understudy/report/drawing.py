@@ -6,7 +6,7 @@ and is replaced by it in the SVG. So a chart is light or dark as the page is, an
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,36 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     for value, label, colour in sorted(ends):
         at = max((value - low) / (high - low), at + gap)
         axes.text(1.02, at, label, color=colour, transform=axes.transAxes, va="center", fontsize=7)
+
+
+def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write names near points, wherever nothing is written yet and the axes do not end; what fits nowhere is left.
+
+    The widths are guesses, as the page's own font is.
+    """
+    scale = 72 / _figure(axes).dpi
+    frame = axes.get_window_extent()
+    at = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 2, y - 2, x + 2, y + 2) for x, y in at.values()]
+    for name, (x, y) in at.items():
+        width, height = 3.5 * len(name), 7.0
+        for side, up in _AROUND:
+            start = x + 5 if side > 0 else x - 5 - width
+            box = (start, y + up - height / 2, start + width, y + up + height / 2)
+            if frame.x0 * scale <= box[0] and box[2] <= frame.x1 * scale and not any(_overlap(box, t) for t in taken):
+                taken.append(box)
+                line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+                beside = {"va": "center", "ha": "left" if side > 0 else "right", "fontsize": 6, "color": SOFT}
+                offset = {"xytext": (5 * side, up), "textcoords": "offset points"}
+                axes.annotate(name, points[name], **offset, **beside, arrowprops=line if up else None)
+                break
+
+
+_AROUND = [(side, up) for up in (0, 7, -7, 14, -14, 21, -21, 28, -28) for side in (1, -1)]
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _figure(axes: Axes) -> Any:

@@ -59,11 +59,13 @@ def find(places: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for place in places:
         if not place.is_dir():
-            raise ValueError(f"there is no folder {place}: name a run's folder, such as runs/gkd, or one that holds runs")
+            raise ValueError(
+                f"there is no folder {place}: name a run's folder, such as runs/gkd, or one that holds runs"
+            )
         here = [place] if _is_run(place) else [p for depth in _DEPTHS for p in sorted(place.glob(depth)) if _is_run(p)]
         if not here:
             raise ValueError(
-                f"{place} is no run's folder and holds none: a run's has a recipe.yaml, as `understudy distill` writes it"
+                f"{place} is no run's folder and holds none: `understudy distill` writes a recipe.yaml into a run's"
             )
         found |= dict.fromkeys(here)
     return list(found)
@@ -102,14 +104,14 @@ def _read(path: Path, name: str) -> RunFolder:
         name=name,
         recipe=_mapping(recipe, yaml.safe_load, text) if text else {},
         recipe_text=text,
-        lines=_lines(logged),
-        samples=_lines(path / "samples.jsonl"),
+        lines=read_lines(logged),
+        samples=read_lines(path / "samples.jsonl"),
         before=read_json(before).get("own_samples", {}) if before.is_file() else {},
         summary=read_json(summary) if summary.is_file() else None,
         failed=failed.read_text(encoding="utf-8").strip() if failed.is_file() else None,
         evaluation=read_json(evaluation) if evaluation.is_file() else None,
         measured={p.name.removesuffix(".metrics.json"): read_json(p) for p in sorted(path.glob("*.metrics.json"))},
-        answers={p.stem.removeprefix("answers-"): _lines(p) for p in sorted(path.glob("answers-*.jsonl"))},
+        answers={p.stem.removeprefix("answers-"): read_lines(p) for p in sorted(path.glob("answers-*.jsonl"))},
         changed=logged.stat().st_mtime if logged.is_file() else 0.0,
     )
 
@@ -133,7 +135,7 @@ def _mapping(path: Path, parse: Any, text: str) -> dict[str, Any]:
     return content
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, less a last line that is being written."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:

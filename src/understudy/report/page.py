@@ -14,7 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .drawing import Chart, svg
-from .verdict import duration, number, words
+from .verdict import number, words
 
 LEVELS = (0.5, 1, 2, 4)  # log q − log p in nats from which a token is shaded, and shaded darker
 _OWN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
@@ -103,22 +103,26 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
     heads += [f"less {judged['baseline']} [95 %], p", "of the way to the teacher", "seeds"]
     heads += ["seconds", "CPU seconds", "response tokens"]
     rows = [
-        _row(name, [*((v := r["metrics"].get(p, {}).get(m), number(v, m)) for p, m in columns), *[(None, "")] * 6], "reference")
+        _row(
+            name,
+            [*((v := r["metrics"].get(p, {}).get(m), number(v, m)) for p, m in columns), *[(None, "")] * 6],
+            "reference",
+        )
         for name, r in judged["references"].items()
     ]
     for line in sorted(judged["lines"], key=lambda one: -_mean(one, protocol, metric)):
         cells = [_spread(line["metrics"].get(p, {}).get(m), m, line["seeds"]) for p, m in columns]
         share = line["closed"].get(protocol, {}).get(metric)
-        cells += [_against(line["against"].get(protocol)), (share, "" if share is None else f"{share:.0%}")]
+        cells += [_against(line["against"].get(protocol)), (share, "" if share is None else f"{100 * share:.0f} %")]
         cells += [(line["seeds"], str(line["seeds"]))]
         cells += [_spread(line[cost], "", 1) for cost in ("seconds", "cpu_seconds", "tokens")]
         best = judged["contest"] is not None and line["name"] == judged["contest"]["best"]
         rows.append(_row(line["name"], cells, "best" if best else ""))
-    about = {"limit": "rows", "split": "split", "dataset": "dataset"}
     asked = judged["protocol"]
-    how = ", ".join(f"{about[k]} {asked[k]}" for k in about if asked.get(k) is not None)
+    rows_asked = "all rows" if asked.get("limit") is None else f"the first {asked['limit']} rows"
+    how = f"on {rows_asked} of {asked.get('dataset') or 'the data'}, split {asked.get('split', '–')}"
     several = any(line["seeds"] > 1 for line in judged["lines"])
-    notes = [f"Judged alike: {how}." + (" Means ± standard deviations over seeds." if several else "")]
+    notes = [f"All judged alike, {how}." + (" Means ± standard deviations over seeds." if several else "")]
     notes += [f"{line['name']}, {why}" for line in judged["lines"] for why in line["failed"]]
     return _table(heads, rows, notes=notes)
 
@@ -140,7 +144,9 @@ def _against(found: Mapping[str, float] | None) -> tuple[Any, str]:
     if found is None:
         return None, ""
     low, high, p = 100 * found["low"], 100 * found["high"], found["p"]
-    return found["mean"], f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}], {f'{p:.3f}' if p >= 0.001 else '< 0.001'}"
+    return found[
+        "mean"
+    ], f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}], {f'{p:.3f}' if p >= 0.001 else '< 0.001'}"
 
 
 def _measured(runs: Sequence[Mapping[str, Any]]) -> Any:
@@ -149,7 +155,8 @@ def _measured(runs: Sequence[Mapping[str, Any]]) -> Any:
         having = [run for run in runs if kept in run["measured"]]
         names = list(dict.fromkeys(name for run in having for name in run["measured"][kept]))
         rows = [
-            _row(_label(run, runs), [(v := run["measured"][kept].get(n), number(v, n)) for n in names]) for run in having
+            _row(_label(run, runs), [(v := run["measured"][kept].get(n), number(v, n)) for n in names])
+            for run in having
         ]
         yield _table(["run", *map(words, names)], rows, title=f"Measured: {kept}")
 
@@ -173,7 +180,12 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     heads += ["peak memory, MB", "held-out loss", *facts]
     rows = []
     for run in runs:
-        numbers = [run["seconds"], run["cpu_seconds"], run["tokens"], run["tokens"] / run["seconds"] if run["seconds"] else None]
+        numbers = [
+            run["seconds"],
+            run["cpu_seconds"],
+            run["tokens"],
+            run["tokens"] / run["seconds"] if run["seconds"] else None,
+        ]
         cells = [(run["seed"], str(run["seed"])), (None, run["state"]), (run["steps"], f"{run['steps']:,}")]
         cells += [(value, "–" if value is None else f"{value:,.0f}") for value in [*numbers, run["peak_memory_mb"]]]
         loss = run["metrics"].get("eval_loss")
@@ -226,7 +238,11 @@ def _told(token: Mapping[str, Any]) -> str:
     apart = number((token["student"] or 0) - (token["teacher"] or 0))
     text = f"log q {number(token['student'])}, log p {number(token['teacher'])}, difference {apart}; "
     text += f"KL(p‖q) {number(token['forward_kl'])}, KL(q‖p) {number(token['reverse_kl'])}"
-    return text if token["agrees"] else f"{text}; the teacher's choice: {token['likeliest']!r}, p {number(token['likeliest_p'])}"
+    return (
+        text
+        if token["agrees"]
+        else f"{text}; the teacher's choice: {token['likeliest']!r}, p {number(token['likeliest_p'])}"
+    )
 
 
 def _first_disagreement(tokens: Sequence[Mapping[str, Any]]) -> str:
@@ -241,5 +257,3 @@ def _first_disagreement(tokens: Sequence[Mapping[str, Any]]) -> str:
         f"{text}first apart at token {first + 1}, {token['text']!r}, where the teacher has {token['likeliest']!r} "
         f"(p {token['likeliest_p']:.2f})."
     )
-
-

@@ -22,7 +22,9 @@ def verdict(content: Mapping[str, Any]) -> str:
             f"Of {len(runs)} runs, {best['name']} came nearest to the teacher on its own samples, with a reverse KL of "
             f"{value:.4g} nats per token; no answers were judged" + _unfinished(runs)
         )
-    return f"{len(runs)} runs, of which no answers were judged and no distance to a teacher is known" + _unfinished(runs)
+    return f"{len(runs)} runs, of which no answers were judged and no distance to a teacher is known" + _unfinished(
+        runs
+    )
 
 
 def number(value: Any, metric: str = "") -> str:
@@ -35,7 +37,9 @@ def number(value: Any, metric: str = "") -> str:
         return f"{100 * value:.1f} %"
     if float(value).is_integer() and (isinstance(value, int) or abs(value) >= 1000):
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if metric else f"{value:.4g}"  # metrics stand below each other
 
 
 def duration(seconds: float | None) -> str:
@@ -51,6 +55,12 @@ def duration(seconds: float | None) -> str:
 def words(metric: str) -> str:
     """A metric's name for people."""
     return metric.replace("_", " ").replace(" kl", " KL")
+
+
+def heading(metric: str) -> str:
+    """The same at the beginning of a line."""
+    text = words(metric)
+    return text[:1].upper() + text[1:]
 
 
 def _of_one(run: Mapping[str, Any], judged: Mapping[str, Any] | None) -> str:
@@ -96,7 +106,8 @@ def _of_a_contest(judged: Mapping[str, Any]) -> str:
     contest, by_name = judged["contest"], {line["name"]: line for line in judged["lines"]}
     best, other = by_name[contest["best"]], by_name[contest["next"]]
     spread, following = (line["metrics"][protocol][metric] for line in (best, other))
-    text = f"{best['name']} is first of {len(by_name)} in {words(metric)} ({protocol}) with {number(spread['mean'], metric)}"
+    text = f"{best['name']} is first of {len(by_name)} in {words(metric)} ({protocol}) "
+    text += f"with {number(spread['mean'], metric)}"
     if best["seeds"] > 1:
         text += f" (95 % interval {number(spread['low'], metric)} to {number(spread['high'], metric)}"
         text += f", {best['seeds']} seeds)"
