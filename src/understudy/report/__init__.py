@@ -52,7 +52,7 @@ def write_report(
         found["comparison"]["contest"]["ranking"] if found["comparison"] and found["comparison"]["contest"] else []
     )
     ranked = sorted(runs, key=lambda run: ranking.index(run.name) if run.name in ranking else len(ranking))
-    found["answers"] = side_by_side(ranked, places, prompts, models and (ended or again is None))
+    found["answers"] = side_by_side(ranked, places, prompts, _why_not(models, ended or again is None))
     drawn = charts(found)
     (output / "png").mkdir(parents=True, exist_ok=True)
     for chart in (chart for section in drawn.values() for chart in section):
@@ -60,6 +60,11 @@ def write_report(
     write(output / "report.json", json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     write(output / "report.html", page(found, drawn, None if ended else again))
     return output / "report.html", ended
+
+
+def _why_not(models: bool, calm: bool) -> str:
+    """Why no models are asked, if they are not: nobody wants them, or the runs need the machine."""
+    return "--no-models was given" if not models else "" if calm else "they are, when all runs have ended"
 
 
 def watch(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..batch import Batch, Example
-from ..models import all_stop_ids, load_config, load_model, load_tokenizer, window_of
+from ..models import all_stop_ids, check_tokenizers, load_config, load_model, load_tokenizer, window_of
 from ..recipe import Recipe, load
 from ..rollouts.generate import GenerateRollout
 from ..run import load_data
@@ -24,8 +24,8 @@ from .folders import RunFolder, dig, read_lines
 MOST = 6  # students that are asked
 
 
-def side_by_side(runs: Sequence[RunFolder], places: Sequence[Path], count: int, models: bool) -> dict[str, Any]:
-    """The answers to `count` prompts: written now if `models` may be loaded and are there, else those that were kept.
+def side_by_side(runs: Sequence[RunFolder], places: Sequence[Path], count: int, why_not: str = "") -> dict[str, Any]:
+    """The answers to `count` prompts: written now, unless something says `why_not`, else those that were kept.
 
     Returns `about`, where they come from in a sentence, and `prompts`, each with its `answers`; an answer has a `text`
     and, where two models have read it, `tokens`.
@@ -35,7 +35,7 @@ def side_by_side(runs: Sequence[RunFolder], places: Sequence[Path], count: int, 
         places: where to look for what a comparison's teacher and warm start answered.
     """
     asked = list({run.name: run for run in reversed(runs) if run.has_student}.values())[::-1][:MOST]
-    reason = "--no-models was given" if not models else "no student is saved yet" if not asked else ""
+    reason = why_not or ("" if asked else "no student is saved yet")
     if not reason:
         try:
             return finite(_ask(asked, count))
@@ -52,7 +52,7 @@ def _ask(runs: Sequence[RunFolder], count: int) -> dict[str, Any]:
     """Let teacher, warm start and students answer greedily, one model after the other; the teacher reads along.
 
     Raises:
-        ValueError: if a model or the data is not on this machine: nothing is fetched for a report.
+        ValueError: if a model or the data is not there. No model is fetched for a report.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     known = reference_models(runs)
@@ -84,6 +84,7 @@ def _ask(runs: Sequence[RunFolder], count: int) -> dict[str, Any]:
     if "warm start" in known:
         add("warm start", _load(known["warm start"], "auto", device), teacher)
     for run in runs:
+        check_tokenizers(tokenizer, load_tokenizer(str(run.path / "student")))
         add(run.name, _load(str(run.path / "student"), "auto", device), teacher)
     chosen = "" if len(runs) < MOST else f" by the first {MOST} students"
     return {"about": f"Greedy answers{chosen} to {about}, written for this report.", "prompts": prompts}

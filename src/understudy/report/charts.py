@@ -184,9 +184,8 @@ def _scatter(title: str, metric: str, points: Sequence[tuple[str, float, float]]
             axes.plot(seconds, value, "o", ms=4, mew=0.6, color=ACCENT if name == best else SOFT, mec=PAPER)
         if start is not None:
             axes.axhline(start, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)))
-            axes.text(
-                1.02, start, "warm start", transform=axes.get_yaxis_transform(), fontsize=6, color=SOFT, va="center"
-            )
+            beside = {"transform": axes.get_yaxis_transform(), "fontsize": 6, "color": SOFT, "va": "center"}
+            axes.text(1.02, start, "warm start", **beside)
         axes.set_xlim(0, 1.05 * max(seconds for _, seconds, _ in points) or 1.0)
         _plain(axes, steps=False, shares=metric in PERCENT)
         label_points(axes, {name: (seconds, value) for name, seconds, value in reversed(points)})
@@ -234,9 +233,8 @@ def _positions(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 
 def _exposure(name: str, curve: Mapping[str, Any], limits: tuple[float, float]) -> Panel:
     errors = curve.get("standard_error") or []
-    points = [
-        (at, v, e or 0.0) for at, (v, e) in enumerate(_padded(curve["percent"], errors), start=1) if v is not None
-    ]
+    numbered = enumerate(_padded(curve["percent"], errors), start=1)
+    points = [(at, value, error or 0.0) for at, (value, error) in numbered if value is not None]
 
     def draw(axes: Axes) -> None:
         at, middle, error = zip(*points, strict=True)
@@ -254,9 +252,8 @@ def _exposure(name: str, curve: Mapping[str, Any], limits: tuple[float, float]) 
 
 
 def _by_position(name: str, curves: Mapping[str, Sequence[float | None]], limits: tuple[float, float]) -> Panel:
-    lines = {
-        kind: [(at, v) for at, v in enumerate(values, start=1) if v is not None] for kind, values in curves.items()
-    }
+    numbered = {kind: enumerate(values, start=1) for kind, values in curves.items()}
+    lines = {kind: [(at, v) for at, v in each if v is not None] for kind, each in numbered.items()}
     lines = {kind: points for kind, points in lines.items() if points}
 
     def draw(axes: Axes) -> None:

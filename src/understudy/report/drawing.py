@@ -27,7 +27,7 @@ PALETTE = {
 INK, SOFT, FAINT, RULE, ACCENT, PAPER = PALETTE.values()
 
 WIDTH, HEIGHT = 3.4, 2.0  # inches of a panel
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],

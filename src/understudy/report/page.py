@@ -51,7 +51,7 @@ def page(content: Mapping[str, Any], drawn: Mapping[str, Sequence[Chart]], again
 
 
 def _part(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+    return (resources.files("understudy.report") / name).read_text(encoding="utf-8")
 
 
 def _inline(chart: Chart) -> dict[str, Any]:
