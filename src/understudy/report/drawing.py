@@ -154,6 +154,7 @@ def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
             if frame.x0 * scale <= box[0] and box[2] <= frame.x1 * scale and not any(_overlap(box, t) for t in taken):
                 taken.append(box)
                 line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+                line["relpos"] = (0 if side > 0 else 1, 0.5)
                 beside = {"va": "center", "ha": "left" if side > 0 else "right", "fontsize": 6, "color": SOFT}
                 offset = {"xytext": (5 * side, up), "textcoords": "offset points"}
                 axes.annotate(name, points[name], **offset, **beside, arrowprops=line if up else None)
