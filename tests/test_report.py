@@ -61,11 +61,16 @@ def make_run(folder, method="gkd", seed=0, steps=(10, 20, 30), finished=True, li
     return folder
 
 
-def judge(folder, scores, limit=None, texts=None):
+def judge(folder, scores, limit=None, texts=None, bias=None):
     """What a comparison leaves in a run's folder."""
-    protocol = {"dataset": None, "split": "test", "limit": limit, "temperatures": [0.0], "metrics": [], "seed": 0}
+    trial = {"dataset": None, "split": "test", "limit": limit, "temperatures": [0.0], "metrics": [], "seed": 0}
     metrics = {"accuracy": sum(scores) / len(scores), "response_length": 9.0, "truncated": 0.0}
-    found = {"protocol": protocol, "found": {"greedy": {"metrics": metrics, "scores": scores}}}
+    found = {"trial": trial, "found": {"greedy": {"metrics": metrics, "scores": scores}}}
+    if bias is not None:
+        curve = {"percent": [None, bias], "standard_error": [None, 1.0]}
+        other = {"metrics": {"exposure_bias": bias}, "scores": None, "curves": {"exposure_bias": curve}}
+        found["found"]["exposure"] = other
+        (folder / "answers-exposure.teacher.jsonl").write_text("{}\n")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(found))
     kept = texts or [(f"What is {i}?", f"{i}") for i in range(len(scores))]
@@ -83,7 +88,7 @@ def contest(tmp_path):
 
     home = tmp_path / "contest"
     for name, seed, right in (("gkd", 0, 9), ("gkd", 1, 7), ("kd", 0, 2)):
-        judge(make_run(home / name / f"seed-{seed}", name, seed), [1.0] * right + [0.0] * (10 - right))
+        judge(make_run(home / name / f"seed-{seed}", name, seed), [1.0] * right + [0.0] * (10 - right), bias=5.5)
     (home / "kd" / "seed-1").mkdir()
     (home / "kd" / "seed-1" / "failed.txt").write_text("out of luck")
     judge(_reference_folder(home, "nowhere/teacher"), [1.0] * 10)
@@ -163,6 +168,9 @@ def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
     assert lines["kd"]["failed"] == ["seed 1: out of luck"]
     assert lines["kd"]["closed"]["greedy"]["accuracy"] == pytest.approx(0.2)
     assert judged["references"]["teacher"]["metrics"]["greedy"]["accuracy"] == 1.0
+    assert judged["columns"][-1] == ["exposure", "exposure_bias"]
+    assert lines["gkd"]["metrics"]["exposure"]["exposure_bias"]["mean"] == 5.5
+    assert (tmp_path / "out" / "png" / "exposure-bias.png").is_file()
     assert judged["contest"]["ranking"] == ["gkd", "kd"]
     assert judged["contest"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
     assert ended
@@ -178,7 +186,7 @@ def test_what_was_judged_otherwise_is_not_compared(contest, tmp_path):
     _, _, content = written(contest, tmp_path / "out")
     kd = next(line for line in content["comparison"]["lines"] if line["name"] == "kd")
     assert kd["seeds"] == 0
-    assert "seed 0: judged by another protocol" in kd["failed"]
+    assert "seed 0: judged in another trial" in kd["failed"]
 
 
 def test_runs_of_several_places_are_told_apart_by_their_folders(tmp_path):

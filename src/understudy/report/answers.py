@@ -102,9 +102,9 @@ def _prompts(
     run: RunFolder, recipe: Recipe, tokenizer: Any, window: int | None, longest: int, count: int
 ) -> tuple[Any, str]:
     """The first prompts of what the run was judged on, else of what it held out, else of what it was trained on."""
-    protocol, held_out = dig(run.evaluation, "protocol"), recipe.evaluate.dataset
-    if protocol:
-        place = {"dataset": protocol.get("dataset") or recipe.data.dataset, "split": protocol["split"]}
+    trial, held_out = dig(run.evaluation, "trial"), recipe.evaluate.dataset
+    if trial:
+        place = {"dataset": trial.get("dataset") or recipe.data.dataset, "split": trial["split"]}
         about = "the first prompts that it was judged on"
     elif held_out:
         place = {"dataset": held_out, "split": recipe.evaluate.split, "name": recipe.evaluate.name}
@@ -157,7 +157,8 @@ def _judged(runs: Sequence[RunFolder], places: Sequence[Path], count: int) -> di
     first = list({run.name: run for run in reversed(runs) if run.answers}.values())[::-1][:MOST]
     if not first:
         return None
-    protocol = next(iter(first[0].answers))
+    judged = [name for name in dig(first[0].evaluation, "found") or {} if name in first[0].answers]
+    protocol = next(iter(judged or first[0].answers))
     beside = {name: folder / f"answers-{protocol}.jsonl" for name, folder in reference_folders(runs, places).items()}
     kept = {name: read_lines(path) for name, path in beside.items()} | {
         r.name: r.answers.get(protocol, []) for r in first

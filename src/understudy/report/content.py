@@ -6,7 +6,7 @@ not in the file, and none is computed twice.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from .verdict import verdict
 _ACTIVITIES = ("generate", "score", "learn", "other")
 _TOTALS = ("train_", "total_flos", "seconds_", "epoch", "step", "tokens")  # what has no curve of its own
 _CURVES = ("exposure_bias", "distance")
+_EXPOSURE = ("exposure", "exposure_bias")  # what a comparison measures beside its samplings, and the number in it
 
 
 def content(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Any]:
@@ -136,25 +137,28 @@ def _comparison(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, 
     judged = [run.evaluation for run in runs if run.evaluation]
     if not judged:
         return None
-    protocol = judged[0].get("protocol") or {}
+    trial = judged[0].get("trial") or {}
     results: dict[str, dict[int, Result | str]] = {}
     for run in runs:
         if run.failed or run.evaluation:
-            results.setdefault(run.name, {})[run.seed] = run.failed or _result(run, protocol)
-    references = _references(runs, places, protocol)
-    everything = [r for of in (*results.values(), references) for r in of.values() if isinstance(r, Result)]
+            results.setdefault(run.name, {})[run.seed] = run.failed or _result(run, trial)
+    everything = [r for of in results.values() for r in of.values() if isinstance(r, Result)]
     common = {p: set.intersection(*(set(r.metrics.get(p, {})) for r in everything)) for p in everything[0].metrics}
-    _keep(everything, common)
+    results = {
+        n: {s: _only(r, common) if isinstance(r, Result) else r for s, r in of.items()} for n, of in results.items()
+    }
+    references = {name: _only(r, common) for name, r in _references(runs, places, trial).items()}
     baseline = next((b for place in places if (b := _written(place).get("baseline")) in results), None)
     table = comparison.lines(results, baseline, references.get("teacher"), references.get("warm start"))
-    asked = ("accuracy", *protocol.get("metrics", ()))
-    shown = [(p, m) for p in common for m in [*(a for a in asked if a in common[p]), "response_length", "truncated"]]
-    quality = [(p, m) for p, m in shown if m in asked]
+    samplings = [protocol for protocol in common if protocol != _EXPOSURE[0]]
+    quality = [(p, m) for p in samplings for m in ("accuracy", *trial.get("metrics", ())) if m in common[p]]
+    further = [(p, m) for p in samplings for m in ("response_length", "truncated") if m in common[p]]
+    further += [_EXPOSURE] if _EXPOSURE[1] in common.get(_EXPOSURE[0], ()) else []
     return {
-        "protocol": protocol,
+        "trial": trial,
         "baseline": baseline,
         "quality": quality,
-        "columns": [(p, m) for p, m in shown if m in common[p]],
+        "columns": [*quality, *further],
         "references": {name: asdict(r) for name, r in references.items()},
         "lines": [asdict(line) for line in table],
         "contest": _contest(results, quality, table),
@@ -166,10 +170,10 @@ def _written(place: Path) -> dict[str, Any]:
     return read_json(place / "comparison.json") if (place / "comparison.json").is_file() else {}
 
 
-def _result(run: RunFolder, protocol: Mapping[str, Any]) -> Result | str:
+def _result(run: RunFolder, trial: Mapping[str, Any]) -> Result | str:
     assert run.evaluation is not None
-    if run.evaluation.get("protocol") != protocol:
-        return "judged by another protocol"
+    if run.evaluation.get("trial") != trial:
+        return "judged in another trial"
     summary = run.summary or {}
     return _parts(run.evaluation["found"], {n: summary.get(n) for n in ("seconds", "cpu_seconds", "tokens")})
 
@@ -179,19 +183,16 @@ def _parts(found: Mapping[str, Any], cost: Mapping[str, Any]) -> Result:
     return Result({name: dict(part["metrics"]) for name, part in found.items()}, scores, **cost)
 
 
-def _keep(results: Sequence[Result], common: Mapping[str, set[str]]) -> None:
-    """Leave only the metrics that all results have: one that was taken up again lacks a speed, for instance."""
-    for result in results:
-        for protocol, metrics in result.metrics.items():
-            assert isinstance(metrics, dict)
-            for name in set(metrics) - common.get(protocol, set()):
-                del metrics[name]
+def _only(result: Result, common: Mapping[str, set[str]]) -> Result:
+    """With the metrics that all students have: answers that were taken up again lack a speed, for instance."""
+    known = result.metrics
+    return replace(result, metrics={p: {n: v for n, v in known.get(p, {}).items() if n in common[p]} for p in common})
 
 
-def _references(runs: Sequence[RunFolder], places: Sequence[Path], protocol: Mapping[str, Any]) -> dict[str, Result]:
+def _references(runs: Sequence[RunFolder], places: Sequence[Path], trial: Mapping[str, Any]) -> dict[str, Result]:
     """The teacher and the warm start, where all runs share them and a comparison has judged them alike."""
     judged = {name: read_json(folder / "evaluation.json") for name, folder in reference_folders(runs, places).items()}
-    return {name: _parts(part["found"], {}) for name, part in judged.items() if part.get("protocol") == protocol}
+    return {name: _parts(part["found"], {}) for name, part in judged.items() if part.get("trial") == trial}
 
 
 def reference_folders(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Path]:

@@ -32,9 +32,9 @@ class RunFolder:
     before: dict[str, float] = field(default_factory=dict)  # the distance on own samples when the run began
     summary: dict[str, Any] | None = None  # run.json, once the run is finished
     failed: str | None = None  # why, where a comparison's run has failed
-    evaluation: dict[str, Any] | None = None  # evaluation.json: {"protocol": …, "found": …}
+    evaluation: dict[str, Any] | None = None  # evaluation.json: {"trial": …, "found": …}
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # *.metrics.json of `understudy evaluate`
-    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # answers-<protocol>.jsonl
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # answers-<sampling>.jsonl of a comparison
     changed: float = 0.0  # when anything was logged last, in seconds since 1970
 
     @property
@@ -111,9 +111,16 @@ def _read(path: Path, name: str) -> RunFolder:
         failed=failed.read_text(encoding="utf-8").strip() if failed.is_file() else None,
         evaluation=read_json(evaluation) if evaluation.is_file() else None,
         measured={p.name.removesuffix(".metrics.json"): read_json(p) for p in sorted(path.glob("*.metrics.json"))},
-        answers={p.stem.removeprefix("answers-"): read_lines(p) for p in sorted(path.glob("answers-*.jsonl"))},
+        answers=_answers(path),
         changed=logged.stat().st_mtime if logged.is_file() else 0.0,
     )
+
+
+def _answers(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The students' answers that were judged, by sampling, in the order of the rows."""
+    files = [file for file in sorted(path.glob("answers-*.jsonl")) if not file.stem.endswith(".teacher")]
+    lines = {file.stem.removeprefix("answers-"): read_lines(file) for file in files}
+    return {name: sorted(of, key=lambda line: (line.get("seed", 0), line.get("row", 0))) for name, of in lines.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
         cells += [_spread(line[cost], "", 1) for cost in ("seconds", "cpu_seconds", "tokens")]
         best = judged["contest"] is not None and line["name"] == judged["contest"]["best"]
         rows.append(_row(line["name"], cells, "best" if best else ""))
-    asked = judged["protocol"]
+    asked = judged["trial"]
     rows_asked = "all rows" if asked.get("limit") is None else f"the first {asked['limit']} rows"
     how = f"on {rows_asked} of {asked.get('dataset') or 'the data'}, split {asked.get('split', '–')}"
     several = any(line["seeds"] > 1 for line in judged["lines"])
