@@ -156,6 +156,27 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs' folders, or a folder of runs, such as compare's.", show_default=False)
+    ],
+    output: Annotated[Path | None, typer.Option(help="Where it goes; by default report/ in the folder.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=8, help="How many prompts are answered side by side.")] = 4,
+    no_models: Annotated[bool, typer.Option("--no-models", help="Load no models: show only answers kept.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again until all runs have ended.")] = False,
+) -> None:
+    """Write a page, pictures and a JSON file about runs: finished, in progress, or a whole comparison."""
+    from . import report as reports
+    from .report.folders import find
+
+    find(runs)
+    _quiet()
+    options = (runs, output, prompts, not no_models)
+    path = reports.watch(*options) if watch else reports.write_report(*options)[0]
+    typer.echo(f"report: {path}")
+
+
+@app.command()
 def methods() -> None:
     """List the methods with their papers and options."""
     from .methods import METHODS, describe

@@ -1,0 +1,366 @@
+"""What is drawn: curves, quality, positions and time, from the report's content.
+
+The one idea: small multiples. Every panel says one thing, panels of a chart have the same axes, and what a line is
+stands beside it. One run has a panel for each quantity; of several runs, each has a panel for every quantity, with the
+others behind it in grey.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .drawing import ACCENT, FAINT, INK, PAPER, RULE, SOFT, Chart, Panel, label_ends, label_points
+from .verdict import PERCENT, duration, heading, number, words
+
+# A panel's title and the names, as they are logged, of what it shows; the first is drawn in the accent colour.
+_TOGETHER = (
+    ("Loss", ("loss", "eval_loss")),
+    ("Distance to the teacher, nats per token", ("reverse_kl", "forward_kl")),
+    ("Entropy, nats per token", ("student_entropy", "teacher_entropy")),
+    ("Response length, tokens", ("response_length", "student_length", "teacher_length")),
+    ("Share of responses truncated", ("truncated",)),
+    ("Implicit rewards", ("student_reward", "teacher_reward", "margin")),
+    ("Response tokens per second", ("tokens_per_second",)),
+    ("Learning rate", ("learning_rate",)),
+    ("Gradient norm", ("grad_norm",)),
+)
+_ALWAYS_OPEN = ("loss", "reverse_kl")
+_ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}  # behind a text that lines run through
+_BEHIND = 60  # points of a line that is only there to be compared with
+_ACTIVITIES = {"generate": ACCENT, "score": SOFT, "learn": INK, "other": FAINT}
+
+
+def charts(content: Mapping[str, Any]) -> dict[str, list[Chart]]:
+    """The charts of each of the page's sections; empty where there is nothing to draw."""
+    runs = content["runs"]
+    several = len(runs) > 1
+    return {
+        "quality": [*_intervals(content), *(_against_time(content) if several else _learning(runs[0]))],
+        "curves": list(_multiples(runs) if several else _quantities(runs[0])),
+        "positions": list(_positions(runs)),
+        "time": list(_time(runs)),
+    }
+
+
+def _quantities(run: Mapping[str, Any]) -> Iterator[Chart]:
+    """A panel for each quantity that a single run logged."""
+    series = run["series"]
+    rewards = sorted(name for name in series if name == "reward" or name.startswith("reward_"))
+    groups = [*_TOGETHER, *([("Reward, mean over responses", tuple(rewards))] if rewards else [])]
+    known = {name for _, names in groups for name in names}
+    groups += [(heading(name), (name,)) for name in series if name not in known and name[:5] != "eval_"]
+    panels = []
+    for title, names in groups:
+        shown = [name for name in names if len(_known(series.get(name))) > 0]
+        if shown:
+            panels.append(_curves(title, [(name, series[name]) for name in shown]))
+    if panels:
+        yield Chart("curves", "As it learned", "over the steps of training", panels)
+
+
+def _curves(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Panel:
+    def draw(axes: Axes) -> None:
+        ends = []
+        for (name, one), colour in zip(lines, (ACCENT, INK, SOFT, *[FAINT] * len(lines)), strict=False):
+            points = _known(one)
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o" if len(points) == 1 else None, ms=2.5)
+            ends.append((points[-1][1], words(name), SOFT if colour == FAINT else colour))
+        _plain(axes, shares=all(name in PERCENT for name, _ in lines))
+        label_ends(axes, ends if len(ends) > 1 else [(ends[0][0], _short(ends[0][0], lines[0][0]), ACCENT)])
+
+    return Panel(title, "; ".join(_said(name, one) for name, one in lines) + ".", draw)
+
+
+def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """For each quantity a panel for each contestant: its runs, the others' first runs behind them."""
+    contestants: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        contestants.setdefault(run["name"], []).append(run)
+    logged = dict.fromkeys(name for run in runs for name in run["series"] if len(_known(run["series"][name])) > 1)
+    title_of = {name: title for title, names in _TOGETHER for name in names[:1]}
+    order = [name for _, names in _TOGETHER for name in names if name in logged]
+    for name in [*order, *(n for n in logged if n not in order)]:
+        having = {who: [r["series"][name] for r in of if name in r["series"]] for who, of in contestants.items()}
+        having = {who: lines for who, lines in having.items() if lines}
+        if name == "truncated" and not any(v for lines in having.values() for one in lines for _, v in _known(one)):
+            continue
+        methods = {who: of[0]["method"] if name == "loss" else None for who, of in contestants.items()}
+        panels = []
+        for who in having:
+            alike = {other: lines for other, lines in having.items() if methods[other] == methods[who]}
+            panels.append(_one_of(who, name, alike))
+        title = title_of.get(name, heading(name))
+        title = title if name not in ("reverse_kl", "response_length") else heading(name)
+        about = "each method's own objective, beside runs of the same method" if name == "loss" else "over the steps"
+        yield Chart(f"curves-{name}", title, about, panels, open=name in _ALWAYS_OPEN)
+
+
+def _one_of(who: str, name: str, having: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
+    """One contestant's runs before the others, on the axes that they share."""
+    limits = _limits([value for lines in having.values() for line in lines for _, value in _known(line)])
+
+    def draw(axes: Axes) -> None:
+        for other, lines in having.items():
+            points = _known(lines[0]) if other != who else []
+            if points:
+                points = points[:: max(1, len(points) // _BEHIND)] + points[-1:]
+                axes.plot(*zip(*points, strict=True), color=FAINT, linewidth=0.7)
+        last = None
+        for one in having[who]:
+            if points := _known(one):
+                axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.3)
+                last = points[-1][1] if last is None else last
+        axes.set_ylim(limits)
+        _plain(axes, shares=name in PERCENT)
+        if last is not None:
+            label_ends(axes, [(last, _short(last, name), ACCENT)])
+
+    about = "; ".join(_said(name, one) for one in having[who]) + "; other recipes in grey."
+    return Panel(who, about, draw, right=0.86)
+
+
+def _intervals(content: Mapping[str, Any]) -> Iterator[Chart]:
+    """For each metric the means with their intervals, teacher and warm start as lines."""
+    judged = content["comparison"]
+    for protocol, metric in judged["quality"] if judged else []:
+        rows = [(line["name"], line["metrics"][protocol][metric]) for line in judged["lines"] if line["metrics"]]
+        beside = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in judged["references"].items()}
+        if rows:
+            panel = _bars(f"{heading(metric)} ({protocol})", metric, rows, beside)
+            about = (
+                "means and 95 % intervals over seeds" if any(s["low"] < s["high"] for _, s in rows) else "one seed each"
+            )
+            yield Chart(f"quality-{protocol}-{metric}".replace("=", ""), panel.title, about, [panel])
+
+
+def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapping[str, float | None]) -> Panel:
+    """Horizontal bars from 0, names above them, with the interval of Student's t where there are several seeds."""
+    rows = sorted(rows, key=lambda row: row[1]["mean"])
+    lines = {name: value for name, value in beside.items() if value is not None}
+
+    def draw(axes: Axes) -> None:
+        for at, (name, spread) in enumerate(rows):
+            colour = ACCENT if at == len(rows) - 1 else FAINT
+            axes.barh(at, spread["mean"], height=0.3, color=colour)
+            if spread["low"] < spread["high"]:
+                axes.plot([spread["low"], spread["high"]], [at, at], color=INK, linewidth=1)
+            axes.text(0, at + 0.22, name, fontsize=7, va="bottom", color=INK, bbox=_ON_PAPER)
+            axes.text(1.02, at, number(spread["mean"], metric), transform=axes.get_yaxis_transform(), va="center")
+        for name, value in lines.items():
+            axes.axvline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0.5)
+            axes.text(value, len(rows) - 0.1, name, fontsize=7, color=SOFT, ha="center", va="bottom")
+        axes.set_ylim(-0.4, len(rows) + 0.3)
+        axes.set_yticks([])
+        _plain(axes, steps=False)
+        _percent(axes.xaxis, metric in PERCENT)
+
+    said = [f"{name} {number(s['mean'], metric)}{_interval(s, metric)}" for name, s in reversed(rows)]
+    said += [f"{name} {number(value, metric)}" for name, value in lines.items()]
+    return Panel(title, "; ".join(said) + ".", draw, height=0.7 + 0.27 * len(rows), left=0.03, right=0.84)
+
+
+def _against_time(content: Mapping[str, Any]) -> Iterator[Chart]:
+    """Quality against what it cost: a point for each run that was judged."""
+    judged = content["comparison"]
+    for protocol, metric in (judged["quality"] if judged else [])[:1]:
+        points = [
+            (run["name"], run["seconds"], value)
+            for run in content["runs"]
+            if run["state"] == "finished" and (value := run["evaluation"].get(protocol, {}).get(metric)) is not None
+        ]
+        if len(points) > 1:
+            start = judged["references"].get("warm start", {}).get("metrics", {}).get(protocol, {}).get(metric)
+            panel = _scatter(f"{heading(metric)} against seconds of training", metric, points, start)
+            yield Chart("quality-time", panel.title, "one point per run", [panel])
+
+
+def _scatter(title: str, metric: str, points: Sequence[tuple[str, float, float]], start: float | None) -> Panel:
+    best = max(points, key=lambda point: point[2])[0]
+
+    def draw(axes: Axes) -> None:
+        for name, seconds, value in points:
+            axes.plot(seconds, value, "o", ms=4, mew=0.6, color=ACCENT if name == best else SOFT, mec=PAPER)
+        if start is not None:
+            axes.axhline(start, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)))
+            beside = {"transform": axes.get_yaxis_transform(), "fontsize": 6, "color": SOFT, "va": "center"}
+            axes.text(1.02, start, "warm start", **beside)
+        axes.set_xlim(0, 1.05 * max(seconds for _, seconds, _ in points) or 1.0)
+        _plain(axes, steps=False, shares=metric in PERCENT)
+        label_points(axes, {name: (seconds, value) for name, seconds, value in reversed(points)})
+        axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
+
+    said = "; ".join(f"{name} {number(value, metric)} after {duration(s)}" for name, s, value in points)
+    return Panel(title, said + ".", draw, height=2.8, right=0.83)
+
+
+def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
+    """A single run's held-out numbers against seconds of training."""
+    held_out = {n: one for n, one in run["series"].items() if n.startswith("eval_") and len(_known(one, "seconds")) > 1}
+    skipped = ("eval_response_length", "eval_truncated", "eval_tokens_per_second")
+    panels = []
+    for name, one in held_out.items():
+        points = _known(one, "seconds")
+
+        def draw(axes: Axes, points: Any = points, name: str = name) -> None:
+            axes.plot(*zip(*points, strict=True), color=ACCENT, marker="o", ms=2.5)
+            _plain(axes, steps=False, shares=name.removeprefix("eval_") in PERCENT)
+            axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
+            label_ends(axes, [(points[-1][1], _short(points[-1][1], name), ACCENT)])
+
+        if name not in skipped:
+            panels.append(Panel(f"Held out: {words(name.removeprefix('eval_'))}", _said(name, one) + ".", draw))
+    if panels:
+        yield Chart("quality-time", "Quality against seconds of training", "on held-out data", panels)
+
+
+def _positions(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """Exposure bias and distances by the position in an answer."""
+    biased = [(run["name"], run["positions"]["exposure_bias"]) for run in runs if "exposure_bias" in run["positions"]]
+    if biased:
+        limits = _limits([v for _, curve in biased for v in curve["percent"] if v is not None])
+        panels = [_exposure(name, curve, limits) for name, curve in biased]
+        about = "excess of accumulated forward KL on own prefixes over the teacher's, percent, ± one standard error"
+        yield Chart("exposure-bias", "Exposure bias by position", about, panels)
+    apart = [(run["name"], run["positions"]["distance"]) for run in runs if "distance" in run["positions"]]
+    if apart:
+        kinds = ("reverse_kl", "forward_kl")
+        limits = _limits([v for _, curve in apart for kind in kinds for v in curve.get(kind, []) if v is not None])
+        panels = [_by_position(name, {kind: curve.get(kind, []) for kind in kinds}, limits) for name, curve in apart]
+        yield Chart("distance", "Distance to the teacher by position", "nats, on the student's own answers", panels)
+
+
+def _exposure(name: str, curve: Mapping[str, Any], limits: tuple[float, float]) -> Panel:
+    errors = curve.get("standard_error") or []
+    numbered = enumerate(_padded(curve["percent"], errors), start=1)
+    points = [(at, value, error or 0.0) for at, (value, error) in numbered if value is not None]
+
+    def draw(axes: Axes) -> None:
+        at, middle, error = zip(*points, strict=True)
+        low, high = ([m + sign * e for m, e in zip(middle, error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(at, low, high, color=ACCENT, alpha=0.18, linewidth=0)
+        axes.plot(at, middle, color=ACCENT)
+        axes.axhline(0, color=SOFT, linewidth=0.6)
+        axes.set_ylim(limits)
+        _plain(axes)
+        axes.set_xlabel("position", fontsize=7, labelpad=2)
+        label_ends(axes, [(middle[-1], f"{middle[-1]:.0f} %", ACCENT)])
+
+    last = f"{points[-1][1]:.1f} % over {points[-1][0]} positions" if points else "nothing was measured"
+    return Panel(name, f"Exposure bias of {name}: {last}.", draw if points else _plain, right=0.86)
+
+
+def _by_position(name: str, curves: Mapping[str, Sequence[float | None]], limits: tuple[float, float]) -> Panel:
+    numbered = {kind: enumerate(values, start=1) for kind, values in curves.items()}
+    lines = {kind: [(at, v) for at, v in each if v is not None] for kind, each in numbered.items()}
+    lines = {kind: points for kind, points in lines.items() if points}
+
+    def draw(axes: Axes) -> None:
+        for (_, points), colour in zip(lines.items(), (ACCENT, INK), strict=False):
+            axes.plot(*zip(*points, strict=True), color=colour)
+        axes.set_ylim(limits)
+        _plain(axes)
+        axes.set_xlabel("position", fontsize=7, labelpad=2)
+        colours = dict(zip(lines, (ACCENT, INK), strict=False))
+        label_ends(axes, [(points[-1][1], words(kind), colours[kind]) for kind, points in lines.items()])
+
+    said = [f"{words(kind)} {points[0][1]:.3g} at first, {points[-1][1]:.3g} at last" for kind, points in lines.items()]
+    return Panel(name, "; ".join(said) + ".", draw)
+
+
+def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """What the seconds of training went into, a bar for each run."""
+    timed = [run for run in runs if run["seconds_by_activity"]]
+    if not timed:
+        return
+    names = [run["name"] for run in timed]
+    labels = [f"{r['name']}, seed {r['seed']}" if names.count(r["name"]) > 1 else r["name"] for r in timed]
+
+    def draw(axes: Axes) -> None:
+        for at, (run, label) in enumerate(zip(reversed(timed), reversed(labels), strict=True)):
+            left = 0.0
+            for name, colour in _ACTIVITIES.items():
+                seconds = run["seconds_by_activity"][name]
+                axes.barh(at, seconds, left=left, height=0.34, color=colour)
+                left += seconds
+            axes.text(0, at + 0.26, label, fontsize=7, va="bottom", color=INK)
+            axes.text(left, at, f" {duration(left)}", fontsize=7, va="center", color=SOFT)
+        for at, (name, colour) in enumerate(_ACTIVITIES.items()):
+            place = 0.25 * at
+            over = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "bottom"}
+            axes.text(place, len(timed) - 0.1, "■", color=colour, **over)
+            axes.text(place + 0.05, len(timed) - 0.1, name, color=SOFT, **over)
+        axes.set_ylim(-0.4, len(timed) + 0.4)
+        axes.set_yticks([])
+        _plain(axes, steps=False)
+        axes.set_xlabel("seconds", fontsize=7, labelpad=2)
+
+    said = [f"{label}: {_shares(run['seconds_by_activity'])}" for label, run in zip(labels, timed, strict=True)]
+    panel = Panel(
+        "Where the time went", "; ".join(said) + ".", draw, height=0.85 + 0.27 * len(timed), left=0.03, right=0.86
+    )
+    yield Chart("time", "Where the time went", "seconds of the main process", [panel])
+
+
+def _shares(split: Mapping[str, float]) -> str:
+    total = sum(split.values())
+    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())
+
+
+def _plain(axes: Axes, steps: bool = True, shares: bool = False) -> None:
+    """Few ticks and, for steps, whole ones."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=steps))
+    if len(axes.get_yticks()):
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        _percent(axes.yaxis, shares)
+    if steps:
+        axes.set_xlabel("step", fontsize=7, labelpad=2)
+    axes.grid(axis="x", color=RULE, linewidth=0 if steps else 0.6)
+
+
+def _percent(axis: Any, shares: bool) -> None:
+    if shares:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+
+
+def _limits(values: Sequence[float | None]) -> tuple[float, float]:
+    """From the least to the greatest value, with a little room; always some height."""
+    known = [value for value in values if value is not None] or [0.0]
+    low, high = min(*known, 0.0) if min(known) < 0.4 * max(known) else min(known), max(known)
+    room = 0.06 * (high - low) or abs(high) or 1.0
+    return low - room, high + room
+
+
+def _known(one: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:
+    """A line's points, less those that are no numbers."""
+    if one is None:
+        return []
+    return [(at, value) for at, value in zip(one[along], one["value"], strict=True) if value is not None]
+
+
+def _said(name: str, one: Mapping[str, Any]) -> str:
+    """A line in words."""
+    points = _known(one)
+    if not points:
+        return f"{words(name)}: no numbers"
+    (first, start), (last, end) = points[0], points[-1]
+    values = [value for _, value in points]
+    return (
+        f"{words(name)} {number(start, name)} at step {first:g}, {number(end, name)} at step {last:g}, "
+        f"lowest {number(min(values), name)}, highest {number(max(values), name)}"
+    )
+
+
+def _short(value: float, name: str) -> str:
+    return number(value, name if name.removeprefix("eval_") in PERCENT else "")
+
+
+def _interval(spread: Mapping[str, float], metric: str) -> str:
+    if spread["low"] == spread["high"]:
+        return ""
+    return f" ({number(spread['low'], metric)} to {number(spread['high'], metric)})"
+
+
+def _padded(values: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return [(value, others[i] if i < len(others) else None) for i, value in enumerate(values)]

@@ -1,0 +1,176 @@
+"""Charts as matplotlib draws them: an SVG for each panel, which takes the page's colours, and one PNG of all.
+
+The one idea: a figure is drawn once in the colours of paper, each of which stands for one of the page's CSS variables
+and is replaced by it in the SVG. So a chart is light or dark as the page is, and text in it is text.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# CSS variable → its colour on paper; no two alike.
+PALETTE = {
+    "ink": "#1c1b1a",
+    "soft": "#6c6a66",
+    "faint": "#bdbab3",
+    "rule": "#e6e3dc",
+    "accent": "#b4441a",
+    "paper": "#fffefb",
+}
+INK, SOFT, FAINT, RULE, ACCENT, PAPER = PALETTE.values()
+
+WIDTH, HEIGHT = 3.4, 2.0  # inches of a panel
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 7.5,
+    "text.parse_math": False,  # a dollar sign in a folder's name is a dollar sign
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.6,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 2.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.2,
+    "lines.solid_capstyle": "round",
+    "path.simplify_threshold": 0.4,
+    "figure.facecolor": PAPER,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small picture. `draw` fills its axes; `about` says in words what it shows."""
+
+    title: str
+    about: str
+    draw: Callable[[Axes], None]
+    height: float = HEIGHT
+    right: float = 0.74  # where the axes end, as a share of the width: labels stand to the right of them
+    left: float = 0.13
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels that belong together, and have the same axes."""
+
+    name: str  # of the PNG
+    title: str
+    about: str
+    panels: Sequence[Panel]
+    open: bool = True  # shown at once, or when asked for
+
+
+def svg(panel: Panel, name: str) -> str:
+    """The panel as an inline SVG with a title and a description; `name` keeps its ids apart from other panels'."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, panel.height))
+        _fill(figure, [panel], 1)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # names that every figure has, and a page must have once
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for variable, colour in PALETTE.items():
+        text = re.sub(colour, f"var(--{variable})", text, flags=re.IGNORECASE)
+    head = f'<svg role="img" aria-labelledby="{name}-t {name}-d" '
+    labels = f'<title id="{name}-t">{_escaped(panel.title)}</title><desc id="{name}-d">{_escaped(panel.about)}</desc>'
+    opening = text.index(">") + 1
+    tag = re.sub(r' (width|height|xmlns(:xlink)?|version)="[^"]*"', "", text[:opening]).replace("<svg ", head)
+    return tag + labels + text[opening:].strip()
+
+
+def png(chart: Chart, path: Path) -> None:
+    """All panels of a chart in one picture, on paper."""
+    with mpl.rc_context(_STYLE):
+        columns = min(3, len(chart.panels))
+        rows = -(-len(chart.panels) // columns)
+        tall = max(panel.height for panel in chart.panels) + 0.25
+        figure = Figure(figsize=(columns * WIDTH, rows * tall + 0.3))
+        figure.suptitle(chart.title, x=0.02, ha="left", fontsize=9)
+        _fill(figure, chart.panels, columns, titled=True)
+        figure.savefig(path, dpi=160)
+
+
+def _fill(figure: Figure, panels: Sequence[Panel], columns: int, titled: bool = False) -> None:
+    """Draw the panels side by side, `columns` in a row."""
+    rows = -(-len(panels) // columns)
+    head = 0.3 / figure.get_figheight() if titled else 0.0
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
+        tall = (1 - head) / rows
+        bottom = (1 - head) - (row + 1) * tall
+        foot, top = 0.42 / (figure.get_figheight() * tall), (0.22 if titled else 0.08) / (figure.get_figheight() * tall)
+        left = (column + panel.left) / columns
+        box = (left, bottom + foot * tall, (panel.right - panel.left) / columns, tall * (1 - foot - top))
+        axes = figure.add_axes(box)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        panel.draw(axes)
+        if titled:
+            axes.set_title(panel.title, loc="left", fontsize=7.5, color=INK, pad=5)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write what lines are beside where they end, (height in data, label, colour) each, and keep the labels apart."""
+    low, high = axes.get_ylim()
+    gap = 0.8 * 7.5 / 72 * 1.3 / (axes.get_position().height * _figure(axes).get_figheight())
+    at = -1.0
+    for value, label, colour in sorted(ends):
+        at = max((value - low) / (high - low), at + gap)
+        axes.text(1.02, at, label, color=colour, transform=axes.transAxes, va="center", fontsize=7)
+
+
+def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write names near points, wherever nothing is written yet and the axes do not end; what fits nowhere is left.
+
+    The widths are guesses, as the page's own font is.
+    """
+    scale = 72 / _figure(axes).dpi
+    frame = axes.get_window_extent()
+    at = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 2, y - 2, x + 2, y + 2) for x, y in at.values()]
+    for name, (x, y) in at.items():
+        width, height = 3.5 * len(name), 7.0
+        for side, up in _AROUND:
+            start = x + 5 if side > 0 else x - 5 - width
+            box = (start, y + up - height / 2, start + width, y + up + height / 2)
+            if frame.x0 * scale <= box[0] and box[2] <= frame.x1 * scale and not any(_overlap(box, t) for t in taken):
+                taken.append(box)
+                line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+                line["relpos"] = (0 if side > 0 else 1, 0.5)
+                beside = {"va": "center", "ha": "left" if side > 0 else "right", "fontsize": 6, "color": SOFT}
+                offset = {"xytext": (5 * side, up), "textcoords": "offset points"}
+                axes.annotate(name, points[name], **offset, **beside, arrowprops=line if up else None)
+                break
+
+
+_AROUND = [(side, up) for up in (0, 7, -7, 14, -14, 21, -21, 28, -28) for side in (1, -1)]
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _figure(axes: Axes) -> Any:
+    return axes.figure
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

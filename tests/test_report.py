@@ -1,0 +1,448 @@
+"""The report: what it says is what the runs' folders hold, and the page is safe, whole and readable by itself."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from browser import chromium
+from folders import characters, described, llama, sums, write
+
+from understudy import report
+from understudy.batch import Example
+from understudy.comparison import Spread
+from understudy.recipe import load
+from understudy.report import answers as answering
+from understudy.report.folders import read
+
+HOSTILE = (
+    '</script><script>window.hacked = 1</script><img src="http://127.0.0.1:9/x" onerror="hacked = 1">$x^2_{$ &amp; "\''
+)
+
+
+def logged(step, **values):
+    line = {"step": step, "loss": 3 / step, "reverse_kl": 2 / step, "forward_kl": 1 / step, "grad_norm": 1.0}
+    line |= {"seconds_generate": 2.0, "seconds_score": 1.0, "seconds_learn": 4.0, "seconds_other": 0.5, "tokens": 100.0}
+    return {**line, "response_length": 10.0, "truncated": 0.25, "tokens_per_second": 13.3, "epoch": 0.1, **values}
+
+
+def make_run(folder, method="gkd", seed=0, steps=(10, 20, 30), finished=True, lines=None, **summary):
+    """A run's folder as `distill` leaves it, without models."""
+    folder.mkdir(parents=True)
+    recipe = {
+        "student": {"model": "nowhere/start"},
+        "teacher": {"local": {"model": "nowhere/teacher"}},
+        "method": {method: {}},
+        "data": {"dataset": "nowhere.jsonl", "split": "train"},
+        "training": {"max_steps": 30, "seed": seed},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = [logged(step) for step in steps] if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    (folder / "before.json").write_text(json.dumps({"fingerprint": "f00", "own_samples": {"reverse_kl": 0.75}}))
+    if finished:
+        content = {
+            "steps": 30,
+            "seconds": 22.5,
+            "cpu_seconds": 20.0,
+            "tokens": 4321,
+            "seed": seed,
+            "fingerprint": "f00dfeed",
+            "peak_memory_mb": 512.0,
+            "versions": {"torch": "2.13.0", "commit": "c0ffee"},
+            "metrics": {"eval_loss": 0.125},
+            "own_samples": {"before": {"reverse_kl": 0.75}, "after": {"reverse_kl": 0.25}},
+        }
+        (folder / "run.json").write_text(json.dumps({**content, **summary}))
+    return folder
+
+
+def judge(folder, scores, limit=None, texts=None, bias=None):
+    """What a comparison leaves in a run's folder."""
+    trial = {"dataset": None, "split": "test", "limit": limit, "temperatures": [0.0], "metrics": [], "seed": 0}
+    metrics = {"accuracy": sum(scores) / len(scores), "response_length": 9.0, "truncated": 0.0}
+    found = {"trial": trial, "found": {"greedy": {"metrics": metrics, "scores": scores}}}
+    if bias is not None:
+        curve = {"percent": [None, bias], "standard_error": [None, 1.0]}
+        other = {"metrics": {"exposure_bias": bias}, "scores": None, "curves": {"exposure_bias": curve}}
+        found["found"]["exposure"] = other
+        (folder / "answers-exposure.teacher.jsonl").write_text("{}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    kept = texts or [(f"What is {i}?", f"{i}") for i in range(len(scores))]
+    lines = [
+        {"prompt": p, "answer": a, "references": ["1"], "correct": bool(s)}
+        for (p, a), s in zip(kept, scores, strict=True)
+    ]
+    (folder / "answers-greedy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def contest(tmp_path):
+    """Two recipes over two seeds, one of which failed, as `understudy compare` leaves them."""
+    from understudy.compare import _reference_folder
+
+    home = tmp_path / "contest"
+    for name, seed, right in (("gkd", 0, 9), ("gkd", 1, 7), ("kd", 0, 2)):
+        judge(make_run(home / name / f"seed-{seed}", name, seed), [1.0] * right + [0.0] * (10 - right), bias=5.5)
+    (home / "kd" / "seed-1").mkdir()
+    (home / "kd" / "seed-1" / "failed.txt").write_text("out of luck")
+    judge(_reference_folder(home, "nowhere/teacher"), [1.0] * 10)
+    judge(_reference_folder(home, "nowhere/start"), [0.0] * 10)
+    return home
+
+
+def written(place, output, **options):
+    page, ended = report.write_report([place] if isinstance(place, Path) else place, output, models=False, **options)
+    return page, ended, json.loads((output / "report.json").read_text())
+
+
+def test_a_run_is_told_with_its_numbers(tmp_path):
+    page, ended, content = written(make_run(tmp_path / "run"), tmp_path / "out")
+    [run] = content["runs"]
+    assert ended
+    assert run["seconds_by_activity"] == {"generate": 6.0, "score": 3.0, "learn": 12.0, "other": 1.5}
+    assert run["series"]["loss"] == {"step": [10, 20, 30], "seconds": [7.5, 15.0, 22.5], "value": [0.3, 0.15, 0.1]}
+    assert (run["tokens"], run["peak_memory_mb"], run["state"]) == (4321, 512.0, "finished")
+    assert content["verdict"] == (
+        "gkd trained for 30 steps, 4,321 response tokens and 22 s: the reverse KL to the teacher on its own samples "
+        "fell from 0.75 to 0.25 nats per token."
+    )
+    html = page.read_text()
+    for shown in ("f00dfeed", "c0ffee", "4,321", "512", "0.2500", content["verdict"]):
+        assert shown in html
+    pictures = {path.stem for path in (tmp_path / "out" / "png").iterdir()}
+    assert pictures == {"curves", "time"}
+
+
+def test_a_run_in_progress_is_told_as_far_as_it_is(tmp_path):
+    folder = make_run(tmp_path / "run", finished=False, steps=(10, 20))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "lo')
+    page, ended, content = written(folder, tmp_path / "out", again=10)
+    assert not ended
+    assert "trained for 20 of 30 steps, 200 response tokens and 15 s so far" in content["verdict"]
+    assert content["runs"][0]["series"]["loss"]["step"] == [10, 20]
+    assert '<meta http-equiv="refresh" content="10">' in page.read_text()
+
+
+def test_a_run_that_has_logged_nothing_yet_has_a_page(tmp_path):
+    _, _, content = written(make_run(tmp_path / "run", finished=False, steps=()), tmp_path / "out")
+    assert "nothing was logged yet" in content["verdict"]
+
+
+def test_numbers_that_json_has_no_word_for_are_left_out_of_pictures_and_file(tmp_path):
+    lines = [logged(10, loss=float("nan")), logged(20, loss=float("inf")), logged(30, reward=1)]
+    _, _, content = written(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
+    assert content["runs"][0]["series"]["loss"]["value"] == [None, None, 0.1]
+
+
+def test_watching_ends_with_the_run(tmp_path, monkeypatch):
+    folder, seen = make_run(tmp_path / "run", finished=False), []
+
+    def finish(seconds):
+        assert seconds >= report.REFRESH
+        (folder / "run.json").write_text(json.dumps({"steps": 30, "seconds": 1.0, "tokens": 1}))
+
+    monkeypatch.setattr(report.time, "sleep", finish)
+    page = report.watch([folder], tmp_path / "out", models=False, wrote=lambda path: seen.append(path.read_text()))
+    assert ["refresh" in html for html in seen] == [True, False]
+    assert "refresh" not in page.read_text()
+
+
+def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
+    _, ended, content = written(contest, tmp_path / "out")
+    judged = content["comparison"]
+    lines = {line["name"]: line for line in judged["lines"]}
+    expected = Spread.of([0.9, 0.7])
+    assert lines["gkd"]["metrics"]["greedy"]["accuracy"] == {
+        "mean": expected.mean,
+        "deviation": expected.deviation,
+        "low": expected.low,
+        "high": expected.high,
+    }
+    assert lines["kd"]["failed"] == ["seed 1: out of luck"]
+    assert lines["kd"]["closed"]["greedy"]["accuracy"] == pytest.approx(0.2)
+    assert judged["references"]["teacher"]["metrics"]["greedy"]["accuracy"] == 1.0
+    assert judged["columns"][-1] == ["exposure", "exposure_bias"]
+    assert lines["gkd"]["metrics"]["exposure"]["exposure_bias"]["mean"] == 5.5
+    assert (tmp_path / "out" / "png" / "exposure-bias.png").is_file()
+    assert judged["contest"]["ranking"] == ["gkd", "kd"]
+    assert judged["contest"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
+    assert ended
+    assert content["verdict"].startswith("gkd is first of 2 in accuracy (greedy) with 80.0 %")
+    assert "another seed may turn the order round" in content["verdict"]
+    assert content["verdict"].endswith("(1 failed of 4 runs).")
+    by = [answer["by"] for answer in content["answers"]["prompts"][0]["answers"]]
+    assert by == ["teacher", "warm start", "gkd", "kd"]
+
+
+def test_what_was_judged_otherwise_is_not_compared(contest, tmp_path):
+    judge(contest / "kd" / "seed-0", [1.0] * 10, limit=3)
+    _, _, content = written(contest, tmp_path / "out")
+    kd = next(line for line in content["comparison"]["lines"] if line["name"] == "kd")
+    assert kd["seeds"] == 0
+    assert "seed 0: judged in another trial" in kd["failed"]
+
+
+def test_runs_of_several_places_are_told_apart_by_their_folders(tmp_path):
+    places = [make_run(tmp_path / "a" / "run", "kd"), make_run(tmp_path / "b" / "run", "sft")]
+    assert [run.name for run in read(places)] == ["a run", "b run"]
+    _, _, content = written(places, tmp_path / "out")
+    assert content["verdict"].startswith("Of 2 runs, a run came nearest to the teacher on its own samples")
+
+
+def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
+    folder = make_run(tmp_path / "run")
+    bias = {"percent": [None, 5.0, 12.5], "standard_error": [None, 1.0, 2.0], "alive": [4.0, 4.0, 2.0]}
+    distance = {"alive": [4.0, 2.0], "forward_kl": [0.5, 1.0], "reverse_kl": [0.25, 2.0]}
+    measured = {"metrics": {"exposure_bias": 12.5}, "curves": {"exposure_bias": bias, "distance": distance}}
+    (folder / "answers.metrics.json").write_text(json.dumps(measured))
+    page, _, content = written(folder, tmp_path / "out")
+    assert content["runs"][0]["positions"]["exposure_bias"] == bias
+    assert "Exposure bias of run: 12.5 % over 3 positions." in page.read_text()
+    assert {"exposure-bias.png", "distance.png"} <= {path.name for path in (tmp_path / "out" / "png").iterdir()}
+
+
+def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
+    lines = [logged(10), {"step": 10, "eval_loss": 2.0}, logged(20), {"step": 20, "eval_loss": 1.0}]
+    _, _, content = written(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
+    assert content["runs"][0]["series"]["eval_loss"]["seconds"] == [7.5, 15.0]
+    assert (tmp_path / "out" / "png" / "quality-time.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("missing", "there is no folder .*nowhere: name a run's folder"),
+        ("empty", "empty is no run's folder and holds none"),
+        ("broken", r"run\.json cannot be read: it is not what a run writes there"),
+    ],
+)
+def test_mistakes_are_a_sentence(case, sentence, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (make_run(tmp_path / "broken") / "run.json").write_text("{")
+    place = tmp_path / {"missing": "nowhere"}.get(case, case)
+    with pytest.raises(ValueError, match=sentence):
+        report.write_report([place], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finding_runs_loads_nothing_heavy():
+    code = "import sys, understudy.report.folders; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+class Elements(HTMLParser):
+    """Every element's name and attributes, and the text between them."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_pictures_have_words_and_the_colours_of_the_page(contest, tmp_path):
+    page, _, _ = written(contest, tmp_path / "out")
+    html = page.read_text()
+    found = Elements(html).elements
+    pictures = [attrs for tag, attrs in found if tag == "svg"]
+    ids = [attrs["id"] for _, attrs in found if "id" in attrs]
+    assert len(pictures) > 5
+    assert len(ids) == len(set(ids))
+    for attrs in pictures:
+        assert attrs["role"] == "img"
+        assert all(name in ids for name in attrs["aria-labelledby"].split())
+    for svg in html.split("<svg")[1:]:
+        drawing = svg[: svg.index("</svg>")]
+        assert "var(--accent)" in drawing or "var(--soft)" in drawing
+        assert "#" not in drawing.replace("url(#", "").replace('href="#', "")  # no colour of its own
+        for inside in ("url(#", 'href="#'):
+            assert all(part.split('"')[0].split(")")[0] in ids for part in drawing.split(inside)[1:])
+
+
+def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
+    page, _, _ = written([make_run(tmp_path / "a$x_{$"), make_run(tmp_path / "b")], tmp_path / "out")
+    assert "a$x_{$" in page.read_text()
+
+
+# With models
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    llama(home / "teacher", seed=1)
+    sums(home / "sums.jsonl")
+    return home
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """A run of two steps, for once a real one."""
+    from rich.console import Console
+
+    from understudy.run import distill
+
+    look = {"dataset": str(home / "sums.jsonl"), "limit": 4, "show": 1}
+    recipe = load(write(home / "recipe.yaml", described(home, evaluate=look)))
+    distill(recipe, console=Console(quiet=True))
+    return home / "run"
+
+
+def test_models_answer_the_same_prompts_and_the_teacher_reads_along(trained, tmp_path):
+    report.write_report([trained], tmp_path, prompts=2)
+    found = json.loads((tmp_path / "report.json").read_text())["answers"]
+    assert "the first held-out prompts" in found["about"]
+    assert [[answer["by"] for answer in prompt["answers"]] for prompt in found["prompts"]] == [["teacher", "run"]] * 2
+    for prompt in found["prompts"]:
+        teachers, own = prompt["answers"]
+        assert "tokens" not in teachers
+        pieces = [token["text"] for token in own["tokens"]]
+        assert "".join(piece for piece in pieces if not piece.startswith("<")) == own["text"]
+
+
+def test_disagreement_is_that_of_the_models_own_logits(home, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    student = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "student", seed=2, hidden_size=8)).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    tokenizer = characters()
+    prompt, response = tokenizer.encode("1+2="), tokenizer.encode("#### 3")
+    found = answering.disagreement(student, teacher, Example(prompt, response), tokenizer)
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        p, q = (m(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (teacher, student))
+    rows = range(len(response))
+    assert [token["text"] for token in found] == list("#### 3")
+    for name, expected in {
+        "student": q[rows, response],
+        "teacher": p[rows, response],
+        "forward_kl": (p.exp() * (p - q)).sum(-1),
+        "reverse_kl": (q.exp() * (q - p)).sum(-1),
+        "likeliest_p": p.exp().max(-1).values,
+    }.items():
+        assert [token[name] for token in found] == pytest.approx(expected.tolist(), abs=2e-5), name
+    assert [token["agrees"] for token in found] == (p.argmax(-1) == torch.tensor(response)).tolist()
+
+
+def test_a_character_of_several_tokens_is_one_piece_with_their_sum(home, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    tokenizer = characters()
+
+    class Bytes:
+        """Reads "ab" as one character that needs both tokens."""
+
+        def __len__(self):
+            return len(tokenizer)
+
+        def decode(self, ids, **_):
+            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            return (
+                text.replace("ab", "é")[:-1] + "\N{REPLACEMENT CHARACTER}"
+                if text[-1:] == "a"
+                else text.replace("ab", "é")
+            )
+
+    example = Example(tokenizer.encode("1="), tokenizer.encode("cabd"))
+    whole = answering.disagreement(model, model, example, tokenizer)
+    merged = answering.disagreement(model, model, example, Bytes())
+    assert [token["text"] for token in merged] == ["c", "é", "d"]
+    assert merged[1]["student"] == pytest.approx(whole[1]["student"] + whole[2]["student"])
+    assert sum(t["teacher"] for t in merged) == pytest.approx(sum(t["teacher"] for t in whole))
+
+
+def test_without_its_models_a_report_says_so_and_shows_what_was_kept(trained, tmp_path, home):
+    report.write_report([trained], tmp_path, models=False)
+    found = json.loads((tmp_path / "report.json").read_text())["answers"]
+    assert "No models were asked (--no-models was given)" in found["about"]
+    assert [answer["by"] for answer in found["prompts"][0]["answers"]] == ["run, step 2"]
+    (home / "teacher").rename(home / "away")
+    try:
+        report.write_report([trained], tmp_path)
+    finally:
+        (home / "away").rename(home / "teacher")
+    found = json.loads((tmp_path / "report.json").read_text())["answers"]
+    assert f'no model can be loaded from "{home / "teacher"}"' in found["about"]
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as made:
+        yield made
+
+
+@pytest.fixture
+def opened(contest, tmp_path, browser):
+    page, _, _ = written(contest, tmp_path / "out")
+    browser.look(1280)
+    browser.console(), browser.requests()
+    browser.open(page)
+    return browser
+
+
+def test_the_page_complains_of_nothing_and_asks_for_nothing(opened):
+    assert opened.console() == []
+    assert [url for url in opened.requests() if not url.startswith("data:")] == [opened.run("return location.href")]
+
+
+@pytest.mark.usefixtures("opened")
+def test_tables_sort_by_number_and_by_name(opened):
+    column = "const table = document.querySelector('table'); const at = arguments[0];"
+    names = column + "return [...table.tBodies[0].rows].map(row => row.cells[0].textContent.trim())"
+    click = column + "table.tHead.rows[0].cells[at].querySelector('button').click();"
+    click += "return table.tHead.rows[0].cells[at].getAttribute('aria-sort')"
+    assert opened.run(click, 1) == "descending"
+    assert opened.run(names, 1) == ["teacher", "gkd", "kd", "warm start"]
+    assert opened.run(click, 1) == "ascending"
+    assert opened.run(names, 1) == ["warm start", "kd", "gkd", "teacher"]
+    assert opened.run(click, 0) == "ascending"
+    assert opened.run(names, 0) == ["gkd", "kd", "teacher", "warm start"]
+
+
+def test_the_page_is_no_wider_than_a_phone_and_goes_dark(opened):
+    colours = "const page = getComputedStyle(document.body), text = document.querySelector('svg text');"
+    colours += "return [page.backgroundColor, page.color, getComputedStyle(text).fill]"
+    light = opened.run(colours)
+    opened.look(390, dark=True)
+    assert opened.run("return document.documentElement.scrollWidth") == 390
+    dark = opened.run(colours)
+    assert all(ours != theirs for ours, theirs in zip(light, dark, strict=True))
+
+
+def test_hostile_text_is_text(tmp_path, browser):
+    home = tmp_path / "hostile"
+    names = [HOSTILE.replace("/", "∕"), "other"]
+    for name in names:
+        folder = make_run(home / name, versions={"torch": HOSTILE})
+        judge(folder, [1.0, 0.0], texts=[(HOSTILE, HOSTILE + "\u202e\x07"), ("b", HOSTILE)])
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": {HOSTILE: {}}, "data": {"dataset": HOSTILE}}))
+    (home / "other" / "failed.txt").write_text(HOSTILE)
+    page, _, _ = written(home, tmp_path / "out")
+    browser.console(), browser.requests()
+    browser.open(page)
+    assert browser.run("return window.hacked === undefined")
+    assert browser.run("return document.images.length") == 0
+    assert browser.console() == []
+    assert [url for url in browser.requests() if not url.startswith("data:")] == [browser.run("return location.href")]
+    prompt = browser.run("return document.querySelector('.prompt').textContent")
+    assert prompt == HOSTILE
+    answer = browser.run("return document.querySelector('.card:nth-child(2) pre').textContent")
+    assert answer == HOSTILE + 2 * "\N{REPLACEMENT CHARACTER}"
+    assert browser.run("return document.querySelectorAll('figcaption').length") > 0
