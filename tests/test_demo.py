@@ -28,6 +28,7 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
     shown = console.export_text()
     assert "points over its warm start" in shown
     assert "points over supervised KD" in shown
+    assert (tmp_path / "runs" / "report" / "report.html").exists()
     assert str(tmp_path / "runs") in shown
     teacher, warm, fixed, own = rows
     assert warm["parameters"] * 10 <= teacher["parameters"]

@@ -133,13 +133,13 @@ def compare(
     tasks: list[tuple[Any, ...]] = []  # what is to be done, the folder that it is done in, and what with
     tasks += [(_judge_reference, _reference_folder(output, m), m, entered[0], trial) for m in extra.values()]
     tasks += [(_run, folder, contestant, seed, trial) for contestant, seed, folder in jobs]
-    unfinished = [task for task in tasks if isinstance(_result(task[1], trial), str)]
+    unfinished = [task for task in tasks if isinstance(result(task[1], trial), str)]
     _work(unfinished, threads, parallel, console)
 
     results: dict[str, dict[int, Result | str]] = {c.name: {} for c in entered}
     for contestant, seed, folder in jobs:
-        results[contestant.name][seed] = _result(folder, trial)
-    judged = {name: _result(_reference_folder(output, model), trial) for name, model in extra.items()}
+        results[contestant.name][seed] = result(folder, trial)
+    judged = {name: result(_reference_folder(output, model), trial) for name, model in extra.items()}
     known = {name: r for name, r in judged.items() if isinstance(r, Result)}
     table = comparison.lines(results, baseline, known.get("teacher"), known.get("warm start"))
     first = [m for m in ("accuracy", *trial.metrics) if any(m in v for line in table for v in line.metrics.values())]
@@ -237,20 +237,20 @@ def judge(model: str, recipe: Recipe, folder: Path, trial: Trial) -> None:
     for name, temperature in trial.samplings.items():
         rollout = GenerateRollout(longest, temperature, stop_ids=stops, batch_size=size)
         kept = {"seed": trial.seed, "output": folder / f"answers-{name}.jsonl"}
-        result = evaluate(loaded, tokenizer, examples, rollout, metrics=trial.metrics, **kept)
-        right = [a["correct"] for a in result.answers]
-        found[name] = {"metrics": result.metrics, "scores": None if None in right else [float(r) for r in right]}
+        judged = evaluate(loaded, tokenizer, examples, rollout, metrics=trial.metrics, **kept)
+        right = [a["correct"] for a in judged.answers]
+        found[name] = {"metrics": judged.metrics, "scores": None if None in right else [float(r) for r in right]}
     if trial.exposure and trial.teacher is not None and trial.teacher != model:
         some = replace(examples, examples=examples.examples[: trial.exposure], rows=examples.rows[: trial.exposure])
         teacher = LocalTeacher(resolve(trial.teacher), vocabulary=len(tokenizer), dtype="float32")
         kept = {"seed": trial.seed, "output": folder / "answers-exposure.jsonl"}
         rollout = GenerateRollout(longest, stop_ids=stops, batch_size=size)
-        result = evaluate(loaded, tokenizer, some, rollout, teacher, exposure=True, **kept)
-        found["exposure"] = {"metrics": result.metrics, "scores": None, "curves": result.curves}
+        judged = evaluate(loaded, tokenizer, some, rollout, teacher, exposure=True, **kept)
+        found["exposure"] = {"metrics": judged.metrics, "scores": None, "curves": judged.curves}
     write(done, json.dumps({"trial": asdict(trial), "found": found}, indent=1))
 
 
-def _result(folder: Path, trial: Trial) -> Result | str:
+def result(folder: Path, trial: Trial) -> Result | str:
     """What a run's folder holds of this trial, or why there is nothing."""
     file, run = folder / "evaluation.json", folder / "run.json"
     if not file.exists():

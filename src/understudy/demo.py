@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .evaluate import evaluate
-from .models import all_stop_ids, load_model, load_tokenizer
-from .recipe import Data, load
-from .rollouts.generate import GenerateRollout
+from .compare import Trial, judge, result
+from .comparison import Result
+from .models import load_model, load_tokenizer
+from .recipe import load
+from .report import write_report
 from .run import distill, load_data
 
 TEACHER = "playground:arithmetic"
@@ -46,13 +47,17 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     fixed = train("kd", student, f"training.max_steps={steps}")
 
     console.rule("500 problems that nobody has seen" if not quick else "a few problems")
-    rows = [
-        _judge("teacher", TEACHER, None, quick, seed),
-        _judge("student after SFT", f"{warm['folder']}/student", warm, quick, seed),
-        _judge("  then supervised KD", f"{fixed['folder']}/student", fixed, quick, seed),
-        _judge("  then GKD (λ = 0.5)", f"{own['folder']}/student", own, quick, seed),
-    ]
+    entered = {
+        "teacher": (TEACHER, None),
+        "student after SFT": (f"{warm['folder']}/student", warm),
+        "  then supervised KD": (f"{fixed['folder']}/student", fixed),
+        "  then GKD (λ = 0.5)": (f"{own['folder']}/student", own),
+    }
+    rows = [_judge(name, model, run, folder, quick) for name, (model, run) in entered.items()]
     _show(rows, console)
+    runs = [Path(run["folder"]) for run in (warm, fixed, own)]
+    page, _ = write_report(runs, folder / "report", models=not quick)
+    console.print(f"report: {page}", soft_wrap=True)
     console.print(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", soft_wrap=True)
     return rows
 
@@ -71,19 +76,18 @@ def _dataset_tokens_per_step(run: dict[str, Any]) -> float:
     return mean * recipe.training["per_device_train_batch_size"]
 
 
-def _judge(name: str, model: str, run: dict[str, Any] | None, quick: bool, seed: int) -> dict[str, Any]:
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype="float32").eval()
-    block = Data(dataset=TEACHER, split="test", limit=20 if quick else 500, max_length=160)
-    examples = load_data(block, tokenizer, None, 64)
-    rollout = GenerateRollout(
-        max_new_tokens=64, temperature=0, stop_ids=all_stop_ids(tokenizer, loaded), batch_size=256
-    )
-    result = evaluate(loaded, tokenizer, examples, rollout, seed=seed)
+def _judge(name: str, model: str, run: dict[str, Any] | None, folder: Path, quick: bool) -> dict[str, Any]:
+    """Let a model answer the held-out problems; the judgement is kept in its folder, where the report finds it."""
+    trial = Trial(TEACHER, limit=20 if quick else 500)
+    place = Path(run["folder"]) if run else folder / "teacher"
+    place.mkdir(parents=True, exist_ok=True)
+    judge(model, load(recipes() / "playground" / "kd.yaml"), place, trial)
+    judged = result(place, trial)
+    assert isinstance(judged, Result)
     return {
         "model": name,
-        "parameters": sum(p.numel() for p in loaded.parameters()),
-        "accuracy": result.metrics["accuracy"],
+        "parameters": sum(p.numel() for p in load_model(model).parameters()),
+        "accuracy": judged.metrics["greedy"]["accuracy"],
         "tokens": None if run is None else run["tokens"],
         "seconds": None if run is None else run["seconds"],
     }
