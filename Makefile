@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 WORKERS ?= 2
 
+BENCH ?= .venv-bench
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
@@ -12,7 +14,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher test lint check format clean
+.PHONY: help env demo teacher test bench lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +32,10 @@ teacher: $(READY) ## make the playground's teacher again and put it into the pac
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+# In an environment of its own, because the tools to compare with have demands of their own (and bring a gigabyte).
+bench: $(BENCH)/.ready ## measure speed and memory beside other tools (half an hour, on a quiet machine)
+	$(BENCH)/bin/python -m benchmarks
+
 lint: $(READY) ## style, types, import direction, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +50,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment that was interrupted while it was first built is built again. One that was there before is only added to.
@@ -59,4 +65,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq $(TORCH)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@rm -f $(UNFINISHED)
+	@touch $@
+
+$(BENCH)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip install -qq $(TORCH)
+	@$(BENCH)/bin/python -m pip install -qq -c constraints.txt -e '.[bench]'
 	@touch $@

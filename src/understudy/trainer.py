@@ -233,12 +233,11 @@ class DistillationTrainer(Trainer):
 
         How long responses will be is not known; 64 tokens are taken.
         """
-        steps = self.args.max_steps
-        if steps <= 0:
-            steps = len(cast(Any, self.train_dataset)) * self.args.num_train_epochs / self.args.train_batch_size
-            steps /= self.args.gradient_accumulation_steps
-        rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps * 64
-        return self.args.torch_compile or pays_to_compile(rows, self.vocabulary, self.args.device.type)
+        args = self.args
+        examples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        if args.max_steps <= 0:
+            examples = len(cast(Any, self.train_dataset)) * args.num_train_epochs
+        return args.torch_compile or pays_to_compile(64 * examples, self.vocabulary, args.device.type)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""

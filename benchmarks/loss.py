@@ -1,0 +1,180 @@
+"""The loss, forward and backward, from hidden rows and heads: this package, TRL, Liger, and the matrix products alone.
+
+What is timed: Σ over N rows of a divergence of two heads over V = 50,257 tokens, with the gradients by hidden rows and
+by the student's head (widths 256 and 512), float32. The floor is the four matrix products, row-major, in tiles of the
+same memory, and nothing between them. Compiling is not in the times; it is written down beside them.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy import Divergence, ForwardKL, JensenShannon, ReverseKL, fused_divergence
+from understudy.tile import chunk_rows, tiling
+
+from .measure import alternate, in_child, peak_mb, save, summary, table
+
+V, WIDTH, TEACHER_WIDTH = 50_257, 256, 512
+DIVERGENCES: dict[str, tuple[float, Divergence]] = {  # and how TRL and Liger call it
+    "forward KL": (0.0, ForwardKL()),
+    "reverse KL": (1.0, ReverseKL()),
+    "JSD(0.5)": (0.5, JensenShannon(0.5)),
+}
+FAST = ["understudy, compiled", "understudy", "Liger, compiled"]
+SLOW = ["understudy, bf16 products", "Liger", "TRL chunked", "TRL plain"]
+
+
+class Task:
+    """Random hidden rows and heads, the same for everybody."""
+
+    def __init__(self, rows: int, vocabulary: int = V) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.hidden = torch.randn(rows, WIDTH, generator=generator).requires_grad_()
+        self.weight = (torch.randn(vocabulary, WIDTH, generator=generator) * 0.05).requires_grad_()
+        self.teacher_hidden = torch.randn(rows, TEACHER_WIDTH, generator=generator)
+        self.teacher_weight = torch.randn(vocabulary, TEACHER_WIDTH, generator=generator) * 0.05
+
+    def run(self, loss: Callable[["Task"], Tensor]) -> float:
+        self.hidden.grad = self.weight.grad = None
+        value = loss(self)
+        value.backward()
+        return float(value)
+
+
+def understudy_loss(divergence: Divergence, compiled: bool, task: Task) -> Tensor:
+    with tiling(compiled=compiled):
+        return fused_divergence(divergence, task.hidden, task.weight, task.teacher_hidden, task.teacher_weight)
+
+
+def understudy_bf16(divergence: Divergence, task: Task) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return understudy_loss(divergence, True, task)
+
+
+def liger(beta: float, compiled: bool, task: Task) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
+    labels = torch.zeros(len(task.hidden), dtype=torch.long)
+    mean = loss(task.hidden, task.weight, task.teacher_hidden, task.teacher_weight, labels)
+    return mean * len(task.hidden)
+
+
+def trl_chunked(beta: float, task: Task) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    rows, _ = ChunkedDivergenceFunction.apply(
+        task.hidden, task.weight, None, task.teacher_hidden, task.teacher_weight, None, beta
+    )
+    return rows.sum()
+
+
+def trl_plain(beta: float, task: Task) -> Tensor:
+    from trl.experimental.gkd import GKDTrainer
+
+    with torch.no_grad():
+        teacher = task.teacher_hidden @ task.teacher_weight.t()
+    student = task.hidden @ task.weight.t()
+    return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
+
+
+def contestant(name: str, which: str) -> Callable[[Task], Tensor]:
+    beta, divergence = DIVERGENCES[which]
+    return {
+        "understudy, compiled": partial(understudy_loss, divergence, True),
+        "understudy": partial(understudy_loss, divergence, False),
+        "understudy, bf16 products": partial(understudy_bf16, divergence),
+        "Liger, compiled": partial(liger, beta, True),
+        "Liger": partial(liger, beta, False),
+        "TRL chunked": partial(trl_chunked, beta),
+        "TRL plain": partial(trl_plain, beta),
+    }[name]
+
+
+@torch.no_grad()
+def floor(task: Task) -> None:
+    """The four products alone."""
+    rows = len(task.hidden)
+    size = -(-rows // -(-rows // chunk_rows(len(task.weight))))
+    student, teacher = torch.empty(2, size, len(task.weight))
+    grad_hidden, grad_weight = torch.empty_like(task.hidden), torch.zeros_like(task.weight)
+    for start in range(0, rows, size):
+        at = slice(start, start + size)
+        count = len(task.hidden[at])
+        torch.mm(task.hidden[at], task.weight.t(), out=student[:count])
+        torch.mm(task.teacher_hidden[at], task.teacher_weight.t(), out=teacher[:count])
+        torch.mm(student[:count], task.weight, out=grad_hidden[at])
+        grad_weight.addmm_(student[:count].t(), task.hidden[at])
+
+
+def race(rows: int, which: str, slow: bool) -> dict[str, Any]:
+    task = Task(rows)
+    contestants: dict[str, Callable[[], Any]] = {"floor: matrix products": partial(floor, task)}
+    first, values = {}, {}
+    for name in FAST + (SLOW if slow else []):
+        contestants[name] = partial(task.run, contestant(name, which))
+    for name in FAST:
+        start = time.perf_counter()
+        values[name] = contestants[name]()
+        first[name] = time.perf_counter() - start
+    fast = {name: call for name, call in contestants.items() if name not in SLOW}
+    seconds = alternate(fast)
+    for name in SLOW if slow else []:
+        start = time.perf_counter()
+        values[name] = contestants[name]()
+        seconds[name] = [time.perf_counter() - start]
+    base = sorted(seconds["floor: matrix products"])[1]
+    result = {name: summary(each, base) for name, each in seconds.items()}
+    for name, value in values.items():
+        result[name]["value"] = value / rows
+        if name in first:
+            result[name]["first_call"] = first[name]
+    return result
+
+
+def memory(name: str, which: str, rows: int, vocabulary: int) -> float:
+    """Peak resident memory beyond what was there before, in MB; compiled beforehand on a few rows."""
+    loss = contestant(name, which)
+    if "compiled" in name:
+        for few in (64, 100):
+            Task(few, vocabulary).run(loss)
+    task = Task(rows, vocabulary)
+    return peak_mb(lambda: task.run(loss))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", nargs=4, metavar=("NAME", "DIVERGENCE", "N", "V"))
+    parser.add_argument("--rows", type=int, default=4096)
+    args = parser.parse_args()
+    if args.memory:
+        name, which, rows, vocabulary = args.memory
+        print(json.dumps({"peak_mb": memory(name, which, int(rows), int(vocabulary))}))
+        return
+    results: dict[str, Any] = {}
+    for rows in (args.rows, args.rows // 4):
+        for which in DIVERGENCES:
+            results[f"{which}, N = {rows}"] = race(rows, which, slow=rows == args.rows)
+            table(f"{which}, N = {rows}, V = {V:,}: ratio to the floor, seconds", results[f"{which}, N = {rows}"])
+            save("loss", {"times": results})
+    peaks: dict[str, dict[str, float]] = {}
+    for name in [*FAST, *SLOW]:
+        which = "JSD(0.5)"
+        sizes = [(args.rows, V)]
+        if name == "understudy, compiled":
+            sizes += [(args.rows // 4, V), (2 * args.rows, V), (args.rows, 2 * V)]
+        for rows, vocabulary in sizes:
+            row = in_child("loss", "--memory", name, which, str(rows), str(vocabulary))
+            peaks[f"{name}, N = {rows}, V = {vocabulary}"] = row
+    table("JSD(0.5): growth of the process's memory at its highest, MB", peaks)
+    save("loss", {"times": results, "memory": peaks})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Timing contestants fairly, and writing down what came out.
+
+The one idea: a machine's speed changes from minute to minute, so contestants take turns in one process, and what is
+reported first is the ratio of each one's median to the first one's. Memory is what the operating system says of a
+process of its own.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "understudy")
+
+
+def alternate(
+    contestants: dict[str, Callable[[], Any]], rounds: int = 3, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every call: one call each that is not counted, then `rounds` rounds in which each takes its turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(-1 if warm_up else 0, rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float], base: float) -> dict[str, float]:
+    """Ratio to `base` (a median), median, least and most seconds."""
+    median = statistics.median(seconds)
+    return {"ratio": median / base, "median": median, "min": min(seconds), "max": max(seconds), "runs": len(seconds)}
+
+
+def table(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Print rows of like columns."""
+    print(f"\n{title}")
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print("  " + " ".join([" " * 34, *(f"{column:>13}" for column in columns)]))
+    for name, row in rows.items():
+        cells = (row.get(column, "") for column in columns)
+        print("  " + " ".join([f"{name:34}", *(f"{c:>13.3f}" if isinstance(c, float) else f"{c:>13}" for c in cells)]))
+    sys.stdout.flush()
+
+
+def save(name: str, content: dict[str, Any]) -> None:
+    """Write results/NAME.json with the versions and the machine they were measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"machine": machine(), "versions": versions(), **content}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": model[0] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in _lines("/proc/cpuinfo")),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_mb(work: Callable[[], Any]) -> float:
+    """How much the process's resident memory grew at its highest while `work` ran, in MB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = _memory("VmRSS")
+    work()
+    return (_memory("VmHWM") - before) / 1024
+
+
+def in_child(module: str, *args: str) -> dict[str, Any]:
+    """What `python -m benchmarks.MODULE ARGS` prints as its last line, which is JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *args], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(args)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _memory(field: str) -> int:
+    [line] = [line for line in _lines("/proc/self/status") if line.startswith(field)]
+    return int(line.split()[1])
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []

@@ -1,0 +1,158 @@
+"""How soon a student is as good as TRL's GKDTrainer makes it: on-policy distillation on the playground.
+
+Both start from the same student, warmed up on worked solutions, and have the same teacher, prompts, forward KL, batch,
+optimizer and schedule; responses are the student's own, at most 48 tokens. TRL trains for a fixed number of steps; this
+package for that many, and for a half and a quarter of them, each a run of its own with a schedule to its end. The
+judge is greedy accuracy on 500 test problems; its time is nobody's.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from understudy import GenerateRollout
+from understudy.demo import recipes
+from understudy.evaluate import evaluate
+from understudy.models import all_stop_ids, load_model, load_tokenizer
+from understudy.recipe import Data, load
+from understudy.run import distill, load_data
+
+from .measure import in_child, save, table
+
+PLAYGROUND = "playground:arithmetic"
+STEPS, BATCH, RATE, LONGEST = 120, 32, 5e-3, 48
+
+
+class Stopwatch(TrainerCallback):
+    """From the first step's beginning to the end of training."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+
+
+def accuracy(model: Any) -> float:
+    tokenizer = load_tokenizer(PLAYGROUND)
+    examples = load_data(Data(dataset=PLAYGROUND, split="test", limit=500, max_length=160), tokenizer, None, 64)
+    rollout = GenerateRollout(max_new_tokens=64, temperature=0, stop_ids=all_stop_ids(tokenizer, model), batch_size=256)
+    return evaluate(model.eval(), tokenizer, examples, rollout).metrics["accuracy"]
+
+
+def warm_up(folder: str) -> dict[str, Any]:
+    recipe = load(recipes() / "playground" / "sft.yaml", [f"training.output_dir={folder}"])
+    made = distill(recipe, restart=True)
+    return {"seconds": made["seconds"], "accuracy": accuracy(load_model(f"{folder}/student", dtype="float32"))}
+
+
+def understudy(student: str, steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        changes = [f"student.model={student}", f"training.output_dir={folder}/run", f"training.max_steps={steps}"]
+        changes += ["method.gkd.on_policy=1.0", "method.gkd.reduction=token", "evaluate.show=0"]
+        changes += ["training.logging_steps=1000"]
+        recipe = load(recipes() / "playground" / "gkd.yaml", changes)
+        made = distill(recipe, restart=True)
+        model = load_model(f"{folder}/run/student", dtype="float32")
+    return {"seconds": made["seconds"], "accuracy": accuracy(model)}
+
+
+def trl(student: str, steps: int) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer = load_tokenizer(PLAYGROUND)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    teacher = load_model(PLAYGROUND, dtype="float32")
+    model.generation_config.eos_token_id = all_stop_ids(tokenizer, model)
+    rows = load_data(Data(dataset=PLAYGROUND, limit=20_000, max_length=160, seed=2), tokenizer, None, LONGEST)
+
+    def padded(sequences: list[list[int]], value: int) -> torch.Tensor:
+        width = max(map(len, sequences))
+        return torch.tensor([[value] * (width - len(ids)) + ids for ids in sequences])
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        asked = [row["prompt_ids"] for row in batch]
+        whole = [row["prompt_ids"] + row["response_ids"] for row in batch]
+        labels = [[-100] * len(row["prompt_ids"]) + row["response_ids"] for row in batch]
+        return {
+            "prompts": padded(asked, tokenizer.pad_token_id),
+            "prompt_attention_mask": padded([[1] * len(ids) for ids in asked], 0),
+            "input_ids": padded(whole, tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids in whole], 0),
+            "labels": padded(labels, -100),
+        }
+
+    clock = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        config = GKDConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=10,
+            adam_beta2=0.98,
+            lmbda=1.0,
+            beta=0.0,
+            temperature=1.0,
+            max_new_tokens=LONGEST,
+            max_length=160,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        data = Dataset.from_dict(
+            {"prompt_ids": [e.prompt for e in rows.examples], "response_ids": [e.response for e in rows.examples]}
+        )
+        made = GKDTrainer(
+            model,
+            teacher,
+            config,
+            data_collator=collate,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        made.train()
+    return {"seconds": clock.seconds, "accuracy": accuracy(model)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", nargs=3, metavar=("NAME", "STUDENT", "STEPS"))
+    args = parser.parse_args()
+    if args.run:
+        name, student, steps = args.run
+        made = warm_up(student) if name == "warm" else {"understudy": understudy, "trl": trl}[name](student, int(steps))
+        print(json.dumps(made))
+        return
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        warm = str(Path(folder) / "warm")
+        results["warm start"] = in_child("quality_per_second", "--run", "warm", warm, "0")
+        student = f"{warm}/student"
+        for name, steps in (
+            ("trl", STEPS),
+            ("understudy", STEPS),
+            ("understudy", STEPS // 2),
+            ("understudy", STEPS // 4),
+        ):
+            results[f"{name}, {steps} steps"] = in_child("quality_per_second", "--run", name, student, str(steps))
+    table("playground, on-policy: seconds of training and greedy accuracy on 500 problems", results)
+    save("quality_per_second", {"runs": results})
+
+
+if __name__ == "__main__":
+    main()

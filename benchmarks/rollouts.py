@@ -1,0 +1,109 @@
+"""Sampling responses: this package's loop, transformers' `generate` and its continuous batching.
+
+What is timed: 64 prompts of 32 tokens, temperature 1, a Llama student of 2 layers of 128, float32. Reported are useful
+tokens a second, those up to and with a response's end. Everybody has the same model, prompts and stop tokens; lengths
+are drawn by each contestant's own sampling, so rates are compared and not times.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from understudy import GenerateRollout, Step
+
+from .measure import save, table
+from .models import llama, prompts, stop_tokens, words
+
+CASES: dict[str, dict[str, Any]] = {
+    "V = 4,096, lengths varied (mean 48, at most 192)": {"vocabulary": 4096, "mean": 48, "most": 192},
+    "V = 50,257, 128 tokens each": {"vocabulary": 50_257, "mean": None, "most": 128},
+}
+ROWS, PROMPT = 64, 32
+
+
+def contestants(vocabulary: int, mean: int | None, most: int) -> dict[str, Callable[[], int]]:
+    """Each writes 64 responses and returns how many tokens they have."""
+    model, asked = llama(vocabulary, 128, 2), prompts(ROWS, PROMPT, vocabulary)
+    stop = stop_tokens(mean, vocabulary)
+    ids = torch.tensor([example.prompt for example in asked])
+    steps = count()
+    rollout = GenerateRollout(max_new_tokens=most, stop_ids=stop or [vocabulary])  # no token has that number
+    rollout.follow(model, words(vocabulary))
+
+    def ours() -> int:
+        return sum(len(example.response) for example in rollout.generate(asked, Step(next(steps))))
+
+    config = GenerationConfig(
+        max_new_tokens=most, do_sample=True, top_k=0, top_p=1.0, eos_token_id=stop or None, pad_token_id=0
+    )
+
+    def useful(rows: list[list[int]]) -> int:
+        ends = ((i + 1 for i, token in enumerate(row) if token in stop) for row in rows)
+        return sum(next(end, len(row)) for end, row in zip(ends, rows, strict=True))
+
+    def generate() -> int:
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return useful(written[:, PROMPT:].tolist())
+
+    def continuous() -> int:
+        batching = _batching_config(most)
+        outputs = model.generate_batch(ids.tolist(), generation_config=config, continuous_batching_config=batching)
+        return useful([output.generated_tokens for output in outputs.values()])
+
+    return {"transformers generate": generate, "understudy": ours, "transformers continuous": continuous}
+
+
+def _batching_config(most: int) -> Any:
+    """Room for all rows at once; half of the machine's memory, its default, would be taken and zeroed first."""
+    from transformers import ContinuousBatchingConfig
+
+    page = 32
+    return ContinuousBatchingConfig(
+        page_size=page, num_blocks=2 * ROWS * ((PROMPT + most) // page + 1), max_batch_tokens=ROWS * PROMPT
+    )
+
+
+def race(vocabulary: int, mean: int | None, most: int, rounds: int = 3) -> dict[str, Any]:
+    calls = contestants(vocabulary, mean, most)
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-1, rounds):
+        for name, call in list(calls.items()):
+            if turn > 0 and name == "transformers continuous":
+                continue  # slow, and steady
+            start = time.perf_counter()
+            try:
+                tokens = call()
+            except Exception as error:
+                print(f"  {name} failed: {type(error).__name__}: {error}")
+                del calls[name], rates[name]
+                continue
+            if turn >= 0:
+                rates[name].append(tokens / (time.perf_counter() - start))
+    base = statistics.median(rates["transformers generate"])
+    return {
+        name: {
+            "ratio": statistics.median(each) / base,
+            "tokens/s": statistics.median(each),
+            "min": min(each),
+            "max": max(each),
+            "runs": len(each),
+        }
+        for name, each in rates.items()
+    }
+
+
+def main() -> None:
+    results = {}
+    for name, case in CASES.items():
+        results[name] = race(**case)
+        table(f"{name}: useful tokens a second, ratio to transformers generate", results[name])
+    save("rollouts", {"rates": results})
+
+
+if __name__ == "__main__":
+    main()

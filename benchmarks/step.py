@@ -1,0 +1,145 @@
+"""A whole on-policy step: this package's trainer, TRL's GKDTrainer and TRL's DistillationTrainer, in child processes.
+
+What is timed: batch 8, prompts of 32 tokens, responses of exactly as many tokens as are asked for, JSD(0.5), AdamW,
+float32 without gradient checkpointing (TRL's faster setting); a Llama teacher of 6 layers of 256, a student of 2 layers
+of 128. The first steps are not counted: they warm up, and they compile where that is asked for. Contestants' processes
+alternate.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from understudy import GKD, DistillationTrainer, Example, GenerateRollout, JensenShannon, LocalTeacher
+
+from .measure import in_child, peak_mb, save, table
+from .models import llama, prompts, words
+
+CASES = {"V = 50,257, 8 × 256 tokens": (50_257, 256, 4), "V = 4,096, 8 × 64 tokens": (4096, 64, 20)}
+NAMES = ["understudy, compiled", "understudy", "TRL DistillationTrainer", "TRL GKDTrainer"]
+BATCH, PROMPT = 8, 32
+
+
+class Clock(TrainerCallback):
+    """Seconds of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.at = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.at = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter())
+
+
+def settings(folder: str, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps,
+        "learning_rate": 1e-4,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+
+
+def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) -> Any:
+    student, teacher, tokenizer = llama(vocabulary, 128, 2), llama(vocabulary, 256, 6, seed=1), words(vocabulary)
+    asked = prompts(BATCH * steps, PROMPT, vocabulary)
+    student.generation_config.eos_token_id = None
+    clock = Clock()
+    if name.startswith("understudy"):
+        args = TrainingArguments(**settings(folder, steps), torch_compile=False)
+        rollout = GenerateRollout(max_new_tokens=tokens, stop_ids=[vocabulary])
+        data: Any = [Example(e.prompt, [4], row=e.row) for e in asked]
+        method = GKD(divergence=JensenShannon(0.5), reduction="token")
+        options = {"processing_class": tokenizer, "train_dataset": data, "args": args, "callbacks": [clock]}
+        made = DistillationTrainer(student, LocalTeacher(teacher), method, rollout, **options)
+        made._pays_to_compile = lambda: "compiled" in name
+        return made, clock
+    from datasets import Dataset
+
+    texts = [tokenizer.decode(example.prompt) for example in asked]
+    tokenizer.eos_token_id = 2
+    if name == "TRL GKDTrainer":
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        messages = [[{"role": "user", "content": t}, {"role": "assistant", "content": "w4"}] for t in texts]
+        config = GKDConfig(
+            **settings(folder, steps), lmbda=1.0, beta=0.5, temperature=1.0, max_new_tokens=tokens, max_length=1024
+        )
+        data = Dataset.from_dict({"messages": messages})
+        made = GKDTrainer(student, teacher, config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+        made.generation_config.eos_token_id = None
+        return made, clock
+    from trl import DistillationConfig
+    from trl import DistillationTrainer as Theirs
+
+    config = DistillationConfig(
+        **settings(folder, steps),
+        beta=0.5,
+        temperature=1.0,
+        top_p=1.0,
+        max_completion_length=tokens,
+        generation_kwargs={"min_new_tokens": tokens},
+    )
+    data = Dataset.from_dict({"prompt": texts})
+    return Theirs(student, teacher, config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]), clock
+
+
+def run(name: str, vocabulary: int, tokens: int, steps: int) -> dict[str, Any]:
+    """Seconds of the steps after the first two (from one optimizer step to the next), and the memory they take."""
+    with tempfile.TemporaryDirectory() as folder:
+        made, clock = trainer(name, vocabulary, tokens, steps + 2, folder)
+        grown = peak_mb(made.train)
+    gaps = [after - before for before, after in zip(clock.seconds, clock.seconds[1:], strict=False)]
+    return {"seconds": gaps[1:], "peak_mb": grown}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", nargs=4, metavar=("NAME", "V", "TOKENS", "STEPS"))
+    args = parser.parse_args()
+    if args.run:
+        name, vocabulary, tokens, steps = args.run
+        print(json.dumps(run(name, int(vocabulary), int(tokens), int(steps))))
+        return
+    results: dict[str, Any] = {}
+    for title, (vocabulary, tokens, steps) in CASES.items():
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+        for _ in range(2):
+            for name in NAMES:
+                found[name].append(in_child("step", "--run", name, str(vocabulary), str(tokens), str(steps // 2)))
+        seconds = {name: [s for child in children for s in child["seconds"]] for name, children in found.items()}
+        base = statistics.median(seconds[NAMES[0]])
+        results[title] = {
+            name: {
+                "ratio": statistics.median(each) / base,
+                "median": statistics.median(each),
+                "min": min(each),
+                "max": max(each),
+                "runs": len(each),
+                "peak_mb": max(child["peak_mb"] for child in found[name]),
+            }
+            for name, each in seconds.items()
+        }
+        table(f"{title}: seconds a step, ratio to the first; the process's growth in MB", results[title])
+        save("step", {"steps": results})
+
+
+if __name__ == "__main__":
+    main()
