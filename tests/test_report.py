@@ -175,6 +175,7 @@ def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
     assert judged["contest"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
     assert ended
     assert content["verdict"].startswith("gkd is first of 2 in accuracy (greedy) with 80.0 %")
+    assert "over 2 seeds (teacher 100.0 %, warm start 0.0 %), before kd with 20.0 %, more than" in content["verdict"]
     assert "another seed may turn the order round" in content["verdict"]
     assert content["verdict"].endswith("(1 failed of 4 runs).")
     by = [answer["by"] for answer in content["answers"]["prompts"][0]["answers"]]
