@@ -182,6 +182,15 @@ def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
     assert by == ["teacher", "warm start", "gkd", "kd"]
 
 
+def test_runs_that_all_failed_say_why(contest, tmp_path):
+    for place in (contest / "gkd" / "seed-0", contest / "gkd" / "seed-1", contest / "kd" / "seed-0"):
+        (place / "failed.txt").write_text("no memory")
+    page, _, content = written(contest, tmp_path / "out")
+    assert content["comparison"] is None
+    assert content["verdict"].endswith("(4 failed of 4 runs).")
+    assert "failed: no memory" in page.read_text()
+
+
 def test_what_was_judged_otherwise_is_not_compared(contest, tmp_path):
     judge(contest / "kd" / "seed-0", [1.0] * 10, limit=3)
     _, _, content = written(contest, tmp_path / "out")

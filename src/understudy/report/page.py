@@ -186,7 +186,11 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             run["tokens"],
             run["tokens"] / run["seconds"] if run["seconds"] else None,
         ]
-        cells = [(run["seed"], str(run["seed"])), (None, run["state"]), (run["steps"], f"{run['steps']:,}")]
+        cells = [
+            (run["seed"], str(run["seed"])),
+            (None, f"failed: {run['failed']}" if run["failed"] else run["state"]),
+            (run["steps"], f"{run['steps']:,}"),
+        ]
         cells += [(value, "–" if value is None else f"{value:,.0f}") for value in [*numbers, run["peak_memory_mb"]]]
         loss = run["metrics"].get("eval_loss")
         cells += [(loss, number(loss))]
