@@ -282,6 +282,16 @@ def test_pictures_have_words_and_the_colours_of_the_page(contest, tmp_path):
             assert all(part.split('"')[0].split(")")[0] in ids for part in drawing.split(inside)[1:])
 
 
+def test_the_spaces_and_joiners_of_other_scripts_are_kept(tmp_path):
+    text = "10\u00a0%\u3000\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f52c"
+    lines = {"step": 10, "prompt": text, "student": text + "\u202e", "reference": None}
+    (make_run(tmp_path / "run") / "samples.jsonl").write_text(json.dumps(lines) + "\n")
+    page, _, _ = written(tmp_path / "run", tmp_path / "out")
+    html = page.read_text()
+    assert f">{text}</pre>" in html
+    assert f">{text}\N{REPLACEMENT CHARACTER}</pre>" in html
+
+
 def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
     page, _, _ = written([make_run(tmp_path / "a$x_{$"), make_run(tmp_path / "b")], tmp_path / "out")
     assert "a$x_{$" in page.read_text()
