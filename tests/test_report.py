@@ -175,10 +175,20 @@ def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
     assert judged["contest"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
     assert ended
     assert content["verdict"].startswith("gkd is first of 2 in accuracy (greedy) with 80.0 %")
+    assert "over 2 seeds (teacher 100.0 %, warm start 0.0 %), before kd with 20.0 %, more than" in content["verdict"]
     assert "another seed may turn the order round" in content["verdict"]
     assert content["verdict"].endswith("(1 failed of 4 runs).")
     by = [answer["by"] for answer in content["answers"]["prompts"][0]["answers"]]
     assert by == ["teacher", "warm start", "gkd", "kd"]
+
+
+def test_runs_that_all_failed_say_why(contest, tmp_path):
+    for place in (contest / "gkd" / "seed-0", contest / "gkd" / "seed-1", contest / "kd" / "seed-0"):
+        (place / "failed.txt").write_text("no memory")
+    page, _, content = written(contest, tmp_path / "out")
+    assert content["comparison"] is None
+    assert content["verdict"].endswith("(4 failed of 4 runs).")
+    assert "failed: no memory" in page.read_text()
 
 
 def test_what_was_judged_otherwise_is_not_compared(contest, tmp_path):
@@ -270,6 +280,16 @@ def test_pictures_have_words_and_the_colours_of_the_page(contest, tmp_path):
         assert "#" not in drawing.replace("url(#", "").replace('href="#', "")  # no colour of its own
         for inside in ("url(#", 'href="#'):
             assert all(part.split('"')[0].split(")")[0] in ids for part in drawing.split(inside)[1:])
+
+
+def test_the_spaces_and_joiners_of_other_scripts_are_kept(tmp_path):
+    text = "10\u00a0%\u3000\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f52c"
+    lines = {"step": 10, "prompt": text, "student": text + "\u202e", "reference": None}
+    (make_run(tmp_path / "run") / "samples.jsonl").write_text(json.dumps(lines) + "\n")
+    page, _, _ = written(tmp_path / "run", tmp_path / "out")
+    html = page.read_text()
+    assert f">{text}</pre>" in html
+    assert f">{text}\N{REPLACEMENT CHARACTER}</pre>" in html
 
 
 def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):

@@ -86,8 +86,8 @@ def _ask(runs: Sequence[RunFolder], count: int) -> dict[str, Any]:
     for run in runs:
         check_tokenizers(tokenizer, load_tokenizer(str(run.path / "student")))
         add(run.name, _load(str(run.path / "student"), "auto", device), teacher)
-    chosen = "" if len(runs) < MOST else f" by the first {MOST} students"
-    return {"about": f"Greedy answers{chosen} to {about}, written for this report.", "prompts": prompts}
+    whose = f" by {len(runs)} students" if len(runs) > 1 else ""
+    return {"about": f"Greedy answers{whose} to {about}, written for this report.", "prompts": prompts}
 
 
 def _load(name: str, dtype: str, device: torch.device) -> Any:
@@ -105,7 +105,7 @@ def _prompts(
     trial, held_out = dig(run.evaluation, "trial"), recipe.evaluate.dataset
     if trial:
         place = {"dataset": trial.get("dataset") or recipe.data.dataset, "split": trial["split"]}
-        about = "the first prompts that it was judged on"
+        about = "the first prompts that students were judged on"
     elif held_out:
         place = {"dataset": held_out, "split": recipe.evaluate.split, "name": recipe.evaluate.name}
         about = "the first held-out prompts"

@@ -150,7 +150,7 @@ def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapp
             axes.text(1.02, at, number(spread["mean"], metric), transform=axes.get_yaxis_transform(), va="center")
         for name, value in lines.items():
             axes.axvline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0.5)
-            axes.text(value, len(rows) - 0.1, name, fontsize=7, color=SOFT, ha="center", va="bottom")
+            axes.text(value, len(rows) - 0.1, name, fontsize=7, color=SOFT, ha="center", va="bottom", bbox=_ON_PAPER)
         axes.set_ylim(-0.4, len(rows) + 0.3)
         axes.set_yticks([])
         _plain(axes, steps=False)

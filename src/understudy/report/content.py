@@ -143,6 +143,8 @@ def _comparison(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, 
         if run.failed or run.evaluation:
             results.setdefault(run.name, {})[run.seed] = run.failed or _result(run, trial)
     everything = [r for of in results.values() for r in of.values() if isinstance(r, Result)]
+    if not everything:
+        return None
     common = {p: set.intersection(*(set(r.metrics.get(p, {})) for r in everything)) for p in everything[0].metrics}
     results = {
         n: {s: _only(r, common) if isinstance(r, Result) else r for s, r in of.items()} for n, of in results.items()

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
+from unicodedata import category
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from .drawing import Chart, svg
 from .verdict import number, words
 
 LEVELS = (0.5, 1, 2, 4)  # log q − log p in nats from which a token is shaded, and shaded darker
+_KEPT = "\n\r\t\u200c\u200d"  # lines, and the joiners that some scripts are written with
 _OWN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 
 
@@ -72,7 +74,9 @@ def _visible(value: Any) -> Any:
 
 
 def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in _KEPT or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 Row = dict[str, Any]
@@ -186,7 +190,11 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             run["tokens"],
             run["tokens"] / run["seconds"] if run["seconds"] else None,
         ]
-        cells = [(run["seed"], str(run["seed"])), (None, run["state"]), (run["steps"], f"{run['steps']:,}")]
+        cells = [
+            (run["seed"], str(run["seed"])),
+            (None, f"failed: {run['failed']}" if run["failed"] else run["state"]),
+            (run["steps"], f"{run['steps']:,}"),
+        ]
         cells += [(value, "–" if value is None else f"{value:,.0f}") for value in [*numbers, run["peak_memory_mb"]]]
         loss = run["metrics"].get("eval_loss")
         cells += [(loss, number(loss))]

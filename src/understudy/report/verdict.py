@@ -79,13 +79,15 @@ def _quality(run: Mapping[str, Any], judged: Mapping[str, Any] | None) -> str:
         return ""
     protocol, metric = judged["quality"][0]
     value = run["evaluation"].get(protocol, {}).get(metric)
-    beside = [
-        f"{number(r['metrics'][protocol].get(metric), metric)} of its {name}"
-        for name, r in judged["references"].items()
-        if protocol in r["metrics"]
-    ]
-    about = f"its {words(metric)} ({protocol}) is {number(value, metric)}"
-    return about + (f", beside {' and '.join(beside)}" if beside else "")
+    return f"its {words(metric)} ({protocol}) is {number(value, metric)}{_beside(judged)}"
+
+
+def _beside(judged: Mapping[str, Any]) -> str:
+    """What teacher and warm start reach, where that is known."""
+    protocol, metric = judged["quality"][0]
+    known = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in judged["references"].items()}
+    found = ", ".join(f"{name} {number(value, metric)}" for name, value in known.items() if value is not None)
+    return f" ({found})" if found else ""
 
 
 def _distance(run: Mapping[str, Any]) -> str:
@@ -109,9 +111,9 @@ def _of_a_contest(judged: Mapping[str, Any]) -> str:
     text = f"{best['name']} is first of {len(by_name)} in {words(metric)} ({protocol}) "
     text += f"with {number(spread['mean'], metric)}"
     if best["seeds"] > 1:
-        text += f" (95 % interval {number(spread['low'], metric)} to {number(spread['high'], metric)}"
-        text += f", {best['seeds']} seeds)"
-    text += f", before {other['name']} with {number(following['mean'], metric)}"
+        text += f", 95 % interval {number(spread['low'], metric)} to {number(spread['high'], metric)}"
+        text += f" over {best['seeds']} seeds"
+    text += f"{_beside(judged)}, before {other['name']} with {number(following['mean'], metric)}"
     found = contest["difference"]
     if found:
         alike = "a difference that chance explains as well" if found["p"] >= 0.05 else "more than chance explains"
