@@ -84,15 +84,15 @@ def judge(folder, scores, limit=None, texts=None, bias=None):
 @pytest.fixture
 def contest(tmp_path):
     """Two recipes over two seeds, one of which failed, as `understudy compare` leaves them."""
-    from understudy.compare import _reference_folder
+    from understudy.compare import reference_folder
 
     home = tmp_path / "contest"
     for name, seed, right in (("gkd", 0, 9), ("gkd", 1, 7), ("kd", 0, 2)):
         judge(make_run(home / name / f"seed-{seed}", name, seed), [1.0] * right + [0.0] * (10 - right), bias=5.5)
     (home / "kd" / "seed-1").mkdir()
     (home / "kd" / "seed-1" / "failed.txt").write_text("out of luck")
-    judge(_reference_folder(home, "nowhere/teacher"), [1.0] * 10)
-    judge(_reference_folder(home, "nowhere/start"), [0.0] * 10)
+    judge(reference_folder(home, "nowhere/teacher"), [1.0] * 10)
+    judge(reference_folder(home, "nowhere/start"), [0.0] * 10)
     return home
 
 

@@ -131,7 +131,7 @@ def compare(
         trial = replace(trial, teacher=extra["teacher"])
     threads = max(1, (os.cpu_count() or 1) // parallel)
     tasks: list[tuple[Any, ...]] = []  # what is to be done, the folder that it is done in, and what with
-    tasks += [(_judge_reference, _reference_folder(output, m), m, entered[0], trial) for m in extra.values()]
+    tasks += [(_judge_reference, reference_folder(output, m), m, entered[0], trial) for m in extra.values()]
     tasks += [(_run, folder, contestant, seed, trial) for contestant, seed, folder in jobs]
     unfinished = [task for task in tasks if isinstance(result(task[1], trial), str)]
     _work(unfinished, threads, parallel, console)
@@ -139,7 +139,7 @@ def compare(
     results: dict[str, dict[int, Result | str]] = {c.name: {} for c in entered}
     for contestant, seed, folder in jobs:
         results[contestant.name][seed] = result(folder, trial)
-    judged = {name: result(_reference_folder(output, model), trial) for name, model in extra.items()}
+    judged = {name: result(reference_folder(output, model), trial) for name, model in extra.items()}
     known = {name: r for name, r in judged.items() if isinstance(r, Result)}
     table = comparison.lines(results, baseline, known.get("teacher"), known.get("warm start"))
     first = [m for m in ("accuracy", *trial.metrics) if any(m in v for line in table for v in line.metrics.values())]
@@ -217,7 +217,7 @@ def _judge_reference(folder: Path, model: str, contestant: Contestant, trial: Tr
     judge(model, contestant.load(), folder, trial)
 
 
-def _reference_folder(output: Path, model: str) -> Path:
+def reference_folder(output: Path, model: str) -> Path:
     return output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8]
 
 

@@ -17,7 +17,7 @@ from .trainer import last_checkpoint
 _DEAR = ("student", "teacher_answers.jsonl")  # what takes long to compute, beside checkpoints
 _RESULTS = (  # all that a run writes
     *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl", "soft_prompt"),
-    *("metrics.jsonl", "samples.jsonl", "before.json", "run.json"),
+    *("metrics.jsonl", "samples.jsonl", "before.json", "run.json", "report"),
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import comparison
-from ..compare import _reference_folder
+from ..compare import reference_folder
 from ..comparison import Result
 from .folders import RunFolder, dig, read_json
 from .verdict import verdict
@@ -203,7 +203,7 @@ def reference_folders(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict
     found = {}
     for name, model in reference_models(runs).items():
         folders = [
-            folder for home in homes if ((folder := _reference_folder(home, model)) / "evaluation.json").is_file()
+            folder for home in homes if ((folder := reference_folder(home, model)) / "evaluation.json").is_file()
         ]
         found |= {name: folders[0]} if folders else {}
     return found
