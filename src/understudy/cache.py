@@ -7,7 +7,7 @@ moves T² / 2. This one writes into memory that it asked for ahead.
 import logging
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -24,13 +24,13 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
         end = used + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            kept, self._room = (self.keys, self.values), (_longer(key_states, end), _longer(value_states, end))
-            if used:
-                self._write(slice(0, used), *kept)
+        before = self._room
+        if before is None or end > before[0].shape[-2]:
+            self._room = (_longer(key_states, end), _longer(value_states, end))
+            if before is not None:
+                self._write(slice(0, used), before[0][:, :, :used], before[1][:, :, :used])
         self._write(slice(used, end), key_states, value_states)
-        self._use(end)
-        return self.keys, self.values
+        return self._use(end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self._room is not None:
@@ -42,9 +42,10 @@ class RoomyLayer(DynamicLayer):
         assert self._room is not None
         self._room[0][:, :, at], self._room[1][:, :, at] = keys, values
 
-    def _use(self, end: int) -> None:
+    def _use(self, end: int) -> tuple[Tensor, Tensor]:
         assert self._room is not None
-        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        keys, values = self.keys, self.values = self._room[0][:, :, :end], self._room[1][:, :, :end]
+        return keys, values
 
 
 def _longer(states: Tensor, length: int) -> Tensor:
@@ -52,7 +53,7 @@ def _longer(states: Tensor, length: int) -> Tensor:
     return states.new_empty(rows, heads, length + length // 2 + 16, width)
 
 
-def roomy_cache(model: nn.Module) -> Any:
+def roomy_cache(model: Any) -> Any:
     """An empty cache for `model`, with room in the layers that keep everything; None lets the model make its own."""
     supported = getattr(model, "_supports_default_dynamic_cache", None)
     if supported is None or not supported():

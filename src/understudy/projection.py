@@ -175,8 +175,9 @@ def _check_shapes(
 
 def _autocast(tensor: Any) -> Any:
     """A tensor (or None) in the dtype of an autocast that is on."""
-    on = tensor is not None and torch.is_autocast_enabled(tensor.device.type)
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if on else tensor
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _project(student: Projected, rules: Rules, weights: Tensor | None, temperature: float, summed: bool) -> Tensor:
