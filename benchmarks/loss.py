@@ -44,7 +44,7 @@ class Task:
         self.hidden.grad = self.weight.grad = None
         value = loss(self)
         value.backward()
-        return float(value)
+        return float(value.detach())
 
 
 def understudy_loss(divergence: Divergence, compiled: bool, task: Task) -> Tensor:

@@ -385,3 +385,24 @@ def test_a_model_without_any_stop_token_is_refused_with_a_remedy():
 def test_settings_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match="generate needs"):
         GenerateRollout(**fields)
+
+
+def test_rows_that_cannot_leave_the_cache_do_no_harm(model_of, monkeypatch):
+    stop = [2, *range(5, 30)]
+    expected = rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0))
+    monkeypatch.setattr("understudy.rollouts.generate.can_drop_rows", lambda cache: False)
+    assert rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0)) == expected
+
+
+def test_tokens_of_a_large_vocabulary_are_those_of_a_float64_reference():
+    """Groups of tokens that are looked at together, and one that is not full; distributions flat and steep."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 50_257, generator=generator) * torch.logspace(-1, 1.3, 400)[:, None]
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    found = inverse_cdf(logits, uniforms)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, found[:, None])[:, 0]
+    after = cumulative.gather(-1, found[:, None])[:, 0]
+    assert (before - 1e-6 < uniforms).all()
+    assert (uniforms < after + 1e-6).all()
+    assert ((before <= uniforms) & (uniforms < after)).double().mean() > 0.99

@@ -24,11 +24,11 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
         end = used + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            keys, values = self.keys, self.values
+        before = self._room
+        if before is None or end > before[0].shape[-2]:
             self._room = (_longer(key_states, end), _longer(value_states, end))
-            if used and keys is not None and values is not None:
-                self._write(slice(0, used), keys, values)
+            if before is not None:
+                self._write(slice(0, used), before[0][:, :, :used], before[1][:, :, :used])
         self._write(slice(used, end), key_states, value_states)
         return self._use(end)
 
@@ -44,8 +44,7 @@ class RoomyLayer(DynamicLayer):
 
     def _use(self, end: int) -> tuple[Tensor, Tensor]:
         assert self._room is not None
-        keys, values = (room[:, :, :end] for room in self._room)
-        self.keys, self.values = keys, values
+        keys, values = self.keys, self.values = self._room[0][:, :, :end], self._room[1][:, :, :end]
         return keys, values
 
 

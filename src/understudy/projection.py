@@ -232,6 +232,7 @@ class _Project(torch.autograd.Function):
             asked, head = ctx.needs_input_grad[:3], Head(weight, bias, ctx.transform)
             with tiling(*ctx.tiling):
                 _, grads = _walk(hidden, head, ctx.rules, upstream, ctx.temperature, asked)
+        grads = [None if grad is None else grad.to(weight.dtype) for grad in grads]
         return *grads, None, None, None, None, None
 
 
@@ -262,8 +263,9 @@ def _walk(
                 grad_weight.addmm_(tile.t(), some)
             else:
                 grad_weight += tile.t() @ some
-    narrow = [None if grad is None else grad.to(weight.dtype) for grad in (grad_hidden, grad_weight, grad_bias)]
-    return values, narrow
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)  # it may be large, and lies there until the backward pass
+    return values, [grad_hidden, grad_weight, grad_bias]
 
 
 def _common_factor(upstream: Tensor, weights: Tensor) -> Tensor | None:
