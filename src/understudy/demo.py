@@ -40,11 +40,11 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
         return distill(recipe, restart=True, console=console)
 
     warm = train("warm_start")
-    student = f"student.model={warm['folder']}/student"
-    own = train("gkd", student)
+    student = (f"student.model={warm['folder']}/student", "training.learning_rate=5e-3")
+    own = train("gkd", *student)
     tokens_per_step = _dataset_tokens_per_step(own)
     steps = max(1, round(own["tokens"] / tokens_per_step))
-    fixed = train("kd", student, f"training.max_steps={steps}")
+    fixed = train("kd", *student, f"training.max_steps={steps}")
 
     console.rule("500 problems that nobody has seen" if not quick else "a few problems")
     entered = {
