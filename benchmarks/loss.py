@@ -18,7 +18,7 @@ from torch import Tensor
 from understudy import Divergence, ForwardKL, JensenShannon, ReverseKL, fused_divergence
 from understudy.tile import chunk_rows, tiling
 
-from .measure import alternate, in_child, peak_mb, save, summary, table
+from .measure import Stopwatch, alternate, in_child, peak_mb, save, table
 
 V, WIDTH, TEACHER_WIDTH = 50_257, 256, 512
 DIVERGENCES: dict[str, tuple[float, Divergence]] = {  # and how TRL and Liger call it
@@ -123,14 +123,11 @@ def race(rows: int, which: str, slow: bool) -> dict[str, Any]:
         start = time.perf_counter()
         values[name] = contestants[name]()
         first[name] = time.perf_counter() - start
-    fast = {name: call for name, call in contestants.items() if name not in SLOW}
-    seconds = alternate(fast)
+    clocks = alternate({name: call for name, call in contestants.items() if name not in SLOW})
     for name in SLOW if slow else []:
-        start = time.perf_counter()
-        values[name] = contestants[name]()
-        seconds[name] = [time.perf_counter() - start]
-    base = sorted(seconds["floor: matrix products"])[1]
-    result = {name: summary(each, base) for name, each in seconds.items()}
+        clocks[name] = Stopwatch()
+        values[name] = clocks[name].time(contestants[name])
+    result = {name: clock.summary(clocks["floor: matrix products"]) for name, clock in clocks.items()}
     for name, value in values.items():
         result[name]["value"] = value / rows
         if name in first:

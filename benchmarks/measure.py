@@ -15,32 +15,55 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "understudy")
 
 
-def alternate(
-    contestants: dict[str, Callable[[], Any]], rounds: int = 3, warm_up: bool = True
-) -> dict[str, list[float]]:
-    """Seconds of every call: one call each that is not counted, then `rounds` rounds in which each takes its turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(-1 if warm_up else 0, rounds):
+class Stopwatch:
+    """Seconds that pass, and seconds that the process computes for, of all its threads.
+
+    On a machine that does other things besides, the second are the ones to compare, where everybody has one thread.
+    """
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def time(self, call: Callable[[], T]) -> T:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = call()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        return result
+
+    def summary(self, base: "Stopwatch") -> dict[str, float]:
+        """Ratios of the medians to those of `base`; median, least and most seconds."""
+        median = statistics.median
+        return {
+            "ratio": median(self.wall) / median(base.wall),
+            "cpu_ratio": median(self.cpu) / median(base.cpu),
+            "median": median(self.wall),
+            "min": min(self.wall),
+            "max": max(self.wall),
+            "cpu": median(self.cpu),
+            "runs": len(self.wall),
+        }
+
+
+def alternate(contestants: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Stopwatch]:
+    """Every call timed: one call each that is not counted, then `rounds` rounds in which each takes its turn."""
+    clocks = {name: Stopwatch() for name in contestants}
+    for call in contestants.values():
+        call()
+    for _ in range(rounds):
         for name, call in contestants.items():
-            start = time.perf_counter()
-            call()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summary(seconds: list[float], base: float) -> dict[str, float]:
-    """Ratio to `base` (a median), median, least and most seconds."""
-    median = statistics.median(seconds)
-    return {"ratio": median / base, "median": median, "min": min(seconds), "max": max(seconds), "runs": len(seconds)}
+            clocks[name].time(call)
+    return clocks
 
 
 def table(title: str, rows: dict[str, dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ PLAYGROUND = "playground:arithmetic"
 STEPS, BATCH, RATE, LONGEST = 120, 32, 5e-3, 48
 
 
-class Stopwatch(TrainerCallback):
+class TrainingTime(TrainerCallback):
     """From the first step's beginning to the end of training."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -89,7 +89,7 @@ def trl(student: str, steps: int) -> dict[str, Any]:
             "labels": padded(labels, -100),
         }
 
-    clock = Stopwatch()
+    clock = TrainingTime()
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
             output_dir=folder,

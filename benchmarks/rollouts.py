@@ -6,7 +6,6 @@ are drawn by each contestant's own sampling, so rates are compared and not times
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import GenerationConfig
 
 from understudy import GenerateRollout, Step
 
-from .measure import save, table
+from .measure import Stopwatch, save, table
 from .models import llama, prompts, stop_tokens, words
 
 CASES: dict[str, dict[str, Any]] = {
@@ -70,27 +69,25 @@ def _batching_config(most: int) -> Any:
 
 def race(vocabulary: int, mean: int | None, most: int, rounds: int = 3) -> dict[str, Any]:
     calls = contestants(vocabulary, mean, most)
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-1, rounds):
-        for name, call in list(calls.items()):
-            if turn > 0 and name == "transformers continuous":
-                continue  # slow, and steady
-            start = time.perf_counter()
-            try:
-                tokens = call()
-            except Exception as error:
-                print(f"  {name} failed: {type(error).__name__}: {error}")
-                del calls[name], rates[name]
-                continue
-            if turn >= 0:
-                rates[name].append(tokens / (time.perf_counter() - start))
-    base = statistics.median(rates["transformers generate"])
+    clocks = {name: Stopwatch() for name in calls}
+    tokens: dict[str, list[int]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for turn in range(rounds):
+        for name, call in calls.items():
+            if turn == 0 or name != "transformers continuous":  # slow, and steady
+                tokens[name].append(clocks[name].time(call))
+    rates = {name: [n / s for n, s in zip(tokens[name], clocks[name].wall, strict=True)] for name in calls}
+    cpu_rates = {name: [n / s for n, s in zip(tokens[name], clocks[name].cpu, strict=True)] for name in calls}
+    base = "transformers generate"
     return {
         name: {
-            "ratio": statistics.median(each) / base,
+            "ratio": statistics.median(each) / statistics.median(rates[base]),
+            "cpu_ratio": statistics.median(cpu_rates[name]) / statistics.median(cpu_rates[base]),
             "tokens/s": statistics.median(each),
             "min": min(each),
             "max": max(each),
+            "tokens/cpu_s": statistics.median(cpu_rates[name]),
             "runs": len(each),
         }
         for name, each in rates.items()

@@ -8,16 +8,16 @@ alternate.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
 from understudy import GKD, DistillationTrainer, Example, GenerateRollout, JensenShannon, LocalTeacher
 
-from .measure import in_child, peak_mb, save, table
+from .measure import Stopwatch, in_child, peak_mb, save, table
 from .models import llama, prompts, words
 
 CASES = {"V = 50,257, 8 × 256 tokens": (50_257, 256, 4), "V = 4,096, 8 × 64 tokens": (4096, 64, 20)}
@@ -26,19 +26,13 @@ BATCH, PROMPT = 8, 32
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step."""
+    """When each step's gradients were ready: wall clock, and seconds computed."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.at = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.at = time.perf_counter()
+        self.times: list[tuple[float, float]] = []
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
 
 
 def settings(folder: str, steps: int) -> dict[str, Any]:
@@ -106,8 +100,12 @@ def run(name: str, vocabulary: int, tokens: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made, clock = trainer(name, vocabulary, tokens, steps + 2, folder)
         grown = peak_mb(made.train)
-    gaps = [after - before for before, after in zip(clock.seconds, clock.seconds[1:], strict=False)]
-    return {"seconds": gaps[1:], "peak_mb": grown}
+    wall, cpu = zip(*clock.times, strict=True)
+    return {"wall": _gaps(wall)[1:], "cpu": _gaps(cpu)[1:], "peak_mb": grown}
+
+
+def _gaps(times: tuple[float, ...]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]
 
 
 def main() -> None:
@@ -124,18 +122,13 @@ def main() -> None:
         for _ in range(2):
             for name in NAMES:
                 found[name].append(in_child("step", "--run", name, str(vocabulary), str(tokens), str(steps // 2)))
-        seconds = {name: [s for child in children for s in child["seconds"]] for name, children in found.items()}
-        base = statistics.median(seconds[NAMES[0]])
+        clocks = {name: Stopwatch() for name in NAMES}
+        for name, children in found.items():
+            clocks[name].wall = [s for child in children for s in child["wall"]]
+            clocks[name].cpu = [s for child in children for s in child["cpu"]]
         results[title] = {
-            name: {
-                "ratio": statistics.median(each) / base,
-                "median": statistics.median(each),
-                "min": min(each),
-                "max": max(each),
-                "runs": len(each),
-                "peak_mb": max(child["peak_mb"] for child in found[name]),
-            }
-            for name, each in seconds.items()
+            name: clock.summary(clocks[NAMES[0]]) | {"peak_mb": max(child["peak_mb"] for child in found[name])}
+            for name, clock in clocks.items()
         }
         table(f"{title}: seconds a step, ratio to the first; the process's growth in MB", results[title])
         save("step", {"steps": results})
