@@ -203,6 +203,17 @@ def test_two_tiles_fit_into_their_memory():
     assert tile.current() == tile.Tiling(), "the settings end with the block"
 
 
+def test_only_long_runs_on_machines_with_a_compiler_are_compiled(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    assert tile.pays_to_compile(1e6, 50_000)
+    assert not tile.pays_to_compile(1e5, 50_000)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not tile.pays_to_compile(1e6, 50_000)
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert not tile.pays_to_compile(1e6, 50_000)
+
+
 def test_gradients_are_the_same_when_they_are_asked_for_again():
     student = random_source(seed=1)
     total = project(student, divergence_rule(ReverseKL(), random_source(seed=2))).sum()
