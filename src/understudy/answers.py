@@ -39,7 +39,8 @@ class KeptAnswers(Rollout):
         return self
 
     def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
-        missing = {_key(e): e for e in prompts if _key(e) not in self._kept}
+        keys = [_key(e) for e in prompts]
+        missing = {key: e for key, e in zip(keys, prompts, strict=True) if key not in self._kept}
         if missing:
             written = self.rollout.generate(list(missing.values()), replace(step, number=0))
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +49,8 @@ class KeptAnswers(Rollout):
             with self.path.open("ab", buffering=0) as file:  # one write, which other processes' do not come between
                 file.write(("\n" * self._cut + "".join(lines)).encode())
             self._cut = False
-        kept = [self._kept[_key(e)] for e in prompts]
-        return [
-            replace(e, response=response, author="teacher", truncated=truncated)
-            for e, (response, truncated) in zip(prompts, kept, strict=True)
-        ]
+        kept = [(e, *self._kept[key]) for key, e in zip(keys, prompts, strict=True)]
+        return [replace(e, response=r, author="teacher", truncated=truncated) for e, r, truncated in kept]
 
 
 def _key(example: Example) -> tuple[int, str]:

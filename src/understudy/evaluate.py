@@ -23,7 +23,7 @@ from .formats import Row
 from .metrics.exact_match import exact_match
 from .metrics.final_answer import final_answer, is_correct
 from .rollout import Rollout
-from .scores import Knowledge
+from .scores import COMPARED, Knowledge
 from .teacher import Teacher
 from .writing import Answer, Pace, Written, write_answers
 
@@ -124,7 +124,7 @@ def distance(
 ) -> dict[str, float]:
     """The means over all response tokens of what `scores.compare` says of model and teacher."""
     means = distances(model, teacher, examples, vocabulary, batch_size).means()
-    return {name: means[name] for name in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")}
+    return {name: means[name] for name in COMPARED}
 
 
 def _check(
