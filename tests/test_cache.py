@@ -8,7 +8,7 @@ from fakes import tiny
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from understudy.cache import RoomyLayer, can_drop_rows, roomy_cache
+from understudy.cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
 
 
 def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +39,24 @@ def test_memory_is_asked_for_rarely():
         keys, _ = layer.update(*states(3, 1, step))
         places.add(keys.data_ptr())
     assert len(places) < 10
+
+
+def test_positions_may_be_written_by_somebody_else():
+    """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    for layer in (ours, theirs):
+        layer.update(*states(3, 7, 0))
+    for step in range(7, 100):
+        new = states(3, 1, step)
+        memory = ours.extend(step + 1, -(-(step + 1) // 32) * 32)
+        fixed = FixedLayer(*memory, torch.tensor([step]))
+        assert fixed.get_mask_sizes(1) == (memory[0].shape[2], 0)
+        seen, expected = fixed.update(*new), theirs.update(*new)
+        for whole, held, other in zip(seen, (ours.keys, ours.values), expected, strict=True):
+            assert not whole.is_contiguous()
+            assert torch.equal(whole[:, :, : step + 1], other)
+            assert torch.equal(held, other)
+            assert (whole[:, :, step + 1 :] == 0).all()
 
 
 def test_rows_may_leave_a_layer_that_is_still_empty():

@@ -3,6 +3,8 @@
 What every rollout promises is tested in contracts/; this is about how `generate` samples, and for which models.
 """
 
+import logging
+import os
 from dataclasses import replace
 
 import pytest
@@ -22,9 +24,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from understudy import decoder
 from understudy.batch import Example
 from understudy.rollouts.generate import GenerateRollout, inverse_cdf, restrict
 from understudy.step import Step
+from understudy.tile import tiling
 
 LAST = 1 - 2**-53  # the largest uniform number that can be drawn
 
@@ -65,6 +69,7 @@ MODELS = {
         Gemma3TextConfig, Gemma3ForCausalLM, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
     ),
 }
+COMPILES = pytest.mark.skipif("TEST_COMPILED" not in os.environ, reason="takes minutes: set TEST_COMPILED=1")
 PROMPTS = ragged_examples(7, seed=1, responses=False)
 
 
@@ -72,6 +77,13 @@ PROMPTS = ragged_examples(7, seed=1, responses=False)
 def model_of():
     made = {}
     return lambda name: made.setdefault(name, MODELS[name]())
+
+
+@pytest.fixture(params=["as it is", "over memory of a fixed size"])
+def forward(request, monkeypatch):
+    """How a token is read; the second is what is compiled for long runs, here without the compiler."""
+    monkeypatch.setattr(decoder, "_kernel", decoder._look)
+    return {"compiled": request.param != "as it is"}
 
 
 def rollout(model, **fields):
@@ -83,12 +95,12 @@ def responses(written):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of):
+def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward):
     """Token for token; several stop ids let rows finish early, so that the batch and its cache shrink on the way."""
     model = model_of(name)
-    endless = rollout(model, temperature=0, stop_ids=[2]).generate(PROMPTS, Step(0))
+    endless = rollout(model, temperature=0, stop_ids=[2], **forward).generate(PROMPTS, Step(0))
     stop = [2, *(e.response[min(2 * i, len(e.response) - 1)] for i, e in enumerate(endless[::2]))]
-    ours = rollout(model, temperature=0, stop_ids=stop).generate(PROMPTS, Step(0))
+    ours = rollout(model, temperature=0, stop_ids=stop, **forward).generate(PROMPTS, Step(0))
     for example in ours:
         own = model.generate(
             input_ids=torch.tensor([example.prompt]),
@@ -101,8 +113,8 @@ def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sampled_row_is_the_same_written_alone(name, model_of):
-    written = rollout(model_of(name), stop_ids=[2, *range(5, 12)], responses=2)
+def test_a_sampled_row_is_the_same_written_alone(name, model_of, forward):
+    written = rollout(model_of(name), stop_ids=[2, *range(5, 12)], responses=2, **forward)
     together = written.generate(PROMPTS, Step(1))
     assert [example for prompt in PROMPTS for example in written.generate([prompt], Step(1))] == together
 
@@ -387,10 +399,50 @@ def test_settings_out_of_range_are_refused(fields):
         GenerateRollout(**fields)
 
 
+def test_a_long_response_looks_at_more_and_more_of_its_memory(model_of, forward):
+    """Beyond the first positions looked at, and beyond the first memory asked for; rows leave on the way."""
+    prompts = [replace(prompt, prompt=prompt.prompt[:4]) for prompt in PROMPTS]
+    written = rollout(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
+    together = written.generate(prompts, Step(1))
+    assert [example for prompt in prompts for example in written.generate([prompt], Step(1))] == together
+    lengths = sorted(len(example.response) for example in together)
+    assert lengths[0] < 20
+    assert lengths[-1] > 50
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=COMPILES) for name in list(MODELS)[1:])])
+def test_a_compiled_forward_writes_the_same(name, model_of):
+    stop = [2, *range(5, 12)]
+    expected = rollout(model_of(name), max_new_tokens=40, stop_ids=stop).generate(PROMPTS[:5], Step(0))
+    compiled = rollout(model_of(name), max_new_tokens=40, stop_ids=stop, compiled=True)
+    assert compiled.generate(PROMPTS[:5], Step(0)) == expected
+
+
+def test_a_model_that_cannot_be_compiled_writes_all_the_same(model_of, monkeypatch, caplog):
+    def refuse(*_):
+        raise torch._dynamo.exc.Unsupported("this cannot be compiled")
+
+    monkeypatch.setattr(decoder, "_kernel", refuse)
+    expected = rollout(model_of("llama")).generate(PROMPTS, Step(0))
+    with caplog.at_level(logging.WARNING, "understudy.decoder"):
+        assert rollout(model_of("llama"), compiled=True).generate(PROMPTS, Step(0)) == expected
+    assert caplog.text.count("this cannot be compiled") == 1
+
+
+def test_what_is_compiled_follows_the_run_unless_it_is_said(model_of, monkeypatch):
+    calls = []
+    monkeypatch.setattr(decoder, "_kernel", lambda *args: calls.append(1) or decoder._look(*args))
+    for said, run, expected in ((None, False, False), (None, True, True), (False, True, False), (True, False, True)):
+        calls.clear()
+        with tiling(compiled=run):
+            rollout(model_of("llama"), compiled=said).generate(PROMPTS, Step(0))
+        assert bool(calls) == expected
+
+
 def test_rows_that_cannot_leave_the_cache_do_no_harm(model_of, monkeypatch):
     stop = [2, *range(5, 30)]
     expected = rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0))
-    monkeypatch.setattr("understudy.rollouts.generate.can_drop_rows", lambda cache: False)
+    monkeypatch.setattr("understudy.decoder.can_drop_rows", lambda cache: False)
     assert rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0)) == expected
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 _log = logging.getLogger(__name__)
 
@@ -24,13 +24,25 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
         end = used + key_states.shape[-2]
-        before = self._room
-        if before is None or end > before[0].shape[-2]:
-            self._room = (_longer(key_states, end), _longer(value_states, end))
-            if before is not None:
-                self._write(slice(0, used), before[0][:, :, :used], before[1][:, :, :used])
+        self._make_room(key_states, value_states, end)
         self._write(slice(used, end), key_states, value_states)
         return self._use(end)
+
+    def extend(self, length: int, seen: int) -> tuple[Tensor, Tensor]:
+        """Take the next positions into use, up to `length`, for somebody else to write; views of the first `seen`."""
+        keys, values = self._use(self.get_seq_length())
+        self._make_room(keys, values, seen)
+        self._use(length)
+        assert self._room is not None
+        return self._room[0][:, :, :seen], self._room[1][:, :, :seen]
+
+    def _make_room(self, keys: Tensor, values: Tensor, end: int) -> None:
+        """For `end` positions of states like these; what is in use stays."""
+        before, used = self._room, self.get_seq_length()
+        if before is None or end >= before[0].shape[-2]:  # never quite full: a view of all is another kind of memory
+            self._room = (_longer(keys, end), _longer(values, end))
+            if before is not None:
+                self._write(slice(0, used), before[0][:, :, :used], before[1][:, :, :used])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self._room is not None:
@@ -50,7 +62,39 @@ class RoomyLayer(DynamicLayer):
 
 def _longer(states: Tensor, length: int) -> Tensor:
     rows, heads, _, width = states.shape
-    return states.new_empty(rows, heads, length + length // 2 + 16, width)
+    return states.new_zeros(rows, heads, length + length // 2 + 16, width)  # what is masked may be looked at
+
+
+class FixedLayer(CacheLayerMixin):
+    """Keys and values of which the positions before `at` (1,) are written, for a forward that writes the next one.
+
+    Its shapes stay while it is written to, which is what compiling needs. It never grows, and lives for one forward.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self._at, self.is_initialized = keys, values, at, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a layer of fixed size is given its memory")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys.index_copy_(2, self._at, key_states), self.values.index_copy_(2, self._at, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> Any:
+        return self._at
+
+    def get_max_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[-2]
 
 
 def roomy_cache(model: Any) -> Any:

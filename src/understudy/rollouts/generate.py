@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from ..batch import Author, Example
-from ..cache import can_drop_rows, roomy_cache
+from ..decoder import CompiledDecoder, Decoder
 from ..rollout import Rollout
 from ..step import Step
+from ..tile import current
 
 _GROUP = 128  # tokens that are summed together before the right ones are looked at one by one
 _ALIVE = 0.75  # finished rows are dropped once fewer than this share of the batch is still being written
@@ -44,10 +44,11 @@ class GenerateRollout(Rollout):
     responses: int = 1  # per prompt
     stop_ids: list[int] | None = None  # default: the tokenizer's and the model's end-of-sequence ids
     batch_size: int = 64  # rows written at once
+    compiled: bool | None = None  # the forward of a token; default: where a run is long enough for its loss to be, too
 
     _model: Any = field(default=None, init=False, repr=False)
     _author: Author = field(default="student", init=False, repr=False)
-    _stop: Tensor = field(default_factory=lambda: torch.tensor([]), init=False, repr=False)
+    _stop: list[int] = field(default_factory=list, init=False, repr=False)
     _vocabulary: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class GenerateRollout(Rollout):
                 "the model has no end-of-sequence token: name the stop tokens with rollout.generate.stop_ids"
             )
         self._model, self._author = model, author
-        self._stop = torch.tensor(stop)
+        self._stop = stop
         self._vocabulary = len(tokenizer)
         return self
 
@@ -102,46 +103,35 @@ class GenerateRollout(Rollout):
 
     def _write(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
         """A response to each of R prompts; `uniforms` (R, max_new_tokens)."""
-        bare = _bare(self._model)
         device = self._model.get_input_embeddings().weight.device
-        width, most = max(map(len, prompts)), self.max_new_tokens
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + most) for p in prompts], device=device)
-        places = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # of tokens in their row, padding not counted
-        uniforms, stop = uniforms.to(device), self._stop.to(device)
+        most = self.max_new_tokens
+        uniforms = uniforms.to(device)
+        stops = torch.zeros(max(self._vocabulary or 0, *self._stop) + 1, dtype=torch.bool, device=device)
+        stops[self._stop] = True
         written = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
         lengths = torch.full((len(prompts),), most, device=device)
         rows = torch.arange(len(prompts), device=device)  # which response each row of the batch writes
         writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        takes = signature(bare.forward).parameters
-        keeps = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        cache, drops = roomy_cache(bare), None
+        decoder = (CompiledDecoder if self._compiles() else Decoder)(self._model, prompts, most)
+        logits = decoder.prompts()
         for position in range(most):
-            inputs = {"position_ids": places} if "position_ids" in takes else {}
-            seen = mask[:, : width + position]
-            output = self._model(
-                input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True, **inputs, **keeps
-            )
-            cache = getattr(output, "past_key_values", None)
-            if cache is None:
-                raise ValueError(f"{type(bare).__name__} keeps no key-value cache; rollout generate needs one")
-            tokens = self._sample(output.logits[:, -1, : self._vocabulary], uniforms[rows, position])
+            tokens = self._sample(logits[:, : self._vocabulary], uniforms[rows, position])
             written[rows, position] = tokens
-            ended = writing & torch.isin(tokens, stop)
+            ended = writing & stops[tokens]
             lengths[rows[ended]] = position + 1
             writing &= ~ended
             alive = int(writing.sum())
-            if alive == 0:
+            if alive == 0 or position == most - 1:
                 break
-            places = places[:, -1:] + 1
-            if alive < _ALIVE * len(rows) and drops is not False:
-                drops = can_drop_rows(cache)
-                if drops:
-                    keep = writing.nonzero()[:, 0]
-                    cache.batch_select_indices(keep)
-                    rows, tokens, mask, places, writing = (x[keep] for x in (rows, tokens, mask, places, writing))
-            ids = tokens[:, None]
+            if alive < _ALIVE * len(rows) and len(rows) > 2:
+                keep = writing.sort(descending=True, stable=True).indices[: max(alive, 2)]
+                if decoder.drop(keep):
+                    rows, tokens, writing = rows[keep], tokens[keep], writing[keep]
+            logits = decoder.tokens(tokens)
         return [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+
+    def _compiles(self) -> bool:
+        return current().compiled if self.compiled is None else self.compiled
 
     def _sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         if self.temperature == 0:
@@ -211,10 +201,6 @@ def _writing(model: nn.Module) -> Iterator[None]:
         for module in sharded:
             module.reshard()
             module.set_reshard_after_forward(module is not model, recurse=False)  # the default of fully_shard
-
-
-def _bare(model: Any) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def own_stop_ids(model: Any) -> list[int]:
