@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from fakes import ragged_examples
 
 from understudy.batch import Batch, Example, deal, groups
 
@@ -50,6 +51,25 @@ def test_an_example_without_prompt_or_response_is_refused(prompt, response, part
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one example"):
         Batch.of([], pad=0)
+
+
+@pytest.mark.parametrize("size", [1, 12, 30, 1000])
+def test_pieces_are_the_batches_of_sequences_of_like_length(size):
+    examples = ragged_examples(9, seed=3)
+    batch = Batch.of(examples, pad=0)
+    pieces = batch.pieces(size)
+    for piece, places in pieces:
+        alone = Batch.of(piece.examples, pad=0)
+        for field in ("input_ids", "attention_mask", "predicts", "tokens", "owner", "lengths"):
+            assert torch.equal(getattr(piece, field), getattr(alone, field))
+        assert torch.equal(batch.tokens[places], piece.tokens)
+    assert sorted(torch.cat([places for _, places in pieces]).tolist()) == list(range(len(batch.tokens)))
+    lengths = [len(example) for piece, _ in pieces for example in piece.examples]
+    assert lengths == sorted(map(len, examples))
+    assert all(piece.input_ids.numel() >= size for piece, _ in pieces[:-1])
+    assert all(
+        len(piece.examples[:-1]) * len(piece.examples[-2]) < size for piece, _ in pieces if len(piece.examples) > 1
+    )
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("sequence", 0.45), ("token", 0.525), ("sum", 2.1)])

@@ -7,7 +7,7 @@ from torch import nn
 
 from understudy.batch import Batch
 from understudy.divergences import ForwardKL
-from understudy.scores import Knowledge, score
+from understudy.scores import Knowledge, opinion, score
 from understudy.teachers import TEACHERS
 from understudy.teachers.local import LocalTeacher
 
@@ -45,6 +45,18 @@ def test_its_parameters_are_frozen_and_get_no_gradient():
     score(student, BATCH, lambda scores: ForwardKL().between(said, scores).sum()).backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
     assert all(p.grad is not None for p in student.parameters())
+
+
+def test_reading_in_pieces_says_the_same_in_the_same_order(monkeypatch):
+    teacher, batch = LocalTeacher(tiny("llama").double()), Batch.of(ragged_examples(9, seed=3), pad=0)
+    whole = opinion(teacher.model, batch)
+    calls = []
+    teacher.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr("understudy.teachers.local._PIECE", 20)
+    pieces = teacher.score(batch)
+    assert len(calls) > 2
+    torch.testing.assert_close(pieces.log_probs, whole.log_probs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pieces.chosen, whole.chosen, rtol=0, atol=1e-12)
 
 
 def test_only_hidden_states_are_kept_of_a_forward():

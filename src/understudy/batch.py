@@ -85,6 +85,30 @@ class Batch:
         """The same batch with its tensors on `device`."""
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
+    def pieces(self, size: int) -> list[tuple["Batch", Tensor]]:
+        """The sequences, shortest first, in batches of like length that are no wider than they need to be.
+
+        Each has at least `size` padded tokens, as far as there are any, and comes with the places (n,) that its
+        response tokens have among the N here.
+        """
+        ends = self.lengths.cumsum(0).tolist()
+        runs: list[list[int]] = []
+        for row in sorted(range(len(self.examples)), key=lambda row: len(self.examples[row])):
+            if not runs or len(runs[-1]) * len(self.examples[runs[-1][-1]]) >= size:
+                runs.append([])
+            runs[-1].append(row)
+        pieces = []
+        for rows in runs:
+            examples = tuple(self.examples[row] for row in rows)
+            width = max(map(len, examples))
+            places = [place for row in rows for place in range(ends[row] - len(self.examples[row].response), ends[row])]
+            at = torch.tensor(places, device=self.tokens.device)
+            lengths = self.lengths[rows]
+            owner = torch.arange(len(rows), device=lengths.device).repeat_interleave(lengths)
+            ids, mask, predicts = (x[rows, :width] for x in (self.input_ids, self.attention_mask, self.predicts))
+            pieces.append((Batch(ids, mask, predicts, self.tokens[at], owner, lengths, examples), at))
+        return pieces
+
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sum token values (N,) into sequence values (B,)."""
         return values.new_zeros(len(self.examples)).index_add(0, self.owner, values)
