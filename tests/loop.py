@@ -74,6 +74,25 @@ def trainer(
     )
 
 
+def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) -> list[DistillationTrainer]:
+    """The same three steps in float64 twice: with all of a step's examples at once, and in four parts."""
+    trained = []
+    for size, parts in ((8, 1), (2, 4)):
+        made = trainer(
+            folder,
+            method(**options),
+            model=student().double(),
+            judge=LocalTeacher(tiny("llama", width=24, seed=2).double()),
+            examples=ragged_examples(24),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            max_steps=3,
+        )
+        made.train()
+        trained.append(made)
+    return trained
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 

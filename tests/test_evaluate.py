@@ -77,7 +77,10 @@ def test_metrics_are_measured_over_the_rows_that_have_references():
 
 @pytest.mark.parametrize(
     ("metric", "sentence"),
-    [("blue", 'no metric "blue"; did you mean "bleu"'), ("bleu", "no row of rows has one: name the column")],
+    [
+        ("blue", 'no metric "blue"; did you mean "bleu"'),
+        ("bleu", "no row of rows has a reference for bleu: name the column"),
+    ],
 )
 def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(metric, sentence):
     nobody = Parrot()  # would raise, because it has no answer

@@ -130,6 +130,13 @@ def test_answers_of_something_else_are_refused(change, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_folder_is_no_file_for_answers(tmp_path):
+    (tmp_path / "judged").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder: name a file for the answers, such as .*/answers\.jsonl"):
+        write(tmp_path / "judged")
+    assert [path.name for path in tmp_path.iterdir()] == ["judged"]
+
+
 def test_right_and_wrong_follow_the_references_of_today(tmp_path):
     path = tmp_path / "answers.jsonl"
     first = write(path).answers[0]
@@ -190,14 +197,14 @@ import test_writing as w
 
 class Portions(w.Portions):
     def generate(self, prompts, step):
-        time.sleep(0.05)
+        time.sleep(0.2)
         return super().generate(prompts, step)
 
 w.write(Path(sys.argv[1]), Portions(batch_size=2))
 """
 
 
-def test_a_killed_evaluation_goes_on(tmp_path):
+def test_a_killed_evaluation_goes_on_and_nobody_else_adds_to_its_file_while_it_lives(tmp_path):
     path = tmp_path / "answers.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(Path(understudy.__file__).parents[1])}
     killed = subprocess.Popen([sys.executable, "-c", SLOWLY, str(path), str(Path(__file__).parent)], env=environment)
@@ -205,6 +212,8 @@ def test_a_killed_evaluation_goes_on(tmp_path):
         if path.exists() and path.stat().st_size > 1000:
             break
         time.sleep(0.05)
+    with pytest.raises(ValueError, match=r"another process is writing answers to .*answers\.jsonl: let it end, or"):
+        write(path)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     found = len(path.read_bytes().splitlines())

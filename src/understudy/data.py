@@ -164,7 +164,7 @@ def examples_from_rows(
             raise DataError(f"{source} holds no rows")
         count = len(cutter.skipped)
         raise DataError(f"{source} holds no usable row: {count} skipped, the first because {cutter.skipped[0]}")
-    cutter.report(len(made), source)
+    cutter.report(len(made), source, _remedy(max_length, max_prompt_length, reserve))
     return Examples(
         examples=[replace(example, row=index) for index, (example, _) in enumerate(made)],
         rows=[row for _, row in made],
@@ -181,9 +181,17 @@ def _prompt_room(max_length: int, max_prompt_length: int | None, reserve: int) -
     if reserve < 1 or room < 1 or room + reserve > max_length:
         prompt = "a prompt" if max_prompt_length is None else f"a prompt of max_prompt_length {max_prompt_length}"
         raise DataError(
-            f"max_length {max_length} has no room for {prompt} and {reserve} tokens of response; raise max_length"
+            f"max_length {max_length} has no room for {prompt} and {reserve} tokens of response; raise max_length, or "
+            "lower what has to fit into it"
         )
     return room
+
+
+def _remedy(max_length: int, max_prompt_length: int | None, reserve: int) -> str:
+    """What gives prompts more room than `_prompt_room` found."""
+    if max_prompt_length is not None:
+        return f"raise max_prompt_length ({max_prompt_length})"
+    return f"raise max_length ({max_length})" + (f" or lower max_new_tokens ({reserve})" if reserve > 1 else "")
 
 
 def _read(
@@ -317,16 +325,16 @@ class _Cutter:
             text = texts[len(windows) + index]
             yield Example(prompt, response, truncated=truncated), Row(where, texts[index], (text,), text)
 
-    def report(self, count: int, source: str) -> None:
+    def report(self, count: int, source: str, remedy: str) -> None:
         if self.cut_prompts:
             logger.warning(
-                "%d of %d prompts of %s are longer than %d tokens and lost their beginning; "
-                "raise max_length or max_prompt_length",
-                *(self.cut_prompts, count, source, self.max_prompt_length),
+                "%d of %d prompts of %s are longer than %d tokens and lost their beginning; %s",
+                *(self.cut_prompts, count, source, self.max_prompt_length, remedy),
             )
         if self.cut_responses:
             logger.warning(
-                "%d of %d responses of %s reach beyond max_length %d and lost their end; raise max_length",
+                "%d of %d responses of %s reach beyond max_length %d and lose their end in training; raise max_length "
+                "(references stay whole)",
                 *(self.cut_responses, count, source, self.max_length),
             )
         if self.skipped:

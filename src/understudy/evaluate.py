@@ -141,8 +141,8 @@ def _check(
     plain = [name for name in metrics if name not in among]
     if plain and not any(row.references for row in examples.rows):
         raise ValueError(
-            f"{', '.join(plain)} compare with references, and no row of {examples.source} has one: name the column "
-            "that holds them, such as completion=de"
+            f"no row of {examples.source} has a reference for {' and '.join(plain)}: name the column that holds them, "
+            "such as completion=de"
         )
     if among and len(seeds) < 2:
         raise ValueError(f"{among[0]} compares the answers to a prompt with each other: give several seeds")

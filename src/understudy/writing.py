@@ -2,18 +2,20 @@
 
 The one idea: an answer is a function of model, sampling, seed and prompt, so a line that names them stands for it. A
 file of answers is only ever added to, a batch at a time in one write; what is there already is not written again, and
-a line that belongs to something else is refused.
+a line that belongs to something else is refused, and so is a second process that would write what the first one writes.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .batch import Author, Example
 from .data import Examples
@@ -85,7 +87,8 @@ def write_answers(
         made: told how many more answers there are, those found in the file first.
 
     Raises:
-        ValueError: for a rollout that gives several responses a prompt, and for a file with answers of something else.
+        ValueError: for a rollout that gives several responses a prompt, for a file with answers of something else, and
+            for one that another process is adding to.
     """
     if getattr(rollout, "responses", 1) != 1:
         raise ValueError(
@@ -94,32 +97,22 @@ def write_answers(
     rollout.follow(model, tokenizer, author)
     prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
     book = _Book(path, {} if path is None else identity(model, rollout, author), examples.rows, judge)
-    book.take_up(seeds, [replace(prompt, author=author) for prompt in prompts])
-    made(len(book.answers))
     tokens, seconds = 0, 0.0
-    for seed in seeds:
-        missing = [prompt for prompt in prompts if (seed, prompt.row) not in book.answers]
-        missing.sort(key=lambda prompt: len(prompt.prompt), reverse=True)
-        while missing:
-            count = _set_batch(rollout, pace, len(missing))
-            start = time.perf_counter()
-            try:
-                written = rollout.generate(missing[:count], Step(0, seed))
-            except torch.OutOfMemoryError:
-                if pace is None or pace.size == 1:
-                    raise
-                if torch.accelerator.is_available():
-                    torch.accelerator.empty_cache()
-                pace.shrink()
-                continue
-            took, length = time.perf_counter() - start, sum(len(example.response) for example in written)
-            tokens, seconds = tokens + length, seconds + took
-            if pace is not None:
-                pace.note(len(written), length, took)
-            texts = tokenizer.batch_decode([example.response for example in written], skip_special_tokens=True)
-            book.keep(seed, written, texts)
-            made(len(written))
-            del missing[:count]
+    with _alone(path):
+        book.take_up(seeds, [replace(prompt, author=author) for prompt in prompts])
+        made(len(book.answers))
+        for seed in seeds:
+            missing = [prompt for prompt in prompts if (seed, prompt.row) not in book.answers]
+            missing.sort(key=lambda prompt: len(prompt.prompt), reverse=True)
+            while missing:
+                start = time.perf_counter()
+                written = _first(missing, rollout, pace, Step(0, seed))
+                tokens += sum(len(example.response) for example in written)
+                seconds += time.perf_counter() - start
+                texts = tokenizer.batch_decode([example.response for example in written], skip_special_tokens=True)
+                book.keep(seed, written, texts)
+                made(len(written))
+                del missing[: len(written)]
     return Written([book.answers[seed, e.row] for seed in seeds for e in prompts], tokens, seconds)
 
 
@@ -139,6 +132,25 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def _first(prompts: Sequence[Example], rollout: Rollout, pace: Pace | None, step: Step) -> list[Example]:
+    """Answers to the first of `prompts`, to as many as the pace says and memory holds."""
+    while True:
+        count = _set_batch(rollout, pace, len(prompts))
+        start = time.perf_counter()
+        try:
+            written = rollout.generate(prompts[:count], step)
+        except torch.OutOfMemoryError:
+            if pace is None or pace.size == 1:
+                raise
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            pace.shrink()
+            continue
+        if pace is not None:
+            pace.note(len(written), sum(len(example.response) for example in written), time.perf_counter() - start)
+        return written
+
+
 def _set_batch(rollout: Rollout, pace: Pace | None, missing: int) -> int:
     """How many prompts to hand over next. A rollout that has no batch size of its own gets all, but for a pace."""
     if pace is None:
@@ -146,6 +158,26 @@ def _set_batch(rollout: Rollout, pace: Pace | None, missing: int) -> int:
     if hasattr(rollout, "batch_size"):
         rollout.batch_size = pace.size  # type: ignore[attr-defined]
     return pace.size
+
+
+@contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """Keep every other process from adding to the file; the lock of a process that was killed is free again."""
+    if path is None:
+        yield
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file for the answers, such as {path / 'answers.jsonl'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process is writing answers to {path}: let it end, or give another file") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Book:
@@ -170,7 +202,6 @@ class _Book:
         """Remember what the file has for these seeds and prompts; an earlier evaluation may have asked for more."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         remedy = "give another file for the answers, or delete this one to have them written anew"
         for number, text in enumerate(_whole_lines(self.path), 1):
             try:
