@@ -3,29 +3,35 @@
 What every rollout promises is tested in contracts/.
 """
 
+import gc
 import threading
 import warnings
 from types import MethodType
 
 import pytest
 import torch
+import transformers
 from fakes import VOCABULARY, ragged_examples, tiny, words
+from packaging.version import Version
 from test_rollouts import MODELS
 from transformers import (
     ContinuousBatchingConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager, RequestState
 
 from understudy.batch import Example
-from understudy.rollouts.continuous import ContinuousRollout
+from understudy.rollouts.continuous import NEEDS, ContinuousRollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(NEEDS), reason=f"continuous batching needs transformers {NEEDS}"
+)
 PROMPTS = ragged_examples(5, seed=1, responses=False)
 STOP = [2, *range(5, 9)]
 SETTINGS = {"max_new_tokens": 12, "stop_ids": STOP, "batch_size": 3}
@@ -37,6 +43,14 @@ def rollout(model, **fields):
 
 def as_generate_does(model, **fields):
     return GenerateRollout(**{**SETTINGS, **fields}).follow(model, words()).generate(PROMPTS, Step(3))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rubbish_is_looked_for_among_few():
+    """transformers collects garbage several times a call, which takes longer than the tiny models do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +67,7 @@ def test_sampled_tokens_are_those_of_generate(name):
     written = rollout(model, **fields).generate(PROMPTS, Step(3))
     assert written == as_generate_does(model, **fields)
     if name != "opt":  # which writes one token for ever
-        assert len({len(example.response) for example in written}) > 2
+        assert len({len(example.response) for example in written}) > 1, "the test must see rows come and go"
 
 
 def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
@@ -167,10 +181,11 @@ def test_an_interruption_stops_the_thread_and_leaves_the_model_as_it_was(error, 
         assert self.is_running()
         raise error
 
-    monkeypatch.setattr(writer, "_tried", True)
-    with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(ContinuousBatchingManager, "get_result", interrupted)
+    writer.generate(PROMPTS, Step(0))
+    monkeypatch.setattr(ContinuousBatchingManager, "get_result", interrupted)
+    with pytest.raises(error):
         writer.generate(PROMPTS, Step(0))
+    monkeypatch.undo()
     assert threading.active_count() == 1
     assert model.training
     assert model.config._attn_implementation == "eager"
@@ -194,9 +209,12 @@ def test_what_fails_in_the_thread_is_raised_here(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_cache_that_does_not_fit_says_what_to_lower():
-    with pytest.raises(ValueError, match=r"lower rollout\.continuous\.batch_size or max_new_tokens"):
-        rollout(tiny("llama"), batch_size=10**9, responses=10**6, max_new_tokens=1).generate(PROMPTS[:1], Step(0))
+def test_a_cache_that_does_not_fit_says_what_to_lower(monkeypatch):
+    monkeypatch.setattr(
+        ContinuousRollout, "_room", lambda *_: ContinuousBatchingConfig(num_blocks=10**9, max_batch_tokens=64)
+    )
+    with pytest.raises(ValueError, match=r"^the cache for 3 rows .*: lower rollout\.continuous\.batch_size or max_new"):
+        rollout(tiny("llama")).generate(PROMPTS, Step(0))
 
 
 class Forgetful(LlamaForCausalLM):
@@ -219,17 +237,18 @@ def mamba():
     return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, eos_token_id=2))
 
 
-def linear():
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 2}
-    kinds = ["linear_attention", "full_attention"]
-    return Qwen3NextForCausalLM(Qwen3NextConfig(vocab_size=VOCABULARY, **shape, layer_types=kinds, eos_token_id=2))
+def convolving():
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kinds = ["conv", "full_attention"]
+    config = Lfm2Config(vocab_size=VOCABULARY, **shape, num_key_value_heads=1, layer_types=kinds, eos_token_id=2)
+    return Lfm2ForCausalLM(config)
 
 
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (mamba, "its attention cannot be exchanged for a paged one"),
-        (linear, "there is no paged cache for layers of linear_attention|cannot be exchanged"),
+        (convolving, "there is no paged cache for layers of conv"),
         (lambda: tiny("gemma2"), "paged attention leaves out its soft-cap"),
         (lambda: Forgetful(tiny("llama").config), "its logits would be .* of their spread off"),
         (lambda: Failing(tiny("llama").config), "it fails with “no cache, please”"),
@@ -238,6 +257,14 @@ def linear():
 def test_a_model_that_cannot_be_served_is_refused_with_a_remedy(make, why):
     with pytest.raises(ValueError, match=f"^continuous batching cannot write for .*: ({why}); use rollout generate$"):
         rollout(make()).generate(PROMPTS, Step(0))
+
+
+def test_an_older_transformers_is_refused_with_a_remedy(monkeypatch):
+    monkeypatch.setattr("understudy.rollouts.continuous.transformers_version", "5.22.9")
+    with pytest.raises(
+        ValueError, match=r"needs transformers 5\.23 or later, and this is 5\.22\.9; use rollout generate"
+    ):
+        rollout(tiny("llama"))
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():

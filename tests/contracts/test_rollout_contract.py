@@ -1,16 +1,18 @@
 """What every rollout promises, whatever writes; one test body, run over all of them, the fakes included."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words
-
+from packaging.version import Version
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
 from understudy.answers import KeptAnswers
 from understudy.batch import Example
-from understudy.rollouts.continuous import ContinuousRollout
+from understudy.rollouts.continuous import NEEDS, ContinuousRollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 
@@ -18,11 +20,13 @@ STOP, LONGEST = 2, 6
 
 
 def generate(**fields):
-    return GenerateRollout(max_new_tokens=LONGEST, batch_size=3, **fields)
+    return GenerateRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
 
 
 def continuous(**fields):
-    return ContinuousRollout(max_new_tokens=LONGEST, batch_size=3, **fields)
+    if Version(transformers.__version__) < Version(NEEDS):
+        pytest.skip(f"continuous batching needs transformers {NEEDS}")
+    return ContinuousRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
 
 
 MAKE = {
@@ -39,7 +43,7 @@ SEVERAL = {
     "generate": lambda: generate(responses=3),
     "continuous": lambda: continuous(responses=3),
 }
-SAMPLED = {"generate": GenerateRollout, "continuous": ContinuousRollout}
+SAMPLED = {"generate": generate, "continuous": continuous}
 
 
 def likely_to_stop():
@@ -48,6 +52,14 @@ def likely_to_stop():
     with torch.no_grad():
         model.lm_head.bias[STOP] = 2.5
     return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rubbish_is_looked_for_among_few():
+    """Continuous batching collects garbage several times a call, which takes longer than the tiny models do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=MAKE)
@@ -185,4 +197,5 @@ def test_exactly_what_top_k_and_top_p_leave_is_drawn(name, top_k, top_p):
     drawn = {example.response[0] for example in written}
     assert drawn <= set(tokens[:kept])
     assert drawn >= set(tokens[:surely])
-    assert 1 < surely and kept < VOCABULARY
+    assert surely > 1, "the test must see something"
+    assert kept < VOCABULARY

@@ -1,4 +1,4 @@
-"""Responses written by transformers' continuous batching: a paged key-value cache, rows that come and go at every token.
+"""Responses written by transformers' continuous batching: a paged key-value cache, rows that come and go at any token.
 
 The one idea: transformers schedules and runs the model, and this rollout draws the tokens. It stands in the place of a
 logits processor, where every row is known by its request and its position, and leaves one token to choose. So what is
@@ -17,9 +17,11 @@ from math import ceil, lcm
 from typing import Any, ClassVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers import __version__ as transformers_version
 from transformers.generation.continuous_batching import cb_logits_processors as processors
 
 from ..batch import Author, Example
@@ -27,6 +29,7 @@ from ..rollout import Rollout
 from ..step import Step
 from .generate import GenerateRollout, _bare, _ids, _writing, inverse_cdf, own_stop_ids, restrict
 
+NEEDS = "5.23"  # of transformers, the first whose logits processors are known to work as this one does
 _SERVED = {"full_attention", "sliding_attention"}  # the kinds of layers that have a paged cache
 _FORWARD = 1024  # tokens of prompts that are read in one forward, beside a token for each row
 _AGREE = 0.05  # how far logits may be from the model's own, as a share of their spread; bfloat16 needs a hundredth
@@ -91,10 +94,16 @@ class ContinuousRollout(Rollout):
         if not wanted:
             return []
         GenerateRollout._check_window(self, max(len(prompt.prompt) for prompt in wanted))  # type: ignore[arg-type]
-        with _writing(self._model), _undisturbed(self._model):
-            if not self._tried:
-                self._try([wanted[0].prompt, wanted[-1].prompt])
-            responses = self._write([prompt.prompt for prompt in wanted], self._sampler(torch.stack(streams)))
+        try:
+            with _writing(self._model), _undisturbed(self._model):
+                if not self._tried:
+                    self._try([wanted[0].prompt, wanted[-1].prompt])
+                responses = self._write([prompt.prompt for prompt in wanted], self._sampler(torch.stack(streams)))
+        except MemoryError as error:  # transformers' own reckoning, before anything is taken
+            raise ValueError(
+                f"the cache for {self.batch_size} rows does not fit into memory: lower "
+                "rollout.continuous.batch_size or max_new_tokens"
+            ) from error
         return [
             replace(prompt, response=response, author=self._author, truncated=response[-1] not in self._stop)
             for prompt, response in zip(wanted, responses, strict=True)
@@ -130,11 +139,6 @@ class ContinuousRollout(Rollout):
             manager.destroy()
         if len(written) < len(prompts):
             error = manager.background_thread_status.fatal_error
-            if isinstance(error, MemoryError):  # transformers' own reckoning, before anything is taken
-                raise ValueError(
-                    f"the cache for {self.batch_size} rows does not fit into memory: lower "
-                    "rollout.continuous.batch_size or max_new_tokens"
-                ) from error
             raise error or RuntimeError("continuous batching stopped half-way")
         return [written[str(request)] for request in range(len(prompts))]
 
@@ -203,7 +207,7 @@ class _Sampler(processors.ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        """(S,) places. A request's position counts its prompt and what it wrote, also if it was put off and read anew."""
+        """(S,) places; a position counts prompt and response, also of a request that was put off and read anew."""
         states = [request.state for request in requests_with_new_token]
         return torch.tensor([self.starts[s.request_id] + s.position_offset for s in states], dtype=torch.int32)
 
@@ -229,6 +233,8 @@ def _layers(bare: Any) -> list[str]:
 
 
 def _check_served(bare: Any) -> None:
+    if Version(transformers_version) < Version(NEEDS):
+        raise _refusal(bare, f"that needs transformers {NEEDS} or later, and this is {transformers_version}")
     if not getattr(bare, "_supports_attention_backend", False):
         raise _refusal(bare, "its attention cannot be exchanged for a paged one")
     if other := sorted(set(_layers(bare)) - _SERVED):
