@@ -5,14 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words
-from packaging.version import Version
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
 from understudy.answers import KeptAnswers
 from understudy.batch import Example
-from understudy.rollouts.continuous import NEEDS, ContinuousRollout
+from understudy.rollouts.continuous import ContinuousRollout, new_enough
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 
@@ -24,8 +22,8 @@ def generate(**fields):
 
 
 def continuous(**fields):
-    if Version(transformers.__version__) < Version(NEEDS):
-        pytest.skip(f"continuous batching needs transformers {NEEDS}")
+    if not new_enough():
+        pytest.skip("this transformers is too old for continuous batching")
     return ContinuousRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
 
 

@@ -17,7 +17,6 @@ from math import ceil, lcm
 from typing import Any, ClassVar
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
@@ -29,7 +28,7 @@ from ..rollout import Rollout
 from ..step import Step
 from .generate import GenerateRollout, _bare, _ids, _writing, inverse_cdf, own_stop_ids, restrict
 
-NEEDS = "5.23"  # of transformers, the first whose logits processors are known to work as this one does
+NEEDS = (5, 23)  # of transformers, the first whose logits processors are known to work as this one does
 _SERVED = {"full_attention", "sliding_attention"}  # the kinds of layers that have a paged cache
 _FORWARD = 1024  # tokens of prompts that are read in one forward, beside a token for each row
 _AGREE = 0.05  # how far logits may be from the model's own, as a share of their spread; bfloat16 needs a hundredth
@@ -232,9 +231,14 @@ def _layers(bare: Any) -> list[str]:
     return getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
 
 
+def new_enough() -> bool:
+    return tuple(map(int, transformers_version.split(".")[:2])) >= NEEDS
+
+
 def _check_served(bare: Any) -> None:
-    if Version(transformers_version) < Version(NEEDS):
-        raise _refusal(bare, f"that needs transformers {NEEDS} or later, and this is {transformers_version}")
+    if not new_enough():
+        needs = ".".join(map(str, NEEDS))
+        raise _refusal(bare, f"that needs transformers {needs} or later, and this is {transformers_version}")
     if not getattr(bare, "_supports_attention_backend", False):
         raise _refusal(bare, "its attention cannot be exchanged for a paged one")
     if other := sorted(set(_layers(bare)) - _SERVED):
