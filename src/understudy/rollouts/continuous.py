@@ -94,7 +94,7 @@ class ContinuousRollout(Rollout):
             return []
         GenerateRollout._check_window(self, max(len(prompt.prompt) for prompt in wanted))  # type: ignore[arg-type]
         try:
-            with _writing(self._model), _undisturbed(self._model):
+            with _undisturbed(self._model), _writing(self._model):
                 if not self._tried:
                     self._try([wanted[0].prompt, wanted[-1].prompt])
                 responses = self._write([prompt.prompt for prompt in wanted], self._sampler(torch.stack(streams)))
