@@ -1,12 +1,16 @@
 """What every rollout promises, whatever writes; one test body, run over all of them, the fakes included."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
-from fakes import ScriptedRollout, ragged_examples, tiny, words
+from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
 from understudy.answers import KeptAnswers
+from understudy.batch import Example
+from understudy.rollouts.continuous import ContinuousRollout, new_enough
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 
@@ -14,7 +18,13 @@ STOP, LONGEST = 2, 6
 
 
 def generate(**fields):
-    return GenerateRollout(max_new_tokens=LONGEST, batch_size=3, **fields)
+    return GenerateRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
+
+
+def continuous(**fields):
+    if not new_enough():
+        pytest.skip("this transformers is too old for continuous batching")
+    return ContinuousRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
 
 
 MAKE = {
@@ -22,9 +32,16 @@ MAKE = {
     "generate": lambda folder: generate(),
     "generate, greedy": lambda folder: generate(temperature=0),
     "generate, restricted": lambda folder: generate(temperature=0.7, top_k=20, top_p=0.9),
+    "continuous": lambda folder: continuous(),
+    "continuous, restricted": lambda folder: continuous(temperature=0.7, top_k=20, top_p=0.9),
     "kept answers": lambda folder: KeptAnswers(generate(), folder / "answers.jsonl"),
 }
-SEVERAL = {"scripted": lambda: ScriptedRollout(LONGEST, responses=3), "generate": lambda: generate(responses=3)}
+SEVERAL = {
+    "scripted": lambda: ScriptedRollout(LONGEST, responses=3),
+    "generate": lambda: generate(responses=3),
+    "continuous": lambda: continuous(responses=3),
+}
+SAMPLED = {"generate": generate, "continuous": continuous}
 
 
 def likely_to_stop():
@@ -33,6 +50,14 @@ def likely_to_stop():
     with torch.no_grad():
         model.lm_head.bias[STOP] = 2.5
     return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rubbish_is_looked_for_among_few():
+    """Continuous batching collects garbage several times a call, which takes longer than the tiny models do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=MAKE)
@@ -101,7 +126,7 @@ def test_several_responses_to_a_prompt_are_consecutive_and_different(name):
     assert sum(len({tuple(e.response) for e in written[i : i + 3]}) > 1 for i in range(0, 36, 3)) > 9
 
 
-@pytest.mark.parametrize("name", ["scripted", "generate"])
+@pytest.mark.parametrize("name", ["scripted", "generate", "continuous"])
 def test_another_step_seed_or_author_draws_something_else(name, tmp_path):
     rollout = MAKE[name](tmp_path).follow(likely_to_stop(), words())
     draws = [rollout.generate(PROMPTS, step) for step in (Step(0, 0), Step(1, 0), Step(0, 1))]
@@ -109,3 +134,66 @@ def test_another_step_seed_or_author_draws_something_else(name, tmp_path):
     assert {e.author for e in draws[0]} == {"student"}
     assert {e.author for e in draws[-1]} == {"teacher"}
     assert len({str([e.response for e in written]) for written in draws}) == len(draws)
+
+
+def gemma3():
+    """Two layers, one that sees the whole text and one with a window of four tokens."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    kinds = ["sliding_attention", "full_attention"]
+    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=VOCABULARY, **shape, **heads, layer_types=kinds))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_greedy_is_what_the_model_s_own_generate_writes(name, kind):
+    model = gemma3() if kind == "gemma3" else tiny(kind)
+    stop = [2, *range(5, 12)]
+    greedy = SAMPLED[name](max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4).follow(model, words())
+    own = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    written = greedy.generate(PROMPTS, Step(0))
+    for example in written:
+        ids = torch.tensor([example.prompt])
+        expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=own)
+        assert example.response == expected[0, len(example.prompt) :].tolist()
+    assert len({len(example.response) for example in written}) > 1, "the test must see rows finish at different times"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_tokens_follow_the_model_s_distribution(name, temperature):
+    """Chi-square of 2000 first tokens: many streams, one prompt."""
+    model, prompt, count = tiny("llama"), [4, 7], 2000
+    fields = {"max_new_tokens": 1, "batch_size": 1000, "responses": count, "temperature": temperature}
+    written = SAMPLED[name](**fields).follow(model, words()).generate([Example(prompt, [])], Step(0))
+    probs = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).detach()
+    seen = torch.bincount(torch.tensor([example.response[0] for example in written]), minlength=VOCABULARY)
+    likely = probs * count >= 5
+    observed = torch.cat([seen[likely], seen[~likely].sum()[None]])
+    expected = torch.cat([probs[likely], probs[~likely].sum()[None]]) * count
+    degrees = len(expected) - 1
+    assert float(((observed - expected) ** 2 / expected).sum()) < degrees + 3.3 * (2 * degrees) ** 0.5 + 4
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(6, 1.0), (0, 0.6), (12, 0.7)])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_exactly_what_top_k_and_top_p_leave_is_drawn(name, top_k, top_p):
+    """In 400 draws everything that is allowed comes out, if it is likely enough to, and nothing else."""
+    model, prompt, count = tiny("llama"), [4, 7], 400
+    fields = {"max_new_tokens": 1, "batch_size": 400, "responses": count, "top_k": top_k, "top_p": top_p}
+    written = SAMPLED[name](**fields).follow(model, words()).generate([Example(prompt, [])], Step(0))
+    ranked = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).sort(descending=True)
+    probs, tokens = ranked.values[: top_k or None], ranked.indices[: top_k or None].tolist()
+    probs = probs / probs.sum()
+    kept = int((probs.cumsum(-1) - probs < top_p).sum())
+    surely = int((probs[:kept] * count > 12).sum())  # missed with probability e⁻¹²
+    drawn = {example.response[0] for example in written}
+    assert drawn <= set(tokens[:kept])
+    assert drawn >= set(tokens[:surely])
+    assert surely > 1, "the test must see something"
+    assert kept < VOCABULARY

@@ -1,0 +1,292 @@
+"""Continuous batching beside `generate`: the same tokens, whatever transformers schedules; and what it cannot serve.
+
+What every rollout promises is tested in contracts/.
+"""
+
+import gc
+import threading
+import warnings
+from types import MethodType
+
+import pytest
+import torch
+from fakes import VOCABULARY, ragged_examples, tiny, words
+from test_rollouts import MODELS
+from transformers import (
+    ContinuousBatchingConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+from transformers.generation.continuous_batching import ContinuousBatchingManager, RequestState
+
+from understudy.batch import Example
+from understudy.rollouts.continuous import ContinuousRollout, new_enough
+from understudy.rollouts.generate import GenerateRollout
+from understudy.step import Step
+
+pytestmark = pytest.mark.skipif(not new_enough(), reason="this transformers is too old for continuous batching")
+PROMPTS = ragged_examples(5, seed=1, responses=False)
+STOP = [2, *range(5, 9)]
+SETTINGS = {"max_new_tokens": 12, "stop_ids": STOP, "batch_size": 3}
+
+
+def rollout(model, **fields):
+    return ContinuousRollout(**{**SETTINGS, **fields}).follow(model, words())
+
+
+def as_generate_does(model, **fields):
+    return GenerateRollout(**{**SETTINGS, **fields}).follow(model, words()).generate(PROMPTS, Step(3))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rubbish_is_looked_for_among_few():
+    """transformers collects garbage several times a call, which takes longer than the tiny models do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    yield
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "gemma2" not in name])
+def test_sampled_tokens_are_those_of_generate(name):
+    """More rows than the cache has room for, so that rows come and go; the same streams, another engine."""
+    model = MODELS[name]()
+    fields = {"responses": 2, "temperature": 0.9, "top_p": 0.95}
+    written = rollout(model, **fields).generate(PROMPTS, Step(3))
+    assert written == as_generate_does(model, **fields)
+    if name != "opt":  # which writes one token for ever
+        assert len({len(example.response) for example in written}) > 1, "the test must see rows come and go"
+
+
+def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
+    """A cache of six pages of four tokens for three rows: transformers frees a row's pages and reads it anew."""
+    model, put_off = tiny("llama"), []
+    expected = as_generate_does(model, stop_ids=[2])
+
+    def room(self, prompts, most):
+        return ContinuousBatchingConfig(
+            page_size=4, num_blocks=6, max_batch_tokens=16, allow_block_sharing=False, safety_margin=0.0
+        )
+
+    def noticed(state, plain=RequestState.create_equivalent_initial_request):
+        put_off.append(state.request_id)
+        return plain(state)
+
+    monkeypatch.setattr(ContinuousRollout, "_room", room)
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", noticed)
+    assert rollout(model, stop_ids=[2]).generate(PROMPTS, Step(3)) == expected
+    assert put_off
+
+
+def test_prompts_that_are_read_in_parts_are_the_same(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr("understudy.rollouts.continuous._FORWARD", 4)
+    assert rollout(model).generate(PROMPTS, Step(3)) == as_generate_does(model)
+
+
+def test_one_row_at_a_time_fits_where_two_kinds_of_layers_share_the_cache():
+    model = MODELS["gemma3 with a sliding window"]()
+    assert rollout(model, batch_size=1).generate(PROMPTS, Step(3)) == as_generate_does(model)
+
+
+def test_a_padded_vocabulary_is_cut():
+    model = tiny("llama", vocabulary=VOCABULARY + 11)
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] = model.lm_head.weight[:11] * 3
+    written = rollout(model, responses=4).generate(PROMPTS, Step(3))
+    assert max(token for example in written for token in example.response) < VOCABULARY
+    assert written == as_generate_does(model, responses=4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_model_is_given_back_as_it_was(attention):
+    model = tiny("llama")
+    model.set_attn_implementation(attention)
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    rollout(model).generate(PROMPTS, Step(0))
+    assert torch.equal(torch.rand(3), expected)
+    assert model.config._attn_implementation == attention
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_does_not_write():
+    model = tiny("gpt2")
+    model.config.attn_pdrop = 0.9
+    expected = as_generate_does(model)
+    assert rollout(model.train()).generate(PROMPTS, Step(3)) == expected
+
+
+def test_adapters_write():
+    model = tiny("llama+lora")
+    plain = rollout(model).generate(PROMPTS, Step(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-9)
+    assert rollout(model).generate(PROMPTS, Step(0)) != plain
+
+
+def test_the_weights_of_the_moment_write():
+    model = tiny("llama")
+    writer = rollout(model)
+    before = writer.generate(PROMPTS, Step(0))
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert writer.generate(PROMPTS, Step(0)) != before
+
+
+def test_autocast_that_accelerate_lays_over_the_model_is_lifted_off_and_comes_back():
+    model = tiny("llama")
+    expected = rollout(model).generate(PROMPTS, Step(0))
+    half = MethodType(torch.autocast("cpu", dtype=torch.bfloat16)(LlamaForCausalLM.forward), model)
+    model.forward = half
+    assert rollout(model).generate(PROMPTS, Step(0)) == expected
+    assert model.forward is half
+
+
+def test_nothing_is_printed_or_logged(capfd, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout(tiny("llama")).generate(PROMPTS, Step(0))
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err, caplog.text) == ("", "", "")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_stops_the_thread_and_leaves_the_model_as_it_was(error, monkeypatch):
+    model = tiny("llama").train()
+    model.set_attn_implementation("eager")
+    writer = rollout(model)
+
+    def interrupted(self, **_):
+        assert self.is_running()
+        raise error
+
+    writer.generate(PROMPTS, Step(0))
+    monkeypatch.setattr(ContinuousBatchingManager, "get_result", interrupted)
+    with pytest.raises(error):
+        writer.generate(PROMPTS, Step(0))
+    monkeypatch.undo()
+    assert threading.active_count() == 1
+    assert model.training
+    assert model.config._attn_implementation == "eager"
+    assert writer.generate(PROMPTS, Step(0))
+
+
+def test_what_fails_in_the_thread_is_raised_here(monkeypatch, capfd):
+    model = tiny("llama")
+    writer = rollout(model)
+    writer.generate(PROMPTS, Step(0))
+    before = model.model.forward
+
+    def failing(*_, **__):
+        raise RuntimeError("the card is on fire")
+
+    model.model.forward = failing
+    with pytest.raises(RuntimeError, match="the card is on fire"):
+        writer.generate(PROMPTS, Step(0))
+    model.model.forward = before
+    assert writer.generate(PROMPTS, Step(0))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cache_that_does_not_fit_says_what_to_lower(monkeypatch):
+    monkeypatch.setattr(
+        ContinuousRollout, "_room", lambda *_: ContinuousBatchingConfig(num_blocks=10**9, max_batch_tokens=64)
+    )
+    with pytest.raises(ValueError, match=r"^the cache for 3 rows .*: lower rollout\.continuous\.batch_size or max_new"):
+        rollout(tiny("llama")).generate(PROMPTS, Step(0))
+
+
+class Forgetful(LlamaForCausalLM):
+    """Its logits are others with a paged cache."""
+
+    def forward(self, *args, cache=None, **kwargs):
+        paged = {} if cache is None else {"cache": cache}
+        output = super().forward(*args, **paged, **kwargs)
+        if paged:
+            output.logits = output.logits.roll(1, -1)
+        return output
+
+
+class Failing(LlamaForCausalLM):
+    def forward(self, *args, cache=None, **kwargs):
+        raise TypeError("no cache, please")
+
+
+def mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, eos_token_id=2))
+
+
+def convolving():
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kinds = ["conv", "full_attention"]
+    config = Lfm2Config(vocab_size=VOCABULARY, **shape, num_key_value_heads=1, layer_types=kinds, eos_token_id=2)
+    return Lfm2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (mamba, "its attention cannot be exchanged for a paged one"),
+        (convolving, "there is no paged cache for layers of conv"),
+        (lambda: tiny("gemma2"), "paged attention leaves out its soft-cap"),
+        (lambda: Forgetful(tiny("llama").config), "its logits would be .* of their spread off"),
+        (lambda: Failing(tiny("llama").config), "it fails with “no cache, please”"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_with_a_remedy(make, why):
+    with pytest.raises(ValueError, match=f"^continuous batching cannot write for .*: ({why}); use rollout generate$"):
+        rollout(make()).generate(PROMPTS, Step(0))
+
+
+def test_an_older_transformers_is_refused_with_a_remedy(monkeypatch):
+    monkeypatch.setattr("understudy.rollouts.continuous.transformers_version", "5.22.9")
+    with pytest.raises(ValueError, match=r"needs transformers 5\.23 or later, and this is 5\.22\.9; use"):
+        rollout(tiny("llama"))
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match=r"window of 64: lower max_new_tokens"):
+        rollout(tiny("llama")).generate([Example([4] * 60, [])], Step(0))
+
+
+def test_a_prompt_may_fill_the_window_to_the_last_position():
+    [written] = rollout(tiny("gpt2"), stop_ids=[52]).generate([Example([4] * 52, [])], Step(0))
+    assert len(written.response) == 12
+
+
+def test_a_rollout_that_follows_nobody_says_so():
+    with pytest.raises(ValueError, match="follows no model yet"):
+        ContinuousRollout().generate(PROMPTS, Step(0))
+
+
+def test_a_model_without_any_stop_token_is_refused_with_a_remedy():
+    model, tokenizer = tiny("llama"), words()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"name the stop tokens with rollout\.continuous\.stop_ids"):
+        ContinuousRollout().follow(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_new_tokens": 0}, {"responses": 0}, {"batch_size": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}],
+)
+def test_settings_out_of_range_are_refused(fields):
+    with pytest.raises(ValueError, match="continuous needs"):
+        ContinuousRollout(**fields)
