@@ -26,7 +26,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from understudy import decoder
 from understudy.batch import Example
-from understudy.rollouts.generate import GenerateRollout, inverse_cdf, restrict
+from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import inverse_cdf, restrict
 from understudy.step import Step
 from understudy.tile import tiling
 

@@ -17,7 +17,7 @@ from .data import stop_ids
 from .playground.names import resolve
 from .recipe import Recipe, RecipeError, Student
 from .registry import did_you_mean
-from .rollouts.generate import own_stop_ids
+from .sampling import own_stop_ids
 
 logger = logging.getLogger(__name__)
 _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"

@@ -10,9 +10,9 @@ Shapes: R responses, V vocabulary, S the requests that get a token in one forwar
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil, lcm
 from typing import Any, ClassVar
 
@@ -23,10 +23,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers import __version__ as transformers_version
 from transformers.generation.continuous_batching import cb_logits_processors as processors
 
-from ..batch import Author, Example
-from ..rollout import Rollout
-from ..step import Step
-from .generate import GenerateRollout, _bare, _ids, _writing, inverse_cdf, own_stop_ids, restrict
+from ..batch import Author
+from ..decoder import bare as bare_model
+from ..sampling import SamplingRollout, writing
 
 NEEDS = (5, 23)  # of transformers, the first whose logits processors are known to work as this one does
 _SERVED = {"full_attention", "sliding_attention"}  # the kinds of layers that have a paged cache
@@ -35,82 +34,38 @@ _AGREE = 0.05  # how far logits may be from the model's own, as a share of their
 
 
 @dataclass
-class ContinuousRollout(Rollout):
-    """Samples from softmax(logits / temperature), restricted to top-k, then top-p; nothing else is applied.
+class ContinuousRollout(SamplingRollout):
+    """Hands everything to transformers at once; `batch_size` rows fit into the cache, and the others wait for room."""
 
-    A model's own `generation_config` is never inherited but for its stop tokens.
-    """
+    name: ClassVar[str] = "continuous"
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0
-    responses: int = 1  # per prompt
-    stop_ids: list[int] | None = None  # default: the tokenizer's and the model's end-of-sequence ids
-    batch_size: int = 64  # rows that the cache has room for; the others wait until one has ended
-
-    _model: Any = field(default=None, init=False, repr=False)
-    _author: Author = field(default="student", init=False, repr=False)
-    _stop: list[int] = field(default_factory=list, init=False, repr=False)
-    _vocabulary: int = field(default=0, init=False, repr=False)
     _tried: bool = field(default=False, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.responses < 1 or self.batch_size < 1:
-            raise ValueError("continuous needs max_new_tokens, responses and batch_size of at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("continuous needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
-
-    def follow(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "ContinuousRollout":
+    def follow(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> SamplingRollout:
         """As of `Rollout`.
 
         Raises:
             ValueError: for a model without stop tokens, and for one that has no paged attention.
         """
-        stop = self.stop_ids
-        if stop is None:
-            stop = sorted({*own_stop_ids(model), *_ids(tokenizer.eos_token_id)})
-        if not stop:
-            raise ValueError(
-                "the model has no end-of-sequence token: name the stop tokens with rollout.continuous.stop_ids"
-            )
-        _check_served(_bare(model))
-        self._model, self._author, self._stop, self._vocabulary = model, author, stop, len(tokenizer)
+        _check_served(bare_model(model))
         self._tried = False
-        return self
+        return super().follow(model, tokenizer, author)
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
-        if self._model is None:
-            raise ValueError("this rollout follows no model yet: call follow(model, tokenizer) first")
-        seen: Counter[int] = Counter()
-        wanted, streams = [], []
-        for prompt in prompts:
-            for _ in range(self.responses):
-                wanted.append(prompt)
-                streams.append(step.stream(self.max_new_tokens, self._author, prompt.row, seen[prompt.row]))
-                seen[prompt.row] += 1
-        if not wanted:
-            return []
-        GenerateRollout._check_window(self, max(len(prompt.prompt) for prompt in wanted))  # type: ignore[arg-type]
+    def _respond(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
         try:
-            with _undisturbed(self._model), _writing(self._model):
+            with _undisturbed(self._model), writing(self._model):
                 if not self._tried:
-                    self._try([wanted[0].prompt, wanted[-1].prompt])
-                responses = self._write([prompt.prompt for prompt in wanted], self._sampler(torch.stack(streams)))
+                    self._try([prompts[0], prompts[-1]])
+                return self._write(prompts, self._sampler(uniforms))
         except MemoryError as error:  # transformers' own reckoning, before anything is taken
             raise ValueError(
                 f"the cache for {self.batch_size} rows does not fit into memory: lower "
                 "rollout.continuous.batch_size or max_new_tokens"
             ) from error
-        return [
-            replace(prompt, response=response, author=self._author, truncated=response[-1] not in self._stop)
-            for prompt, response in zip(wanted, responses, strict=True)
-        ]
 
     def _sampler(self, uniforms: Tensor) -> "_Sampler":
         device = self._model.get_input_embeddings().weight.device
-        return _Sampler(uniforms.to(device), self._vocabulary, self.temperature, self.top_k, self.top_p)
+        return _Sampler(uniforms.to(device), self._draw)
 
     def _write(self, prompts: list[list[int]], sampler: "_Sampler") -> list[list[int]]:
         """A response to each of R prompts, of at most as many tokens as the sampler has numbers for it."""
@@ -118,7 +73,7 @@ class ContinuousRollout(Rollout):
         for request, prompt in enumerate(prompts):
             sampler.starts[str(request)] = request * most - len(prompt)
         greedy = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=self._stop)
-        manager = _bare(self._model).init_continuous_batching(greedy, self._room(prompts, most))  # type: ignore[operator]
+        manager = bare_model(self._model).init_continuous_batching(greedy, self._room(prompts, most))  # type: ignore[operator]
         chosen = processors.ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         chosen.tensors_required = 1
         manager.logit_processor = chosen
@@ -147,7 +102,7 @@ class ContinuousRollout(Rollout):
         Layers of one kind take memory by the sector, of which each kind may leave one half empty.
         """
         rows = min(len(prompts), self.batch_size)
-        layers = Counter(_layers(_bare(self._model)))
+        layers = Counter(_layers(bare_model(self._model)))
         spare = ceil(len(layers) * lcm(*layers.values()) / layers.total())
         pages = ceil((max(map(len, prompts)) + most) / ContinuousBatchingConfig.page_size)
         return ContinuousBatchingConfig(
@@ -175,14 +130,14 @@ class ContinuousRollout(Rollout):
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise _refusal(_bare(self._model), f"it fails with “{error}”") from error
+            raise _refusal(bare_model(self._model), f"it fails with “{error}”") from error
         for request, (prompt, response) in enumerate(zip(prompts, written, strict=True)):
             ids = torch.tensor([prompt + response[:-1]], device=sampler.uniforms.device)
             own = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(response) :].float()
             paged = torch.stack([sampler.kept[request * most + place] for place in range(len(response))])
             apart = float((paged - own).std() / own.std())
             if not apart < _AGREE:
-                raise _refusal(_bare(self._model), f"its logits would be {apart:.0%} of their spread off")
+                raise _refusal(bare_model(self._model), f"its logits would be {apart:.0%} of their spread off")
         self._tried = True
 
 
@@ -196,9 +151,8 @@ class _Sampler(processors.ContinuousBatchingLogitsProcessor):
     supported_kwargs: ClassVar[dict[str, type]] = {}
     ignored_kwargs = ()
 
-    def __init__(self, uniforms: Tensor, vocabulary: int, temperature: float, top_k: int, top_p: float) -> None:
-        self.uniforms, self.vocabulary = uniforms, vocabulary
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+    def __init__(self, uniforms: Tensor, draw: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.uniforms, self.draw = uniforms, draw
         self.starts: dict[str, int] = {}  # of each request: the place of its first number, less its prompt's length
         self.kept: dict[int, Tensor] | None = None  # logits by place, where they are asked for
 
@@ -215,12 +169,7 @@ class _Sampler(processors.ContinuousBatchingLogitsProcessor):
         places = tensor_arg[: len(scores)].long()
         if self.kept is not None:
             self.kept |= dict(zip(places.tolist(), scores.clone(), strict=True))
-        logits = scores[:, : self.vocabulary]
-        if self.temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            logits = restrict(logits / self.temperature, self.top_k, self.top_p)
-            tokens = inverse_cdf(logits, self.uniforms.flatten()[places])
+        tokens = self.draw(scores, self.uniforms.flatten()[places])
         return torch.zeros_like(scores).scatter_(-1, tokens[:, None], 1)
 
 
@@ -259,7 +208,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     dtype, the weights': so autocast, which Accelerate lays over `forward` on the instance, is lifted off. What fails is
     raised here, and its log would only say it twice.
     """
-    bare: Any = _bare(model)
+    bare: Any = bare_model(model)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise _refusal(bare, "it is sharded (FSDP)")
     before, device = bare.config._attn_implementation, bare.device
