@@ -1,7 +1,10 @@
 """The chunked projection against autograd through the whole (N, V), and what it holds in memory."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -510,3 +513,36 @@ def test_top_k_of_a_confident_teacher_does_not_punish_the_student_for_rounding()
 def test_top_k_teachers_cannot_be_softened():
     with pytest.raises(ValueError, match="cannot be softened"):
         top_k(torch.zeros(1, 4).log_softmax(-1), 2).log_probs(temperature=2.0)
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+import torch
+from understudy import JensenShannon, fused_divergence
+
+def memory(field):
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
+
+def task(rows):
+    tensors = [torch.randn(size, 16) for size in (rows, 30_000, rows, 30_000)]
+    fused_divergence(JensenShannon(0.5), *(x.requires_grad_() for x in tensors), memory_mb=32).backward()
+
+task(64)
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+task(int(sys.argv[1]))
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the operating system does not tell the peak")
+def test_peak_memory_does_not_grow_with_the_rows():
+    """As the operating system counts it, in a process of its own; 2,048 rows of logits alone would be 234 MB."""
+    peaks = [
+        float(subprocess.run([sys.executable, "-c", _PEAK, rows], capture_output=True, text=True, check=True).stdout)
+        for rows in ("256", "2048")
+    ]
+    assert max(peaks) < 100
+    assert peaks[1] - peaks[0] < 20
