@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .methods import METHODS
 from .models import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
 from .playground.names import resolve
 from .recipe import Recipe, RecipeError, load
+from .recipe_text import value_of
 from .rollouts import ROLLOUTS
 from .rollouts.generate import GenerateRollout
 from .run import distill, load_data
@@ -44,6 +46,7 @@ class Contestant:
     name: str
     recipe: Path
     overrides: tuple[str, ...] = ()
+    swept: tuple[str, str] | None = None  # the option that a sweep sets, and its value as it was written
 
     def load(self, *more: str) -> Recipe:
         """The recipe, with the contestant's overrides and `more`."""
@@ -85,13 +88,25 @@ def contestants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: s
             )
         short = key.rpartition(".")[2]
         made = [
-            Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"))
+            Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"), (key, value))
             for c in made
             for value in values.split(",")
         ]
     if len({c.name for c in made}) < len(made):
         raise RecipeError("two of the recipes have the same file name, by which runs are told apart: rename one")
     return made
+
+
+def budget_override(text: str) -> str:
+    """What gives a recipe the budget `tokens=100000` or `seconds=60`, instead of its own.
+
+    Raises:
+        RecipeError: for anything else; what the amount may be is the recipe's to say.
+    """
+    kind, _, amount = text.partition("=")
+    if kind not in ("tokens", "seconds") or not amount:
+        raise RecipeError(f"a budget is written tokens=N or seconds=N, such as tokens=100000, not {text}")
+    return f"budget={{{kind}: {amount}}}"
 
 
 def compare(
@@ -122,6 +137,7 @@ def compare(
             "the recipes have different datasets: name the one that all students are judged on, with --data"
         )
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
+    _refuse_other_budgets(recipes, jobs)
     extra = _references(recipes)
     if trial.exposure:
         if "teacher" not in extra:
@@ -150,6 +166,8 @@ def compare(
     content = {
         "trial": asdict(trial),
         "baseline": baseline,
+        "budget": recipes[0].resolved().get("budget") if len({r.budget for r in recipes}) == 1 else None,
+        "sweep": _sweep(entered),
         "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in judged.items()},
         "lines": [asdict(line) for line in table],
         "runs": {name: {seed: str(folder) for c, seed, folder in jobs if c.name == name} for name in results},
@@ -157,6 +175,24 @@ def compare(
     write(output / "comparison.json", json.dumps(content, indent=2))
     write(output / "comparison.md", text)
     return text
+
+
+def _refuse_other_budgets(recipes: Sequence[Recipe], jobs: Sequence[tuple[Contestant, int, Path]]) -> None:
+    """Finished runs stay as they are, so that they must not be compared as if they had had this budget."""
+    for recipe, (_, _, folder) in zip(cycle(recipes), jobs, strict=False):
+        file = folder / "recipe.yaml"
+        if file.is_file() and load(file).budget != recipe.budget:
+            raise RecipeError(f"{folder} holds a run with another budget: give another --output, or delete it")
+
+
+def _sweep(entered: Sequence[Contestant]) -> dict[str, Any] | None:
+    """Which option a sweep set, and for each contestant whose recipe and to what; values as YAML reads them."""
+    points = {
+        c.name: {"recipe": c.recipe.stem, "value": value_of(c.swept[1]), "written": c.swept[1]}
+        for c in entered
+        if c.swept is not None
+    }
+    return {"option": entered[0].swept[0], "points": points} if points and entered[0].swept else None
 
 
 def _references(recipes: Sequence[Recipe]) -> dict[str, str]:
@@ -264,5 +300,5 @@ def result(folder: Path, trial: Trial) -> Result | str:
     return Result(
         metrics={name: part["metrics"] for name, part in found.items()},
         scores={name: part["scores"] for name, part in found.items() if part["scores"] is not None},
-        **{name: cost.get(name) for name in ("seconds", "cpu_seconds", "tokens")},
+        **{name: cost.get(name) for name in ("seconds", "cpu_seconds", "tokens", "budget")},
     )
