@@ -113,7 +113,9 @@ def test_evaluation_checkpoints_and_callbacks_cost_no_seconds(tmp_path):
             perf_counter()
 
     options = {"eval_dataset": EVEN[:4], "callbacks": [Ask()]}
-    run = trained(tmp_path, {"seconds": 3.0}, options=options, eval_strategy="steps", eval_steps=1, save_strategy="steps")
+    run = trained(
+        tmp_path, {"seconds": 3.0}, options=options, eval_strategy="steps", eval_steps=1, save_strategy="steps"
+    )
     assert run.state.global_step == 3
     assert run.spending.seconds == 3.0
 
