@@ -139,7 +139,9 @@ def budget_notes(table: Sequence[Line]) -> list[str]:
     if limits and limits[0] and all(limit == limits[0] for limit in limits):
         notes = [f"Every run could spend {amount(limits[0])}."]
     elif any(limits):
-        notes = [f"{line.name} could spend {amount(line.budget) if line.budget else 'no budget'}." for line in having]
+        notes = [
+            f"{line.name} could spend {amount(line.budget) if line.budget else 'what it wanted'}." for line in having
+        ]
     return notes + [f"{line.name}, {how}." for line in having for how in line.early]
 
 

@@ -108,7 +108,7 @@ class Reward(_Block):
 
 
 class Recipe(_Block):
-    """The seven words, `corpus` and `reward` for methods that take one, and `budget`.
+    """The seven words, `corpus` and `reward` for methods that take one, and a `budget` for runs that are to have one.
 
     `method`, `teacher` and `rollout` are kept as (name, fields) until they are built.
     """

@@ -15,7 +15,9 @@ def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
     """The charts over positions; none where nothing was measured."""
     biased = {name: curve for name, curve in content["exposure_bias"].items() if _points(curve["mean"])}
     if biased:
-        limits = limits_of([value for curve in biased.values() for _, value in _points(curve["mean"])])
+        # The interval of two seeds, 12.7 standard errors to each side, may leave the picture; others must not.
+        ends = {name: ("mean",) if curve["seeds"] == 2 else ("mean", "low", "high") for name, curve in biased.items()}
+        limits = limits_of([v for name, of in ends.items() for end in of for _, v in _points(biased[name][end])])
         panels = [_exposure(name, biased, limits) for name in biased]
         seeds = max(curve["seeds"] for curve in biased.values())
         about = "excess of accumulated forward KL on own prefixes over the teacher's, percent; shaded: "

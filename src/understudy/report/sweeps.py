@@ -16,8 +16,9 @@ from .verdict import PERCENT, heading, interval, number
 
 _TOGETHER = (ACCENT, INK, SOFT)  # the lines of one panel, best first
 _LEFT, _RIGHT = 0.13, 0.72
+_ASIDE = 0.12  # how far apart recipes stand at a word, as a share of the way to the next
 _LETTER = 3.9  # points that a letter of a tick's label is wide, about
-_FAR = 1.5  # a reference farther off than so many times the height of the curves is named, and not drawn
+_FAR = 0.75  # a reference farther off than so many times the height of the curves is named, and not drawn
 
 Point = tuple[float, Mapping[str, float], str]  # place on the axis, spread, the value as it was written
 
@@ -90,11 +91,14 @@ def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
         for recipe in sorted(curves.lines, key=lambda recipe: colours[recipe] != FAINT):
             colour, points = colours[recipe], curves.lines[recipe]
             joined = "none" if curves.axis == "words" else "-"
+            aside = (
+                _ASIDE * (before.index(recipe) - (len(before) - 1) / 2) if joined == "none" and recipe in before else 0
+            )
             thin = {} if recipe in before else {"linewidth": 0.7, "ms": 2}
             style = {"color": colour, "linestyle": joined, "marker": "o", "ms": 3, **thin}
-            axes.plot([x for x, _, _ in points], [s["mean"] for _, s, _ in points], **style)
+            axes.plot([x + aside for x, _, _ in points], [s["mean"] for _, s, _ in points], **style)
             for x, spread, _ in points if recipe in before else ():
-                axes.plot([x, x], [spread["low"], spread["high"]], color=colour, linewidth=0.8)
+                axes.plot([x + aside, x + aside], [spread["low"], spread["high"]], color=colour, linewidth=0.8)
             if recipe in before:
                 last = points[-1][1]["mean"]
                 ends.append((last, recipe if len(curves.lines) > 1 else number(last, curves.metric), colour))
@@ -144,6 +148,8 @@ def _tick(axes: Axes, curves: _Curves) -> None:
             text if len(text) <= rows * apart else f"{text[: int(rows * apart) - 1]}…" for text in written.values()
         ]
         axes.set_xticks(places, ["\n" * (i % rows) + text for i, text in enumerate(texts)])
+        if rows > 1:
+            axes.set_xlabel("")  # for which there is no room below them; the title says what they are
         return
     scale, taken, kept = 72 / axes.figure.dpi, float("-inf"), []
     for x in places:
