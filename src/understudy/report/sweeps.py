@@ -35,16 +35,19 @@ class _Curves:
 
 
 def swept(content: Mapping[str, Any]) -> list[Chart]:
-    """A chart for each metric over the values of a comparison's sweep; none where nothing was swept."""
+    """A chart for each metric over the values of a comparison's sweep, less what is alike everywhere and no measure of
+    quality; none where nothing was swept."""
     judged = content["comparison"]
     if not judged or not judged["sweep"]:
         return []
     made = []
-    first = [*judged["quality"], ("exposure", "exposure_bias")]
-    for protocol, metric in map(tuple, judged["columns"]):
+    several = any(line["seeds"] > 1 for line in judged["lines"])
+    about = "means and 95 % intervals over seeds" if several else "one seed each"
+    for protocol, metric in judged["columns"]:
         curves = _curves(judged, protocol, metric)
-        if curves.lines:
-            made.append(_chart(curves, protocol, (protocol, metric) in map(tuple, first)))
+        means = {spread["mean"] for points in curves.lines.values() for _, spread, _ in points}
+        if len(means) > 1 or (means and [protocol, metric] in judged["quality"]):
+            made.append(_chart(curves, protocol, about))
     return made
 
 
@@ -66,17 +69,15 @@ def _curves(judged: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
     return _Curves(metric, found["option"], found["axis"], {recipe: lines[recipe] for recipe in best}, known)
 
 
-def _chart(curves: _Curves, protocol: str, shown: bool) -> Chart:
+def _chart(curves: _Curves, protocol: str, about: str) -> Chart:
     short = curves.option.rpartition(".")[2]
     title = f"{heading(curves.metric)} ({protocol}) over {short}"
-    several = any(s["low"] < s["high"] for line in curves.lines.values() for _, s, _ in line)
-    about = "means and 95 % intervals over seeds" if several else "one seed each"
     if len(curves.lines) <= len(_TOGETHER):
         panels = [_panel(title, curves, dict(zip(curves.lines, _TOGETHER, strict=False)))]
     else:
         greys = dict.fromkeys(curves.lines, FAINT)
         panels = [_panel(recipe, curves, {**greys, recipe: ACCENT}) for recipe in curves.lines]
-    return Chart(f"sweep-{protocol}-{curves.metric}".replace("=", ""), title, about, panels, open=shown)
+    return Chart(f"sweep-{protocol}-{curves.metric}".replace("=", ""), title, about, panels)
 
 
 def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
