@@ -112,7 +112,7 @@ def test_a_sweep_with_a_budget_says_both_and_who_left_some_of_it(home):
     assert [run.name for run in read([output])] == [c.name for c in entered], "a report calls them as the comparison"
 
     other = contestants([home / "kd.yaml"], [budget_override("tokens=16")], "training.max_steps=1,9")
-    with pytest.raises(RecipeError, match="holds a run with another budget: give another --output"):
+    with pytest.raises(RecipeError, match="with other settings or another budget: give another --output"):
         compare(other, output, Trial(str(home / "test")), console=QUIET)
 
 

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def compare(
             "the recipes have different datasets: name the one that all students are judged on, with --data"
         )
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
-    _refuse_other_budgets(recipes, jobs)
+    _refuse_others(jobs)
     extra = _references(recipes)
     if trial.exposure:
         if "teacher" not in extra:
@@ -177,12 +176,19 @@ def compare(
     return text
 
 
-def _refuse_other_budgets(recipes: Sequence[Recipe], jobs: Sequence[tuple[Contestant, int, Path]]) -> None:
-    """Finished runs stay as they are, so that they must not be compared as if they had had this budget."""
-    for recipe, (_, _, folder) in zip(cycle(recipes), jobs, strict=False):
-        file = folder / "recipe.yaml"
-        if file.is_file() and load(file).budget != recipe.budget:
-            raise RecipeError(f"{folder} holds a run with another budget: give another --output, or delete it")
+def _recipe_of(contestant: Contestant, seed: int, folder: Path) -> Recipe:
+    """What is run in the folder."""
+    place = f"training.output_dir={json.dumps(str(folder))}"
+    return contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
+
+
+def _refuse_others(jobs: Sequence[tuple[Contestant, int, Path]]) -> None:
+    """Finished runs stay, so that those of another budget, say, would be shown as what is asked for now."""
+    for contestant, seed, folder in jobs:
+        finished = (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
+        if finished and load(folder / "recipe.yaml").resolved() != _recipe_of(contestant, seed, folder).resolved():
+            message = f"{folder} holds a finished run of {contestant.name} with other settings or another budget"
+            raise RecipeError(f"{message}: give another --output, or delete it")
 
 
 def _sweep(entered: Sequence[Contestant]) -> dict[str, Any] | None:
@@ -239,8 +245,7 @@ def _run(folder: Path, contestant: Contestant, seed: int, trial: Trial) -> None:
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=120)
         try:
-            place = f"training.output_dir={json.dumps(str(folder))}"
-            recipe = contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
+            recipe = _recipe_of(contestant, seed, folder)
             distill(recipe, console=console)
             judge(str(folder / "student"), recipe, folder, trial)
         except Exception as error:
