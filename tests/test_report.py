@@ -243,10 +243,10 @@ def drawings(page):
     ids = [dict(attrs)["aria-labelledby"].split() for tag, attrs in parts.elements if tag == "svg"]
     assert all(len(pair) == 2 for pair in ids)
     html = page.read_text()
-    return {
-        html.split(f'<title id="{title}">')[1].split("<")[0]: html.split(f'<desc id="{about}">')[1].split("<")[0]
+    return [
+        (html.split(f'<title id="{title}">')[1].split("<")[0], html.split(f'<desc id="{about}">')[1].split("<")[0])
         for title, about in ids
-    }
+    ]
 
 
 def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
@@ -260,7 +260,7 @@ def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
         (1e-3, "1e-3"),
         (1e-2, "1e-2"),
     ]
-    said = drawings(page)["Accuracy (greedy) over learning_rate"]
+    said = dict(drawings(page))["Accuracy (greedy) over learning_rate"]
     spread = Spread.of([0.1, 0.2])
     assert said.startswith(
         "Over training.learning_rate. kd: 25.0 % (-38.5 % to 88.5 %) at 1e-4, 35.0 % (-28.5 % to 98.5 %) at 1e-3, "
@@ -299,9 +299,7 @@ def test_the_axis_of_a_sweep_follows_its_values(values, axis, tmp_path):
 def test_recipes_of_a_sweep_share_a_panel_as_long_as_they_can_be_told_apart(recipes, panels, tmp_path):
     page, _, content = written(swept(tmp_path / "home", ["0", "1"], recipes, seeds=1), tmp_path / "out")
     assert list(content["comparison"]["sweep"]["recipes"]) == list(recipes)
-    about = [
-        said for said in drawings(page).values() if said.startswith("Over training.learning_rate. ") and "%" in said
-    ]
+    about = [said for _, said in drawings(page) if said.startswith("Over training.learning_rate. ") and "%" in said]
     assert len(about) == panels
     for recipe in recipes:
         assert sum(f"{recipe}: 10.0 % at 0, 20.0 % at 1" in said for said in about) == 1
@@ -312,7 +310,7 @@ def test_a_sweep_of_which_some_failed_is_drawn_without_them(tmp_path):
     for at in (0, 1):
         (home / "kd" / f"learning_rate={at}" / "seed-0" / "failed.txt").write_text("no memory")
     page, _, _ = written(home, tmp_path / "out")
-    assert "kd: 30.0 % at 2" in drawings(page)["Accuracy (greedy) over learning_rate"]
+    assert "kd: 30.0 % at 2" in dict(drawings(page))["Accuracy (greedy) over learning_rate"]
 
 
 def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(tmp_path):
@@ -322,6 +320,8 @@ def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(
         ("gkd", 1): {"percent": [None, 2.0, 6.0], "standard_error": [None, 1.0, 1.0]},
         ("gkd", 2): {"percent": [None, 3.0, 10.0, 9.0], "standard_error": [None, 1.0, 1.0, 1.0]},
         ("kd", 0): {"percent": [None, 4.0, 8.0], "standard_error": [None, 0.5, 2.0]},
+        ("sft", 0): {"percent": [None, 4.0, 8.0], "standard_error": [None, 0.5, 2.0]},
+        ("sft", 1): {"percent": [None, 1.0, 9.0], "standard_error": [None, 0.5, 2.0]},
     }
     for (name, seed), curve in curves.items():
         folder = make_run(tmp_path / "home" / name / f"seed-{seed}", name, seed)
@@ -332,9 +332,11 @@ def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(
     assert (gkd["seeds"], gkd["mean"]) == (3, [None, 2.0, spread.mean])
     assert (gkd["low"][2], gkd["high"][2]) == (spread.low, spread.high)
     assert (kd["seeds"], kd["low"], kd["high"]) == (1, [None, 3.5, 6.0], [None, 4.5, 10.0])
-    said = drawings(page)
+    sft = content["exposure_bias"]["sft"]
+    assert (sft["mean"], sft["low"], sft["high"]) == ([None, 2.5, 8.5], [None, 1.0, 8.0], [None, 4.0, 9.0])
+    said = dict(drawings(page))
     assert said["gkd"] == (
-        f"Exposure bias of gkd: 7.0 % over 3 positions, mean of 3 seeds, 95 % interval {spread.low:.1f} to "
+        f"Exposure bias of gkd: 7.0 % over 3 positions, mean of 3 seeds, 95 % interval over seeds: {spread.low:.1f} to "
         f"{spread.high:.1f} %; others in grey."
     )
     assert said["kd"] == "Exposure bias of kd: 8.0 % over 3 positions; others in grey."

@@ -1,9 +1,10 @@
 """Curves over seeds, as numbers: what a sweep varied, and exposure bias by the position in an answer.
 
-The one idea: a curve's point is a `Spread`, as a table's cell is: a mean with Student's 95 % interval over seeds.
+The one idea: a curve's point is a `Spread`, as a table's cell is: a mean with an interval over seeds.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..comparison import Spread
@@ -37,8 +38,9 @@ def sweep(written: Mapping[str, Any], judged: Sequence[str]) -> dict[str, Any] |
 def exposure_bias(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each contestant whose runs measured it, in percent by position: `mean`, `low` and `high`, and the `seeds`.
 
-    The ends are those of the 95 % interval over seeds; of one standard error over prompts where there is one seed.
-    The curve ends with the last position that the answers of all seeds reach.
+    The ends are those of the 95 % interval over seeds; of two seeds, whose interval would hide everything, they are the
+    seeds' own values, and of a single one they are one standard error over prompts away. The curve ends with the last
+    position that the answers of all seeds reach.
     """
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -59,6 +61,11 @@ def _of_one(curve: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_several(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = zip(*(curve["percent"] for curve in curves), strict=False)
-    spreads = [None if None in column else Spread.of(column) for column in columns]
+    spreads = [None if None in column else _spread(column) for column in columns]
     ends = {name: [s and getattr(s, name) for s in spreads] for name in ("mean", "low", "high")}
     return {"seeds": len(curves), **ends}
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    found = Spread.of(values)
+    return found if len(values) > 2 else replace(found, low=min(values), high=max(values))

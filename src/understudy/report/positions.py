@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, limits_of, plain
 from .verdict import words
 
+_BANDS = {1: "± one standard error over prompts", 2: "from one seed to the other", 3: "95 % interval over seeds"}
 _KINDS = ("reverse_kl", "forward_kl")
 
 
@@ -15,13 +16,12 @@ def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
     """The charts over positions; none where nothing was measured."""
     biased = {name: curve for name, curve in content["exposure_bias"].items() if _points(curve["mean"])}
     if biased:
-        # The interval of two seeds, 12.7 standard errors to each side, may leave the picture; others must not.
-        ends = {name: ("mean",) if curve["seeds"] == 2 else ("mean", "low", "high") for name, curve in biased.items()}
-        limits = limits_of([v for name, of in ends.items() for end in of for _, v in _points(biased[name][end])])
+        ends = [curve[end] for curve in biased.values() for end in ("low", "mean", "high")]
+        limits = limits_of([value for values in ends for _, value in _points(values)])
         panels = [_exposure(name, biased, limits) for name in biased]
-        seeds = max(curve["seeds"] for curve in biased.values())
+        shaded = " or ".join(dict.fromkeys(_BANDS[min(curve["seeds"], 3)] for curve in biased.values()))
         about = "excess of accumulated forward KL on own prefixes over the teacher's, percent; shaded: "
-        about += "95 % interval over seeds" if seeds > 1 else "± one standard error over prompts"
+        about += shaded
         yield Chart("exposure-bias", "Exposure bias by position", about, panels)
     apart = [(r["name"], r["positions"]["distance"]) for r in content["runs"] if "distance" in r["positions"]]
     if apart:
@@ -51,7 +51,7 @@ def _exposure(who: str, having: Mapping[str, Mapping[str, Any]], limits: tuple[f
     (position, last), lowest, highest = points[-1], low[-1][1], high[-1][1]
     told = f"Exposure bias of {who}: {last:.1f} % over {position} positions"
     if curve["seeds"] > 1:
-        told += f", mean of {curve['seeds']} seeds, 95 % interval {lowest:.1f} to {highest:.1f} %"
+        told += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
     return Panel(who, told + ("; others in grey." if len(having) > 1 else "."), draw, right=0.86)
 
 

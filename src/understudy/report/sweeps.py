@@ -52,7 +52,11 @@ def swept(content: Mapping[str, Any]) -> list[Chart]:
 
 
 def _curves(judged: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
-    by_name = {line["name"]: line["metrics"].get(protocol, {}).get(metric) for line in judged["lines"]}
+    by_name = {
+        line["name"]: {**spread, "seeds": line["seeds"]}
+        for line in judged["lines"]
+        if (spread := line["metrics"].get(protocol, {}).get(metric)) is not None
+    }
     found = judged["sweep"]
     every = list(dict.fromkeys(point["written"] for of in found["recipes"].values() for point in of))
     lines: dict[str, list[Point]] = {}
@@ -123,8 +127,12 @@ def _said(points: Sequence[Point], metric: str) -> str:
 
 
 def _limits(curves: _Curves) -> tuple[tuple[float, float], set[str]]:
-    """The height of the axes, and which of the references are in it."""
-    values = [s[end] for line in curves.lines.values() for _, s, _ in line for end in ("low", "mean", "high")]
+    """The height of the axes, and which of the references are in it.
+
+    The interval of two seeds, which is 12.7 standard errors to each side, may leave the picture; others may not.
+    """
+    spreads = [spread for line in curves.lines.values() for _, spread, _ in line]
+    values = [s[end] for s in spreads for end in (("mean",) if s["seeds"] == 2 else ("low", "mean", "high"))]
     low, high = min(values), max(values)
     room = _FAR * ((high - low) or abs(high) or 1.0)
     near = {name for name, value in curves.beside.items() if low - room <= value <= high + room}
