@@ -250,7 +250,7 @@ def drawings(page):
 
 
 def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
-    """Means of 1 and 2, 2 and 3, 3 and 4 right answers of ten; two seeds' interval has 12.7 errors to a side."""
+    """Two seeds with 1 and 2, 2 and 3, 3 and 4 right answers of ten: whiskers go from one to the other."""
     home = swept(tmp_path / "home", ["1e-2", "1e-4", "1e-3"], baseline="kd learning_rate=1e-4")
     page, _, content = written(home, tmp_path / "out")
     found = content["comparison"]["sweep"]
@@ -261,12 +261,15 @@ def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
         (1e-2, "1e-2"),
     ]
     said = dict(drawings(page))["Accuracy (greedy) over learning_rate"]
-    spread = Spread.of([0.1, 0.2])
     assert said.startswith(
-        "Over training.learning_rate. kd: 25.0 % (-38.5 % to 88.5 %) at 1e-4, 35.0 % (-28.5 % to 98.5 %) at 1e-3, "
-        f"15.0 % ({100 * spread.low:.1f} % to {100 * spread.high:.1f} %) at 1e-2; "
+        "Over training.learning_rate. kd: 25.0 % (20.0 % to 30.0 %) at 1e-4, 35.0 % (30.0 % to 40.0 %) at 1e-3, "
+        "15.0 % (10.0 % to 20.0 %) at 1e-2; "
     )
-    assert said.endswith("; teacher 100.0 %, warm start 10.0 %, baseline 25.0 %.".replace(",", ";"))
+    assert said.endswith("; teacher 100.0 %; warm start 10.0 %; baseline 25.0 %.")
+    three = written(swept(tmp_path / "three", ["0", "1"], seeds=3), tmp_path / "more")[0]
+    spread = Spread.of([0.1, 0.2, 0.3])
+    said = dict(drawings(three))["Accuracy (greedy) over learning_rate"]
+    assert f"kd: 20.0 % ({100 * spread.low:.1f} % to {100 * spread.high:.1f} %) at 0, " in said
     pictures = {path.stem for path in (tmp_path / "out" / "png").iterdir()}
     assert {"sweep-greedy-accuracy", "sweep-exposure-exposure_bias"} <= pictures
     assert "sweep-greedy-response_length" not in pictures, "it is the same everywhere"
@@ -302,7 +305,7 @@ def test_recipes_of_a_sweep_share_a_panel_as_long_as_they_can_be_told_apart(reci
     about = [said for _, said in drawings(page) if said.startswith("Over training.learning_rate. ") and "%" in said]
     assert len(about) == panels
     for recipe in recipes:
-        assert sum(f"{recipe}: 10.0 % at 0, 20.0 % at 1" in said for said in about) == 1
+        assert sum(f" {recipe}: 10.0 % at 0, 20.0 % at 1" in said for said in about) == 1
 
 
 def test_a_sweep_of_which_some_failed_is_drawn_without_them(tmp_path):

@@ -41,8 +41,9 @@ def swept(content: Mapping[str, Any]) -> list[Chart]:
     if not judged or not judged["sweep"]:
         return []
     made = []
-    several = any(line["seeds"] > 1 for line in judged["lines"])
-    about = "means and 95 % intervals over seeds" if several else "one seed each"
+    seeds = max(line["seeds"] for line in judged["lines"])
+    about = {1: "one seed each", 2: "means, and from one seed to the other"}
+    about = about.get(seeds, "means and 95 % intervals over seeds")
     for protocol, metric in judged["columns"]:
         curves = _curves(judged, protocol, metric)
         means = {spread["mean"] for points in curves.lines.values() for _, spread, _ in points}
@@ -53,7 +54,7 @@ def swept(content: Mapping[str, Any]) -> list[Chart]:
 
 def _curves(judged: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
     by_name = {
-        line["name"]: {**spread, "seeds": line["seeds"]}
+        line["name"]: spread if line["seeds"] != 2 else _from_seed_to_seed(spread)
         for line in judged["lines"]
         if (spread := line["metrics"].get(protocol, {}).get(metric)) is not None
     }
@@ -71,6 +72,12 @@ def _curves(judged: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
     beside["baseline"] = (by_name.get(judged["baseline"]) or {}).get("mean")
     known = {name: value for name, value in beside.items() if value is not None}
     return _Curves(metric, found["option"], found["axis"], {recipe: lines[recipe] for recipe in best}, known)
+
+
+def _from_seed_to_seed(spread: Mapping[str, float]) -> dict[str, float]:
+    """The two values themselves for ends: their interval, 12.7 standard errors to each side, would hide everything."""
+    half = spread["deviation"] / 2**0.5
+    return {**spread, "low": spread["mean"] - half, "high": spread["mean"] + half}
 
 
 def _chart(curves: _Curves, protocol: str, about: str) -> Chart:
@@ -127,12 +134,8 @@ def _said(points: Sequence[Point], metric: str) -> str:
 
 
 def _limits(curves: _Curves) -> tuple[tuple[float, float], set[str]]:
-    """The height of the axes, and which of the references are in it.
-
-    The interval of two seeds, which is 12.7 standard errors to each side, may leave the picture; others may not.
-    """
-    spreads = [spread for line in curves.lines.values() for _, spread, _ in line]
-    values = [s[end] for s in spreads for end in (("mean",) if s["seeds"] == 2 else ("low", "mean", "high"))]
+    """The height of the axes, and which of the references are in it."""
+    values = [s[end] for line in curves.lines.values() for _, s, _ in line for end in ("low", "mean", "high")]
     low, high = min(values), max(values)
     room = _FAR * ((high - low) or abs(high) or 1.0)
     near = {name for name, value in curves.beside.items() if low - room <= value <= high + room}
