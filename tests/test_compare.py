@@ -8,7 +8,7 @@ import yaml
 from folders import llama
 from rich.console import Console
 
-from understudy.compare import Contestant, Trial, compare, contestants
+from understudy.compare import Contestant, Trial, budget_override, compare, contestants
 from understudy.recipe import RecipeError
 
 QUIET = Console(quiet=True)
@@ -84,13 +84,47 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
 def test_a_sweep_makes_a_contestant_of_every_value(home):
     made = contestants([home / "kd.yaml"], ["training.max_steps=1"], "method.kd.sft_weight=0,0.5")
     assert [c.name for c in made] == ["kd sft_weight=0", "kd sft_weight=0.5"]
+    assert [c.swept for c in made] == [("method.kd.sft_weight", "0"), ("method.kd.sft_weight", "0.5")]
     assert made[1].load().method == ("kd", {"sft_weight": 0.5})
     assert made[1].load().training["max_steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_budget_says_both_and_who_left_some_of_it(home):
+    """Four answers of one or two digits and their end: a step has 8 to 12 tokens, fewer than 15, and two have more."""
+    from understudy.report.folders import read
+
+    output = home / "swept"
+    entered = contestants([home / "kd.yaml"], [budget_override("tokens=15")], "training.max_steps=1,9")
+    text = compare(entered, output, Trial(str(home / "test")), console=QUIET, parallel=2, baseline=entered[1].name)
+    assert "- Every run could spend 15 response tokens." in text
+    assert "- kd max_steps=1, seed 0: max_steps ended the run with" in text
+    assert "- kd max_steps=9" not in text
+    content = json.loads((output / "comparison.json").read_text())
+    assert content["budget"] == {"tokens": 15}
+    assert content["lines"][1]["budget"] == {"tokens": 15}
+    assert content["sweep"] == {
+        "option": "training.max_steps",
+        "points": {f"kd max_steps={n}": {"recipe": "kd", "value": n, "written": str(n)} for n in (1, 9)},
+    }
+    summary = json.loads((output / "kd" / "max_steps=9" / "seed-0" / "run.json").read_text())
+    assert summary["budget"] == {"tokens": 15, "spent": summary["tokens"], "ended_by": "budget"}
+    assert [run.name for run in read([output])] == [c.name for c in entered], "a report calls them as the comparison"
+
+    other = contestants([home / "kd.yaml"], [budget_override("tokens=16")], "training.max_steps=1,9")
+    with pytest.raises(RecipeError, match="with other settings or another budget: give another --output"):
+        compare(other, output, Trial(str(home / "test")), console=QUIET)
 
 
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
+        (lambda home: budget_override("100000"), "a budget is written tokens=N or seconds=N, such as tokens=100000"),
+        (lambda home: budget_override("steps=5"), "a budget is written tokens=N"),
+        (
+            lambda home: compare(contestants([home / "kd.yaml"], ["budget={tokens: 0}"]), home / "no", Trial()),
+            "a budget of 0 tokens cannot be spent",
+        ),
         (lambda home: contestants([home / "kd.yaml"], sweep="training.learning_rate"), "a sweep is written key=value"),
         (lambda home: contestants([home / "kd.yaml", home / "kd.yaml"]), "the same file name"),
         (

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from understudy.comparison import Result, Spread, difference, lines, markdown
+from understudy.comparison import Result, Spread, budget_notes, difference, lines, markdown
 
 
 def result(accuracy, scores=(), **cost):
@@ -77,3 +77,30 @@ def test_failed_runs_are_shown_and_the_others_stay():
     assert rows[4].startswith("| gkd | 65.0 ± 7.1 |")
     assert "- kd, seed 1: the disk is full" in rows
     assert all(row.count("|") == rows[0].count("|") for row in rows[:6])
+
+
+def run_with(spent, by="budget", **budget):
+    return result(0.5, budget={**budget, "spent": spent, "ended_by": by})
+
+
+def test_a_budget_is_stated_and_who_did_not_use_it_up_is_named():
+    table = lines(
+        {
+            "kd": {0: run_with(1012, tokens=1000), 1: run_with(600, "max_steps", tokens=1000)},
+            "gkd": {0: run_with(1001, tokens=1000), 1: "the disk is full"},
+        }
+    )
+    assert table[0].budget == {"tokens": 1000}
+    expected = [
+        "Every run could spend 1,000 response tokens.",
+        "kd, seed 1: max_steps ended the run with 600 of 1,000 response tokens spent.",
+    ]
+    assert budget_notes(table) == expected
+    text = markdown(table, [("greedy", "accuracy")], {})
+    assert text.endswith("".join(f"- {line}\n" for line in ["gkd, seed 1: the disk is full", *expected]))
+
+
+def test_budgets_that_differ_are_told_one_by_one_and_no_budget_is_not_told():
+    table = lines({"kd": {0: run_with(60, seconds=60)}, "gkd": {0: result(0.5)}, "lost": {0: "no teacher"}})
+    assert budget_notes(table) == ["kd could spend 60 seconds of training.", "gkd could spend what it wanted."]
+    assert budget_notes(lines({"gkd": {0: result(0.5)}})) == []

@@ -4,6 +4,7 @@ One start of torchrun (gloo, on the CPU) runs every case; the tests read what it
 every epoch divides evenly: otherwise Accelerate gives the processes some examples twice to make their batches equal.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -61,6 +62,27 @@ def train(folder, case, processes):
     return weights(made.model), {name: logged(made, name) for name in NUMBERS}
 
 
+def train_for_seconds(folder):
+    """A budget of five seconds, of which every step takes one by the first process's clock, two by the second's."""
+    from understudy import budget
+
+    counts = itertools.count(0, 1 + int(os.environ["RANK"]))
+    budget.perf_counter, clock = counts.__next__, budget.perf_counter
+    try:
+        made = trainer(
+            folder / "run",
+            SFT(),
+            examples=ragged_examples(64),
+            options={"budget": budget.Budget(seconds=5.0)},
+            max_steps=8,
+            lr_scheduler_type="linear",
+        )
+        made.train()
+    finally:
+        budget.perf_counter = clock
+    return {"steps": made.state.global_step, "seconds": made.spending.seconds, "rates": logged(made, "learning_rate")}
+
+
 SHARDED = Batch.of(ragged_examples(6), 0)
 
 
@@ -106,6 +128,7 @@ def worker(folder):
         torch.save(changed, folder / f"{case}-{rank}.pt")
         if rank == 0:
             (folder / f"{case}.json").write_text(json.dumps(numbers))
+    (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
     for tied in (False, True):
         sharded = loss_and_gradients(shard(tied), lambda grad: grad.full_tensor())
         torch.save(sharded, folder / f"sharded-{tied}-{rank}.pt")
@@ -145,6 +168,12 @@ def test_two_processes_train_as_one_does(case, results, tmp_path):
     together = json.loads((results / f"{case}.json").read_text())
     for name in NUMBERS:
         assert together[name] == pytest.approx(numbers[name], rel=1e-5), name
+
+
+def test_all_processes_end_at_the_step_at_which_the_first_one_s_seconds_are_up(results):
+    first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
+    assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
+    assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,6 +9,7 @@ from folders import described, write
 from transformers import TrainingArguments
 
 from understudy import divergences
+from understudy.budget import Budget
 from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseKL
 from understudy.method import Method
 from understudy.methods import METHODS
@@ -89,6 +90,36 @@ def test_a_resolved_recipe_is_read_back_as_the_same(tmp_path):
     assert again.evaluate.limit is None
     for word in type(recipe).model_fields:
         assert getattr(again, word) == getattr(recipe, word), word
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 100_000}, {"seconds": 60.0}])
+def test_a_budget_is_read_and_written_and_changed_as_a_whole(budget, tmp_path):
+    recipe = load(write(tmp_path / "r.yaml", {**LEAST, "budget": budget}))
+    assert recipe.budget == Budget(**budget)
+    assert recipe.resolved()["budget"] == budget
+    assert parse(recipe.resolved()).budget == recipe.budget
+    assert load(tmp_path / "r.yaml", ["budget={seconds: 5}"]).budget == Budget(seconds=5.0)
+    assert load(tmp_path / "r.yaml", ["budget=null"]).budget is None
+    assert "budget" not in parse(LEAST).resolved()
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        ("{tokens: 5, seconds: 5}", "line 4: budget: a budget is of tokens or of seconds, .* and this has both$"),
+        ("{}", "and this has neither$"),
+        ("{tokens: 0}", "a budget of 0 tokens cannot be spent: give more than 0$"),
+        ("{tokens: many}", r"budget\.tokens: input should be a valid integer, .*not 'many'$"),
+        ("{tokens: 1.5}", "valid integer"),
+        ("{steps: 5}", 'line 4: budget has no field "steps"'),
+        ("100000", "budget has fields, written as `budget: {key: value}`, and is not 100000$"),
+    ],
+)
+def test_what_is_no_budget_is_one_sentence_with_its_line(budget, sentence, tmp_path):
+    lines = ["student: {model: some/model}", "method: sft", "data: {dataset: rows.jsonl}", f"budget: {budget}"]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=sentence):
+        load(tmp_path / "r.yaml")
 
 
 def test_changing_a_resolved_recipe_changes_no_recipe(tmp_path):

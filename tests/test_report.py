@@ -218,6 +218,145 @@ def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
     assert {"exposure-bias.png", "distance.png"} <= {path.name for path in (tmp_path / "out" / "png").iterdir()}
 
 
+def swept(home, values, recipes=("kd",), option="training.learning_rate", seeds=2, baseline=None):
+    """What `understudy compare --sweep` leaves; the n-th value of a recipe is right n times of ten, plus the seed."""
+    from understudy.compare import reference_folder
+    from understudy.recipe_text import value_of
+
+    points, short = {}, option.rpartition(".")[2]
+    for recipe in recipes:
+        for at, value in enumerate(values):
+            points[f"{recipe} {short}={value}"] = {"recipe": recipe, "value": value_of(value), "written": value}
+            for seed in range(seeds):
+                folder = make_run(home / recipe / f"{short}={value}" / f"seed-{seed}", recipe, seed)
+                judge(folder, [1.0] * (at + seed + 1) + [0.0] * (9 - at - seed), bias=float(at))
+    for model, right in (("teacher", 10), ("start", 1)):
+        judge(reference_folder(home, f"nowhere/{model}"), [1.0] * right + [0.0] * (10 - right))
+    record = {"baseline": baseline, "sweep": {"option": option, "points": points}}
+    (home / "comparison.json").write_text(json.dumps(record))
+    return home
+
+
+def drawings(page):
+    """The title and the description of every picture of a page."""
+    parts = Elements(page.read_text())
+    ids = [dict(attrs)["aria-labelledby"].split() for tag, attrs in parts.elements if tag == "svg"]
+    assert all(len(pair) == 2 for pair in ids)
+    html = page.read_text()
+    return [
+        (html.split(f'<title id="{title}">')[1].split("<")[0], html.split(f'<desc id="{about}">')[1].split("<")[0])
+        for title, about in ids
+    ]
+
+
+def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
+    """Two seeds with 1 and 2, 2 and 3, 3 and 4 right answers of ten: whiskers go from one to the other."""
+    home = swept(tmp_path / "home", ["1e-2", "1e-4", "1e-3"], baseline="kd learning_rate=1e-4")
+    page, _, content = written(home, tmp_path / "out")
+    found = content["comparison"]["sweep"]
+    assert (found["option"], found["axis"]) == ("training.learning_rate", "log")
+    assert [(p["value"], p["written"]) for p in found["recipes"]["kd"]] == [
+        (1e-4, "1e-4"),
+        (1e-3, "1e-3"),
+        (1e-2, "1e-2"),
+    ]
+    said = dict(drawings(page))["Accuracy (greedy) over learning_rate"]
+    assert said.startswith(
+        "Over training.learning_rate. kd: 25.0 % (20.0 % to 30.0 %) at 1e-4, 35.0 % (30.0 % to 40.0 %) at 1e-3, "
+        "15.0 % (10.0 % to 20.0 %) at 1e-2; "
+    )
+    assert said.endswith("; teacher 100.0 %; warm start 10.0 %; baseline 25.0 %.")
+    three = written(swept(tmp_path / "three", ["0", "1"], seeds=3), tmp_path / "more")[0]
+    spread = Spread.of([0.1, 0.2, 0.3])
+    said = dict(drawings(three))["Accuracy (greedy) over learning_rate"]
+    assert f"kd: 20.0 % ({100 * spread.low:.1f} % to {100 * spread.high:.1f} %) at 0, " in said
+    pictures = {path.stem for path in (tmp_path / "out" / "png").iterdir()}
+    assert {"sweep-greedy-accuracy", "sweep-exposure-exposure_bias"} <= pictures
+    assert "sweep-greedy-response_length" not in pictures, "it is the same everywhere"
+    assert "quality-greedy-accuracy" not in pictures, "the curve shows what bars would"
+
+
+@pytest.mark.parametrize(
+    ("values", "axis"),
+    [
+        (["0.5", "0", "1"], "linear"),
+        (["1", "30"], "linear"),
+        (["1", "31"], "log"),
+        (["1e-4", "-1"], "linear"),
+        (["forward_kl", "reverse_kl"], "words"),
+        (["true", "false"], "words"),
+        (["null", "5"], "words"),
+    ],
+)
+def test_the_axis_of_a_sweep_follows_its_values(values, axis, tmp_path):
+    page, _, content = written(swept(tmp_path / "home", values, option="a.b", seeds=1), tmp_path / "out")
+    found = content["comparison"]["sweep"]
+    assert found["axis"] == axis
+    order = [point["written"] for point in found["recipes"]["kd"]]
+    assert order == (values if axis == "words" else sorted(values, key=float))
+    drawn = page.read_text().split("<svg")[1]
+    assert all(f">{value}</text>" in drawn for value in values), "every value stands below the axis"
+
+
+@pytest.mark.parametrize(("recipes", "panels"), [(("kd", "gkd", "sft"), 1), (("kd", "gkd", "sft", "dpkd"), 4)])
+def test_recipes_of_a_sweep_share_a_panel_as_long_as_they_can_be_told_apart(recipes, panels, tmp_path):
+    page, _, content = written(swept(tmp_path / "home", ["0", "1"], recipes, seeds=1), tmp_path / "out")
+    assert list(content["comparison"]["sweep"]["recipes"]) == list(recipes)
+    about = [said for _, said in drawings(page) if said.startswith("Over training.learning_rate. ") and "%" in said]
+    assert len(about) == panels
+    for recipe in recipes:
+        assert sum(f" {recipe}: 10.0 % at 0, 20.0 % at 1" in said for said in about) == 1
+
+
+def test_a_sweep_of_which_some_failed_is_drawn_without_them(tmp_path):
+    home = swept(tmp_path / "home", ["0", "1", "2"], seeds=1)
+    for at in (0, 1):
+        (home / "kd" / f"learning_rate={at}" / "seed-0" / "failed.txt").write_text("no memory")
+    page, _, _ = written(home, tmp_path / "out")
+    assert "kd: 30.0 % at 2" in dict(drawings(page))["Accuracy (greedy) over learning_rate"]
+
+
+def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(tmp_path):
+    """As far as the answers of all seeds reach; of a single seed the band is the standard error over prompts."""
+    curves = {
+        ("gkd", 0): {"percent": [None, 1.0, 5.0, 9.0], "standard_error": [None, 1.0, 1.0, 1.0]},
+        ("gkd", 1): {"percent": [None, 2.0, 6.0], "standard_error": [None, 1.0, 1.0]},
+        ("gkd", 2): {"percent": [None, 3.0, 10.0, 9.0], "standard_error": [None, 1.0, 1.0, 1.0]},
+        ("kd", 0): {"percent": [None, 4.0, 8.0], "standard_error": [None, 0.5, 2.0]},
+        ("sft", 0): {"percent": [None, 4.0, 8.0], "standard_error": [None, 0.5, 2.0]},
+        ("sft", 1): {"percent": [None, 1.0, 9.0], "standard_error": [None, 0.5, 2.0]},
+    }
+    for (name, seed), curve in curves.items():
+        folder = make_run(tmp_path / "home" / name / f"seed-{seed}", name, seed)
+        (folder / "a.metrics.json").write_text(json.dumps({"metrics": {}, "curves": {"exposure_bias": curve}}))
+    page, _, content = written(tmp_path / "home", tmp_path / "out")
+    gkd, kd = content["exposure_bias"]["gkd"], content["exposure_bias"]["kd"]
+    spread = Spread.of([5.0, 6.0, 10.0])
+    assert (gkd["seeds"], gkd["mean"]) == (3, [None, 2.0, spread.mean])
+    assert (gkd["low"][2], gkd["high"][2]) == (spread.low, spread.high)
+    assert (kd["seeds"], kd["low"], kd["high"]) == (1, [None, 3.5, 6.0], [None, 4.5, 10.0])
+    sft = content["exposure_bias"]["sft"]
+    assert (sft["mean"], sft["low"], sft["high"]) == ([None, 2.5, 8.5], [None, 1.0, 8.0], [None, 4.0, 9.0])
+    said = dict(drawings(page))
+    assert said["gkd"] == (
+        f"Exposure bias of gkd: 7.0 % over 3 positions, mean of 3 seeds, 95 % interval over seeds: {spread.low:.1f} to "
+        f"{spread.high:.1f} %; others in grey."
+    )
+    assert said["kd"] == "Exposure bias of kd: 8.0 % over 3 positions; others in grey."
+
+
+def test_a_budget_is_stated_below_the_table(contest, tmp_path):
+    for path in contest.glob("*/seed-*/run.json"):
+        summary = json.loads(path.read_text())
+        record = {"tokens": 5000, "spent": summary["tokens"], "ended_by": "max_steps"}
+        path.write_text(json.dumps({**summary, "budget": record}))
+    page, _, content = written(contest, tmp_path / "out")
+    expected = "kd, seed 0: max_steps ended the run with 4,321 of 5,000 response tokens spent."
+    assert content["comparison"]["budget"][0] == "Every run could spend 5,000 response tokens."
+    assert content["comparison"]["budget"][-1] == expected
+    assert all(note in page.read_text() for note in content["comparison"]["budget"])
+
+
 def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
     lines = [logged(10), {"step": 10, "eval_loss": 2.0}, logged(20), {"step": 20, "eval_loss": 1.0}]
     _, _, content = written(make_run(tmp_path / "run", lines=lines), tmp_path / "out")

@@ -150,6 +150,25 @@ def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe,
         assert same(*(load_file(f / "soft_prompt" / "adapter_model.safetensors") for f in (killed, whole)))
 
 
+def test_a_killed_run_with_a_budget_resumes_to_the_bit_and_spends_it_once(recipe, tmp_path):
+    """With a warm-up, after whose end the learning rate falls with what is left of the budget."""
+    changed = ["budget.tokens=250", "training.max_steps=1000", "training.warmup_steps=3", "training.logging_steps=1"]
+    changed += ["evaluate.dataset=null", "training.eval_strategy='no'"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    distill(load(recipe, [*changed, f"training.output_dir={whole}"]))
+    marks = (killed / "checkpoint-4" / "trainer_state.json").exists
+    assert stopped_at(recipe, killed, marks, signal.SIGKILL, *changed) == -signal.SIGKILL
+    assert not (killed / "run.json").exists(), "it was killed too late"
+    distill(load(recipe, [*changed, f"training.output_dir={killed}"]))
+    assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, whole)))
+    rates, expected = ([line["learning_rate"] for line in lines(f) if "loss" in line] for f in (killed, whole))
+    assert rates == expected
+    ours, theirs = (json.loads((f / "run.json").read_text()) for f in (killed, whole))
+    assert 8 < ours["steps"] == theirs["steps"] < 24
+    assert ours["budget"] == theirs["budget"] == {"tokens": 250, "spent": ours["tokens"], "ended_by": "budget"}
+    assert 250 <= ours["tokens"] < 290
+
+
 def test_an_interrupted_run_saves_exits_with_130_and_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
     folder = tmp_path / "run"
 

@@ -8,6 +8,7 @@ import typing
 
 if typing.TYPE_CHECKING:
     from .batch import Batch, Example, deal
+    from .budget import Budget
     from .data import Examples, load_examples
     from .divergences import (
         AlphaBeta,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "batch": ("Batch", "Example", "deal"),
+    "budget": ("Budget",),
     "data": ("Examples", "load_examples"),
     "divergences": (
         "AlphaBeta",

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from .batch import Example
+from .budget import Spending, amount
 from .method import Method
 from .rollout import Rollout
 from .step import Step
@@ -27,11 +28,31 @@ _SHOWN = ("loss", "forward_kl", "reverse_kl", "tokens_per_second")
 class AdvanceMethod(TrainerCallback):
     """Moves the method's schedules on after each optimizer step."""
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method, spending: Spending) -> None:
+        self.method, self.spending = method, spending
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.advance(Step(state.global_step, args.seed, state.max_steps))
+        total = self.spending.foreseen(state.global_step, state.max_steps)
+        self.method.advance(Step(state.global_step, args.seed, total))
+
+
+class KeepToBudget(TrainerCallback):
+    """Ends the run with the step at which its budget is used up, as if this were the last that it was to have.
+
+    `agreed` is what all processes take a step's seconds for.
+    """
+
+    def __init__(self, spending: Spending, agreed: Callable[[float], float]) -> None:
+        self.spending, self.agreed = spending, agreed
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.spending.end_step(self.agreed)
+        if self.spending.share >= 1:
+            state.max_steps = min(state.max_steps, state.global_step + 1)  # the one at hand is counted a moment later
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.spending.share >= 1:
+            control.should_log = True  # a budget rarely ends where a line is due
 
 
 class RefuseBrokenGradients(TrainerCallback):
@@ -130,14 +151,16 @@ class ShowSamples(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with rate, remaining time and the current losses."""
+    """A bar with rate, remaining time and the current losses; with a budget, of the steps that it will do for."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, spending: Spending | None = None) -> None:
+        self.spending = spending or Spending()
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[spent]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=console,
@@ -146,15 +169,20 @@ class ShowProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.task = self.progress.add_task(
-                "distil", total=state.max_steps, completed=state.global_step, rate="", losses=""
-            )
+            self.task = self.progress.add_task("distil", **self._reached(state), rate="", losses="")
             self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.task is not None:
             speed = self.progress.tasks[self.task].speed
-            self.progress.update(self.task, completed=state.global_step, rate=f"{speed:.2f} steps/s" if speed else "")
+            rate = f"{speed:.2f} steps/s" if speed else ""
+            self.progress.update(self.task, **self._reached(state), rate=rate)
+
+    def _reached(self, state: Any) -> dict[str, Any]:
+        """How far the run is, of how many steps, and what share of its budget that took."""
+        steps, budget = state.global_step, self.spending.budget
+        spent = "" if budget is None else f"{self.spending.share:.0%} of {amount({budget.kind: budget.limit})}"
+        return {"completed": steps, "total": self.spending.foreseen(steps, state.max_steps), "spent": spent}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if self.task is not None:

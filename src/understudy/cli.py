@@ -129,6 +129,7 @@ def compare(
     sweep: Annotated[
         str | None, typer.Option(help="One option's values, such as method.gkd.on_policy=0,0.5,1.")
     ] = None,
+    budget: Annotated[str | None, typer.Option(help="What each run may spend: tokens=100000 or seconds=60.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are shared.")] = 1,
     baseline: Annotated[str | None, typer.Option(help="A recipe's name; the others' differences from it.")] = None,
@@ -148,10 +149,12 @@ def compare(
     if missing := [str(path) for path in recipes if not path.is_file()]:
         raise RecipeError(f"there is no recipe {missing[0]}")
     _quiet()
-    from .compare import Trial, compare, contestants
+    from .compare import Trial, budget_override, compare, contestants
+
+    changed = [*(overrides or []), *([budget_override(budget)] if budget is not None else [])]
 
     trial = Trial(data, split, limit, tuple(temperatures or [0.0]), tuple(metrics or ()), exposure)
-    typer.echo(compare(contestants(recipes, overrides or [], sweep), output, trial, seeds, parallel, baseline))
+    typer.echo(compare(contestants(recipes, changed, sweep), output, trial, seeds, parallel, baseline))
     typer.echo(f"everything: {output}")
 
 

@@ -31,6 +31,7 @@ from .methods import METHODS
 from .models import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
 from .playground.names import resolve
 from .recipe import Recipe, RecipeError, load
+from .recipe_text import value_of
 from .rollouts import ROLLOUTS
 from .rollouts.generate import GenerateRollout
 from .run import distill, load_data
@@ -44,6 +45,7 @@ class Contestant:
     name: str
     recipe: Path
     overrides: tuple[str, ...] = ()
+    swept: tuple[str, str] | None = None  # the option that a sweep sets, and its value as it was written
 
     def load(self, *more: str) -> Recipe:
         """The recipe, with the contestant's overrides and `more`."""
@@ -85,13 +87,25 @@ def contestants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: s
             )
         short = key.rpartition(".")[2]
         made = [
-            Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"))
+            Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"), (key, value))
             for c in made
             for value in values.split(",")
         ]
     if len({c.name for c in made}) < len(made):
         raise RecipeError("two of the recipes have the same file name, by which runs are told apart: rename one")
     return made
+
+
+def budget_override(text: str) -> str:
+    """What gives a recipe the budget `tokens=100000` or `seconds=60`, instead of its own.
+
+    Raises:
+        RecipeError: for anything else; what the amount may be is the recipe's to say.
+    """
+    kind, _, amount = text.partition("=")
+    if kind not in ("tokens", "seconds") or not amount:
+        raise RecipeError(f"a budget is written tokens=N or seconds=N, such as tokens=100000, not {text}")
+    return f"budget={{{kind}: {amount}}}"
 
 
 def compare(
@@ -122,6 +136,7 @@ def compare(
             "the recipes have different datasets: name the one that all students are judged on, with --data"
         )
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
+    _refuse_others(jobs)
     extra = _references(recipes)
     if trial.exposure:
         if "teacher" not in extra:
@@ -150,6 +165,8 @@ def compare(
     content = {
         "trial": asdict(trial),
         "baseline": baseline,
+        "budget": recipes[0].resolved().get("budget") if len({r.budget for r in recipes}) == 1 else None,
+        "sweep": _sweep(entered),
         "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in judged.items()},
         "lines": [asdict(line) for line in table],
         "runs": {name: {seed: str(folder) for c, seed, folder in jobs if c.name == name} for name in results},
@@ -157,6 +174,31 @@ def compare(
     write(output / "comparison.json", json.dumps(content, indent=2))
     write(output / "comparison.md", text)
     return text
+
+
+def _recipe_of(contestant: Contestant, seed: int, folder: Path) -> Recipe:
+    """What is run in the folder."""
+    place = f"training.output_dir={json.dumps(str(folder))}"
+    return contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
+
+
+def _refuse_others(jobs: Sequence[tuple[Contestant, int, Path]]) -> None:
+    """Finished runs stay, so that those of another budget, say, would be shown as what is asked for now."""
+    for contestant, seed, folder in jobs:
+        finished = (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
+        if finished and load(folder / "recipe.yaml").resolved() != _recipe_of(contestant, seed, folder).resolved():
+            message = f"{folder} holds a finished run of {contestant.name} with other settings or another budget"
+            raise RecipeError(f"{message}: give another --output, or delete it")
+
+
+def _sweep(entered: Sequence[Contestant]) -> dict[str, Any] | None:
+    """Which option a sweep set, and for each contestant whose recipe and to what; values as YAML reads them."""
+    points = {
+        c.name: {"recipe": c.recipe.stem, "value": value_of(c.swept[1]), "written": c.swept[1]}
+        for c in entered
+        if c.swept is not None
+    }
+    return {"option": entered[0].swept[0], "points": points} if points and entered[0].swept else None
 
 
 def _references(recipes: Sequence[Recipe]) -> dict[str, str]:
@@ -203,8 +245,7 @@ def _run(folder: Path, contestant: Contestant, seed: int, trial: Trial) -> None:
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=120)
         try:
-            place = f"training.output_dir={json.dumps(str(folder))}"
-            recipe = contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
+            recipe = _recipe_of(contestant, seed, folder)
             distill(recipe, console=console)
             judge(str(folder / "student"), recipe, folder, trial)
         except Exception as error:
@@ -264,5 +305,5 @@ def result(folder: Path, trial: Trial) -> Result | str:
     return Result(
         metrics={name: part["metrics"] for name, part in found.items()},
         scores={name: part["scores"] for name, part in found.items() if part["scores"] is not None},
-        **{name: cost.get(name) for name in ("seconds", "cpu_seconds", "tokens")},
+        **{name: cost.get(name) for name in ("seconds", "cpu_seconds", "tokens", "budget")},
     )

@@ -7,8 +7,11 @@ the score of every answer, by which two models are compared on the same problems
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+from .budget import amount, spent
 
 RESAMPLES = 10_000
 
@@ -22,6 +25,7 @@ class Result:
     seconds: float | None = None  # of training
     cpu_seconds: float | None = None
     tokens: float | None = None  # response tokens trained on
+    budget: Mapping[str, Any] | None = None  # the limit, what was spent and what ended the run, as run.json has it
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Line:
     seconds: Spread | None
     cpu_seconds: Spread | None
     tokens: Spread | None
+    budget: Mapping[str, float] | None  # {"tokens" or "seconds": the limit}, where all seeds had the same
+    early: tuple[str, ...]  # which seeds ended before their budget was spent, and by what
 
 
 def lines(
@@ -102,8 +108,41 @@ def lines(
         metrics = _spreads(list(found.values()))
         against = _against(found, results[baseline]) if baseline not in (None, name) else {}
         costs = {n: _cost(list(found.values()), n) for n in ("seconds", "cpu_seconds", "tokens")}
-        table.append(Line(name, len(found), failed, metrics, against, _closed(metrics, teacher, start), **costs))
+        closed = _closed(metrics, teacher, start)
+        budget, early = _limit(found), _early(found)
+        line = Line(name, len(found), failed, metrics, against, closed, **costs, budget=budget, early=early)
+        table.append(line)
     return table
+
+
+def _limit(found: Mapping[int, Result]) -> dict[str, float] | None:
+    limits = [
+        {k: r.budget[k] for k in ("tokens", "seconds") if k in r.budget} if r.budget else None for r in found.values()
+    ]
+    return limits[0] if limits and all(limit == limits[0] for limit in limits) else None
+
+
+def _early(found: Mapping[int, Result]) -> tuple[str, ...]:
+    budgets = {seed: r.budget for seed, r in found.items() if r.budget}
+    return tuple(
+        f"seed {seed}: {b['ended_by']} ended the run with {spent(b)} spent"
+        for seed, b in budgets.items()
+        if b["ended_by"] != "budget"
+    )
+
+
+def budget_notes(table: Sequence[Line]) -> list[str]:
+    """What every contestant could spend, and who left some of it."""
+    having = [line for line in table if line.seeds]
+    limits = [line.budget for line in having]
+    notes = []
+    if limits and limits[0] and all(limit == limits[0] for limit in limits):
+        notes = [f"Every run could spend {amount(limits[0])}."]
+    elif any(limits):
+        notes = [
+            f"{line.name} could spend {amount(line.budget) if line.budget else 'what it wanted'}." for line in having
+        ]
+    return notes + [f"{line.name}, {how}." for line in having for how in line.early]
 
 
 def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
@@ -180,8 +219,9 @@ def markdown(table: Sequence[Line], columns: Sequence[tuple[str, str]], extra: M
     used = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
     text = ["| " + " | ".join(row[i] for i in used) + " |" for row in [heads, *rows]]
     text.insert(1, "|---" * len(used) + "|")
-    failures = [f"- {line.name}, {why}" for line in table for why in line.failed]
-    return "\n".join([*text, *([""] if failures else []), *failures]) + "\n"
+    notes = [f"- {line.name}, {why}" for line in table for why in line.failed]
+    notes += [f"- {note}" for note in budget_notes(table)]
+    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
 
 
 def _plus_minus(spread: Spread, metric: str, seeds: int) -> str:

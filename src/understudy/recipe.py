@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from .budget import Budget
 from .recipe_text import Places, RecipeError, place, read
 from .registry import Registry, UnknownName, did_you_mean, nearest
 
@@ -107,7 +108,7 @@ class Reward(_Block):
 
 
 class Recipe(_Block):
-    """The seven words, and `corpus` and `reward` for methods that take one.
+    """The seven words, `corpus` and `reward` for methods that take one, and a `budget` for runs that are to have one.
 
     `method`, `teacher` and `rollout` are kept as (name, fields) until they are built.
     """
@@ -120,6 +121,7 @@ class Recipe(_Block):
     corpus: Data | None = None  # plain text, for methods with a language-modelling loss
     reward: Reward | None = None
     training: dict[str, Any] = {}
+    budget: Budget | None = None
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
     _source: str = PrivateAttr("recipe")
@@ -129,6 +131,11 @@ class Recipe(_Block):
     @classmethod
     def _named(cls, value: Any) -> Any:
         return named(value) if value is not None else None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _limited(cls, value: Any) -> Any:
+        return construct(Budget, value, "budget") if isinstance(value, Mapping) else value
 
     def check(self, word: str, registry: Registry[Any], **given: Any) -> None:
         """Refuse what `build` would refuse before it calls the constructor, which may load a model."""
@@ -170,7 +177,8 @@ class Recipe(_Block):
     def resolved(self) -> dict[str, Any]:
         """The recipe as a dictionary that `parse` reads back to the same one."""
         plain = _given(self)
-        return plain | {key: {plain[key][0]: plain[key][1]} for key in ("teacher", "method", "rollout") if key in plain}
+        plain |= {key: {plain[key][0]: plain[key][1]} for key in ("teacher", "method", "rollout") if key in plain}
+        return plain | ({} if self.budget is None else {"budget": {self.budget.kind: self.budget.limit}})
 
 
 def _given(block: BaseModel) -> dict[str, Any]:
@@ -319,10 +327,11 @@ def _sentence(error: ValidationError, source: str, places: Places) -> str:
     if first["type"] == "missing":
         block = "recipe" if len(path) == 1 else f"{path[0]} block"
         return f'{where}: "{key}" is missing, and every {block} needs it'
-    if first["type"] in ("model_type", "dict_type"):
+    if first["type"] in ("model_type", "dict_type", "dataclass_type"):
         return f"{where}: {key} has fields, written as `{path[-1]}: {{key: value}}`, and is not {first['input']!r:.60}"
     if first["type"] == "value_error":
-        return f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}"
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if message.startswith(key) else f"{where}: {key}: {message}"
     guess = did_you_mean(first["input"], _choices(first)) if isinstance(first["input"], str) else ""
     return f"{where}: {key}: {_lower(first['msg'])}, not {first['input']!r:.60}{guess}"
 

@@ -92,16 +92,21 @@ def _read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         loader.dispose()
 
 
+def value_of(text: str) -> Any:
+    """What an override's value means: YAML, or the text itself where it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
 def _override(content: dict[str, Any], places: Places, override: str) -> None:
     """Set one value in `content`, making the blocks above it, and note in `places` where it comes from."""
     key, separator, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not separator or not all(path):
         raise RecipeError(f'"{override}" is no override; write key.key=value, such as training.max_steps=100')
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        value = text
+    value = value_of(text)
     here = content
     for depth, parent in enumerate(path[:-1]):
         below = here.get(parent)

@@ -170,6 +170,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         processing_class=tokenizer,
         teacher_writer=teacher_writer,
         judge=_judge(recipe, rollout, tokenizer, held_out) if recipe.evaluate.metrics else None,
+        budget=recipe.budget,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,

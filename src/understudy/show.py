@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .budget import spent
 from .evaluate import Evaluation
 from .folder import write
 
@@ -27,6 +28,8 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
         console.print(table)
     found = "".join(f", {name} {value:.4g}" for name, value in summary["metrics"].items() if name == "eval_loss")
     console.print(f"{summary['steps']} steps, {summary['tokens']} response tokens, {summary['seconds']:.1f} s{found}")
+    if budget := summary.get("budget"):
+        console.print(f"spent {spent(budget)}; ended by {budget['ended_by']}")
     console.print(f"student: {summary['folder']}/student   everything else: {summary['folder']}", soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ import transformers
 
 if TYPE_CHECKING:
     from .run import Run
+    from .trainer import DistillationTrainer
 
 
 def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) ->
         "folder": str(run.folder),
         "steps": trainer.state.global_step,
         **{name: round(value, 2) for name, value in seconds.items()},
-        "tokens": int(trainer.tokens_seen),
+        "tokens": trainer.tokens_seen,
+        "budget": _budget(trainer),
         "student_parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "teacher_parameters": None if teacher is None else sum(p.numel() for p in teacher.parameters()),
@@ -52,6 +54,17 @@ def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) ->
         },
         "metrics": {name: value for name, value in found.items() if isinstance(value, float)},
     }
+
+
+def _budget(trainer: "DistillationTrainer") -> dict[str, Any] | None:
+    """The `tokens` or `seconds` that could be spent, what was `spent` of them, and what the run was `ended_by`."""
+    spending, state = trainer.spending, trainer.state
+    budget = spending.budget
+    if budget is None:
+        return None
+    spent = spending.tokens if budget.kind == "tokens" else round(spending.seconds, 3)
+    cause = "budget" if spending.share >= 1 else "max_steps" if state.global_step >= state.max_steps else "patience"
+    return {budget.kind: budget.limit, "spent": spent, "ended_by": cause}
 
 
 def _peak_memory_mb() -> float | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -27,7 +28,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .batch import Batch, Example, deal
-from .callbacks import AdvanceMethod, RefuseBrokenGradients, ShowProgress
+from .budget import Budget, Spending, paced
+from .callbacks import AdvanceMethod, KeepToBudget, RefuseBrokenGradients, ShowProgress
 from .method import Method
 from .rollout import Rollout, Writers
 from .scores import COMPARED, Knowledge, Scores, can_project, compare, score
@@ -50,6 +52,7 @@ class DistillationTrainer(Trainer):
         processing_class: the tokenizer that student and teacher share; required.
         teacher_writer: writes the teacher's responses instead of the rollout.
         judge: from the student to further metrics, which `evaluate` returns, too.
+        budget: what the run may spend; it ends where this or its steps do, and its schedules end with it.
         kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
     """
 
@@ -66,6 +69,7 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments | None = None,
         teacher_writer: Rollout | None = None,
         judge: Callable[[nn.Module], dict[str, float]] | None = None,
+        budget: Budget | None = None,
         callbacks: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
@@ -82,19 +86,22 @@ class DistillationTrainer(Trainer):
         args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
         accelerator_config: Any = args.accelerator_config
         accelerator_config.dispatch_batches = False  # nor could they be sent to other processes as such
+        self.spending = Spending(budget)
+        if budget is not None:
+            callbacks = [KeepToBudget(self.spending, self._first_process_s), *callbacks]
         super().__init__(
             model=student,
             args=args,
             data_collator=cast(Any, list),  # examples stay ragged until Batch.of
             processing_class=processing_class,
-            callbacks=[RefuseBrokenGradients(), AdvanceMethod(method), *callbacks],
+            callbacks=[RefuseBrokenGradients(), AdvanceMethod(method, self.spending), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if not args.disable_tqdm:
-            self.add_callback(ShowProgress())
+            self.add_callback(ShowProgress(spending=self.spending))
         if teacher is not None:
             teacher.beside(self.accelerator.device)
             teacher = method.prepare(teacher, processing_class, args.learning_rate)
@@ -104,9 +111,26 @@ class DistillationTrainer(Trainer):
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
         self.window = self._new_window()
-        self.tokens_seen = 0  # response tokens trained on, by all processes, over the whole run
         self._project = can_project(student)
         self.writers = self._writers(rollout, teacher_writer)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Response tokens trained on, by all processes, over the whole run."""
+        return self.spending.tokens
+
+    def _first_process_s(self, seconds: float) -> float:
+        """What the first process says, so that all end at the same step."""
+        said = torch.tensor(seconds, dtype=torch.float64, device=self.args.device)
+        return float(cast(Tensor, broadcast(said)))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        given = self.lr_scheduler
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.spending.budget is None or scheduler is given:
+            return scheduler
+        warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
+        return paced(scheduler, self.spending, num_training_steps, warmup)
 
     def _writers(self, rollout: Rollout | None, teacher_writer: Rollout | None) -> Writers:
         if rollout is None:
@@ -117,10 +141,15 @@ class DistillationTrainer(Trainer):
         return Writers(rollout.follow(self.model, self.processing_class), teacher_writer)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        at, most = self.state.global_step, self.state.max_steps
+        if self.spending.progress(at, most) >= 1:  # resumed at its end
+            self.control.should_training_stop = True
+            return [], None
+        self.spending.begin_step()
         drawn = list(islice(epoch_iterator, num_batches))
         if not drawn:
             return [], None
-        step = Step(self.state.global_step, self.args.seed, self.state.max_steps)
+        step = Step(at, self.args.seed, self.spending.foreseen(at, most))
         with self.window.spent("generate"):
             examples = self.method.collect(list(chain(*drawn)), self.writers, step)
         batches = [Batch.of(part, self.pad, device) for part in deal(examples, len(drawn))]
@@ -131,7 +160,7 @@ class DistillationTrainer(Trainer):
         counts = [sum(self.method.units(b) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
         units, tokens = self.accelerator.reduce(counts, reduction="sum")
-        self.tokens_seen += int(tokens)
+        self.spending.tokens += int(tokens)
         return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], units
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -237,13 +266,16 @@ class DistillationTrainer(Trainer):
         examples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
         if args.max_steps <= 0:
             examples = len(cast(Any, self.train_dataset)) * args.num_train_epochs
-        return args.torch_compile or pays_to_compile(64 * examples, self.vocabulary, args.device.type)
+        tokens = 64 * examples
+        if self.spending.budget is not None and self.spending.budget.tokens is not None:
+            tokens = min(tokens, self.spending.budget.tokens)
+        return args.torch_compile or pays_to_compile(tokens, self.vocabulary, args.device.type)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""
         if _internal_call and self.args.should_save:
             state = {f"method.{name}": tensor.contiguous() for name, tensor in self.method.state_dict().items()}
-            state["tokens_seen"] = torch.tensor(self.tokens_seen)
+            state["spent"] = torch.tensor(self.spending.state(), dtype=torch.float64)
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / STATE_FILE)
@@ -253,10 +285,10 @@ class DistillationTrainer(Trainer):
         """As in transformers; `True` resumes from the last checkpoint that was written to its end, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-        self.tokens_seen = 0
+        self.spending.restart()
         if resume_from_checkpoint:
             state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
-            self.tokens_seen = int(state.pop("tokens_seen"))
+            self.spending.resume(state.pop("spent").tolist())
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
         self.window = self._new_window()
         try:

@@ -1,8 +1,8 @@
 """The report: what runs did and what came of them, as one page, pictures and numbers.
 
-folders.py   what the runs' folders hold        charts.py, drawing.py   pictures of it
-content.py   all of it as one dictionary        page.py, page.*         one file of HTML
-verdict.py   one sentence, and numbers in words answers.py              the same prompts, answered
+folders.py              what the runs' folders hold     charts.py, positions.py, sweeps.py   what is drawn of it
+content.py, curves.py   all of it as one dictionary     drawing.py, page.py, page.*           pictures, one file of HTML
+verdict.py              a sentence, numbers in words    answers.py                            the same prompts, answered
 """
 
 import json

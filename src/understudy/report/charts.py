@@ -1,4 +1,4 @@
-"""What is drawn: curves, quality, positions and time, from the report's content.
+"""What is drawn: curves, quality and time, from the report's content, beside positions.py and sweeps.py.
 
 The one idea: small multiples. Every panel says one thing, panels of a chart have the same axes, and what a line is
 stands beside it. One run has a panel for each quantity; of several runs, each has a panel for every quantity, with the
@@ -9,10 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .drawing import ACCENT, FAINT, INK, PAPER, RULE, SOFT, Chart, Panel, label_ends, label_points
-from .verdict import PERCENT, duration, heading, number, words
+from .drawing import (
+    ACCENT,
+    FAINT,
+    INK,
+    PAPER,
+    SOFT,
+    Chart,
+    Panel,
+    in_percent,
+    label_ends,
+    label_points,
+    limits_of,
+    plain,
+)
+from .positions import by_position
+from .sweeps import swept
+from .verdict import PERCENT, duration, heading, interval, number, words
 
 # A panel's title and the names, as they are logged, of what it shows; the first is drawn in the accent colour.
 _TOGETHER = (
@@ -37,9 +51,12 @@ def charts(content: Mapping[str, Any]) -> dict[str, list[Chart]]:
     runs = content["runs"]
     several = len(runs) > 1
     return {
-        "quality": [*_intervals(content), *(_against_time(content) if several else _learning(runs[0]))],
+        "quality": [
+            *(swept(content) or _intervals(content)),
+            *(_against_time(content) if several else _learning(runs[0])),
+        ],
         "curves": list(_multiples(runs) if several else _quantities(runs[0])),
-        "positions": list(_positions(runs)),
+        "positions": list(by_position(content)),
         "time": list(_time(runs)),
     }
 
@@ -67,7 +84,7 @@ def _curves(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Panel
             points = _known(one)
             axes.plot(*zip(*points, strict=True), color=colour, marker="o" if len(points) == 1 else None, ms=2.5)
             ends.append((points[-1][1], words(name), SOFT if colour == FAINT else colour))
-        _plain(axes, shares=all(name in PERCENT for name, _ in lines))
+        plain(axes, shares=all(name in PERCENT for name, _ in lines))
         label_ends(axes, ends if len(ends) > 1 else [(ends[0][0], _short(ends[0][0], lines[0][0]), ACCENT)])
 
     return Panel(title, "; ".join(_said(name, one) for name, one in lines) + ".", draw)
@@ -99,7 +116,7 @@ def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 
 def _one_of(who: str, name: str, having: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
     """One contestant's runs before the others, on the axes that they share."""
-    limits = _limits([value for lines in having.values() for line in lines for _, value in _known(line)])
+    limits = limits_of([value for lines in having.values() for line in lines for _, value in _known(line)])
 
     def draw(axes: Axes) -> None:
         for other, lines in having.items():
@@ -113,7 +130,7 @@ def _one_of(who: str, name: str, having: Mapping[str, Sequence[Mapping[str, Any]
                 axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.3)
                 last = points[-1][1] if last is None else last
         axes.set_ylim(limits)
-        _plain(axes, shares=name in PERCENT)
+        plain(axes, shares=name in PERCENT)
         if last is not None:
             label_ends(axes, [(last, _short(last, name), ACCENT)])
 
@@ -153,10 +170,10 @@ def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapp
             axes.text(value, len(rows) - 0.1, name, fontsize=7, color=SOFT, ha="center", va="bottom", bbox=_ON_PAPER)
         axes.set_ylim(-0.4, len(rows) + 0.3)
         axes.set_yticks([])
-        _plain(axes, steps=False)
-        _percent(axes.xaxis, metric in PERCENT)
+        plain(axes, steps=False)
+        in_percent(axes.xaxis, metric in PERCENT)
 
-    said = [f"{name} {number(s['mean'], metric)}{_interval(s, metric)}" for name, s in reversed(rows)]
+    said = [f"{name} {number(s['mean'], metric)}{interval(s, metric)}" for name, s in reversed(rows)]
     said += [f"{name} {number(value, metric)}" for name, value in lines.items()]
     return Panel(title, "; ".join(said) + ".", draw, height=0.7 + 0.27 * len(rows), left=0.03, right=0.84)
 
@@ -187,7 +204,7 @@ def _scatter(title: str, metric: str, points: Sequence[tuple[str, float, float]]
             beside = {"transform": axes.get_yaxis_transform(), "fontsize": 6, "color": SOFT, "va": "center"}
             axes.text(1.02, start, "warm start", **beside)
         axes.set_xlim(0, 1.05 * max(seconds for _, seconds, _ in points) or 1.0)
-        _plain(axes, steps=False, shares=metric in PERCENT)
+        plain(axes, steps=False, shares=metric in PERCENT)
         label_points(axes, {name: (seconds, value) for name, seconds, value in reversed(points)})
         axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
 
@@ -205,7 +222,7 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
 
         def draw(axes: Axes, points: Any = points, name: str = name) -> None:
             axes.plot(*zip(*points, strict=True), color=ACCENT, marker="o", ms=2.5)
-            _plain(axes, steps=False, shares=name.removeprefix("eval_") in PERCENT)
+            plain(axes, steps=False, shares=name.removeprefix("eval_") in PERCENT)
             axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
             label_ends(axes, [(points[-1][1], _short(points[-1][1], name), ACCENT)])
 
@@ -213,60 +230,6 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
             panels.append(Panel(f"Held out: {words(name.removeprefix('eval_'))}", _said(name, one) + ".", draw))
     if panels:
         yield Chart("quality-time", "Quality against seconds of training", "on held-out data", panels)
-
-
-def _positions(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """Exposure bias and distances by the position in an answer."""
-    biased = [(run["name"], run["positions"]["exposure_bias"]) for run in runs if "exposure_bias" in run["positions"]]
-    if biased:
-        limits = _limits([v for _, curve in biased for v in curve["percent"] if v is not None])
-        panels = [_exposure(name, curve, limits) for name, curve in biased]
-        about = "excess of accumulated forward KL on own prefixes over the teacher's, percent, ± one standard error"
-        yield Chart("exposure-bias", "Exposure bias by position", about, panels)
-    apart = [(run["name"], run["positions"]["distance"]) for run in runs if "distance" in run["positions"]]
-    if apart:
-        kinds = ("reverse_kl", "forward_kl")
-        limits = _limits([v for _, curve in apart for kind in kinds for v in curve.get(kind, []) if v is not None])
-        panels = [_by_position(name, {kind: curve.get(kind, []) for kind in kinds}, limits) for name, curve in apart]
-        yield Chart("distance", "Distance to the teacher by position", "nats, on the student's own answers", panels)
-
-
-def _exposure(name: str, curve: Mapping[str, Any], limits: tuple[float, float]) -> Panel:
-    errors = curve.get("standard_error") or []
-    numbered = enumerate(_padded(curve["percent"], errors), start=1)
-    points = [(at, value, error or 0.0) for at, (value, error) in numbered if value is not None]
-
-    def draw(axes: Axes) -> None:
-        at, middle, error = zip(*points, strict=True)
-        low, high = ([m + sign * e for m, e in zip(middle, error, strict=True)] for sign in (-1, 1))
-        axes.fill_between(at, low, high, color=ACCENT, alpha=0.18, linewidth=0)
-        axes.plot(at, middle, color=ACCENT)
-        axes.axhline(0, color=SOFT, linewidth=0.6)
-        axes.set_ylim(limits)
-        _plain(axes)
-        axes.set_xlabel("position", fontsize=7, labelpad=2)
-        label_ends(axes, [(middle[-1], f"{middle[-1]:.0f} %", ACCENT)])
-
-    last = f"{points[-1][1]:.1f} % over {points[-1][0]} positions" if points else "nothing was measured"
-    return Panel(name, f"Exposure bias of {name}: {last}.", draw if points else _plain, right=0.86)
-
-
-def _by_position(name: str, curves: Mapping[str, Sequence[float | None]], limits: tuple[float, float]) -> Panel:
-    numbered = {kind: enumerate(values, start=1) for kind, values in curves.items()}
-    lines = {kind: [(at, v) for at, v in each if v is not None] for kind, each in numbered.items()}
-    lines = {kind: points for kind, points in lines.items() if points}
-
-    def draw(axes: Axes) -> None:
-        for (_, points), colour in zip(lines.items(), (ACCENT, INK), strict=False):
-            axes.plot(*zip(*points, strict=True), color=colour)
-        axes.set_ylim(limits)
-        _plain(axes)
-        axes.set_xlabel("position", fontsize=7, labelpad=2)
-        colours = dict(zip(lines, (ACCENT, INK), strict=False))
-        label_ends(axes, [(points[-1][1], words(kind), colours[kind]) for kind, points in lines.items()])
-
-    said = [f"{words(kind)} {points[0][1]:.3g} at first, {points[-1][1]:.3g} at last" for kind, points in lines.items()]
-    return Panel(name, "; ".join(said) + ".", draw)
 
 
 def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
@@ -293,7 +256,7 @@ def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
             axes.text(place + 0.05, len(timed) - 0.1, name, color=SOFT, **over)
         axes.set_ylim(-0.4, len(timed) + 0.4)
         axes.set_yticks([])
-        _plain(axes, steps=False)
+        plain(axes, steps=False)
         axes.set_xlabel("seconds", fontsize=7, labelpad=2)
 
     said = [f"{label}: {_shares(run['seconds_by_activity'])}" for label, run in zip(labels, timed, strict=True)]
@@ -306,30 +269,6 @@ def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 def _shares(split: Mapping[str, float]) -> str:
     total = sum(split.values())
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())
-
-
-def _plain(axes: Axes, steps: bool = True, shares: bool = False) -> None:
-    """Few ticks and, for steps, whole ones."""
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=steps))
-    if len(axes.get_yticks()):
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        _percent(axes.yaxis, shares)
-    if steps:
-        axes.set_xlabel("step", fontsize=7, labelpad=2)
-    axes.grid(axis="x", color=RULE, linewidth=0 if steps else 0.6)
-
-
-def _percent(axis: Any, shares: bool) -> None:
-    if shares:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-
-
-def _limits(values: Sequence[float | None]) -> tuple[float, float]:
-    """From the least to the greatest value, with a little room; always some height."""
-    known = [value for value in values if value is not None] or [0.0]
-    low, high = min(*known, 0.0) if min(known) < 0.4 * max(known) else min(known), max(known)
-    room = 0.06 * (high - low) or abs(high) or 1.0
-    return low - room, high + room
 
 
 def _known(one: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:
@@ -354,13 +293,3 @@ def _said(name: str, one: Mapping[str, Any]) -> str:
 
 def _short(value: float, name: str) -> str:
     return number(value, name if name.removeprefix("eval_") in PERCENT else "")
-
-
-def _interval(spread: Mapping[str, float], metric: str) -> str:
-    if spread["low"] == spread["high"]:
-        return ""
-    return f" ({number(spread['low'], metric)} to {number(spread['high'], metric)})"
-
-
-def _padded(values: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return [(value, others[i] if i < len(others) else None) for i, value in enumerate(values)]

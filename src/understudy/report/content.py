@@ -15,6 +15,7 @@ from typing import Any
 from .. import comparison
 from ..compare import reference_folder
 from ..comparison import Result
+from .curves import exposure_bias, sweep
 from .folders import RunFolder, dig, read_json
 from .verdict import verdict
 
@@ -39,6 +40,7 @@ def content(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Any]
         "unfinished": any(run["state"] == "unfinished" for run in made),
         "runs": made,
         "comparison": judged,
+        "exposure_bias": exposure_bias(made),
     }
     return finite({**found, "verdict": verdict(found)})
 
@@ -150,7 +152,8 @@ def _comparison(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, 
         n: {s: _only(r, common) if isinstance(r, Result) else r for s, r in of.items()} for n, of in results.items()
     }
     references = {name: _only(r, common) for name, r in _references(runs, places, trial).items()}
-    baseline = next((b for place in places if (b := _written(place).get("baseline")) in results), None)
+    written = next((found for place in places if (found := _written(place))), {})
+    baseline = written["baseline"] if written.get("baseline") in results else None
     table = comparison.lines(results, baseline, references.get("teacher"), references.get("warm start"))
     samplings = [protocol for protocol in common if protocol != _EXPOSURE[0]]
     quality = [(p, m) for p in samplings for m in ("accuracy", *trial.get("metrics", ())) if m in common[p]]
@@ -164,6 +167,8 @@ def _comparison(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, 
         "references": {name: asdict(r) for name, r in references.items()},
         "lines": [asdict(line) for line in table],
         "contest": _contest(results, quality, table),
+        "sweep": sweep(written, list(results)),
+        "budget": comparison.budget_notes(table),
     }
 
 
@@ -177,7 +182,7 @@ def _result(run: RunFolder, trial: Mapping[str, Any]) -> Result | str:
     if run.evaluation.get("trial") != trial:
         return "judged in another trial"
     summary = run.summary or {}
-    return _parts(run.evaluation["found"], {n: summary.get(n) for n in ("seconds", "cpu_seconds", "tokens")})
+    return _parts(run.evaluation["found"], {n: summary.get(n) for n in ("seconds", "cpu_seconds", "tokens", "budget")})
 
 
 def _parts(found: Mapping[str, Any], cost: Mapping[str, Any]) -> Result:

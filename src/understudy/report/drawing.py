@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # CSS variable → its colour on paper; no two alike.
 PALETTE = {
@@ -125,6 +126,30 @@ def _fill(figure: Figure, panels: Sequence[Panel], columns: int, titled: bool = 
         panel.draw(axes)
         if titled:
             axes.set_title(panel.title, loc="left", fontsize=7.5, color=INK, pad=5)
+
+
+def plain(axes: Axes, steps: bool = True, shares: bool = False) -> None:
+    """Few ticks and, for steps, whole ones."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=steps))
+    if len(axes.get_yticks()):
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        in_percent(axes.yaxis, shares)
+    if steps:
+        axes.set_xlabel("step", fontsize=7, labelpad=2)
+    axes.grid(axis="x", color=RULE, linewidth=0 if steps else 0.6)
+
+
+def in_percent(axis: Any, shares: bool) -> None:
+    if shares:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+
+
+def limits_of(values: Sequence[float | None]) -> tuple[float, float]:
+    """From the least to the greatest value, with a little room; always some height."""
+    known = [value for value in values if value is not None] or [0.0]
+    low, high = min(*known, 0.0) if min(known) < 0.4 * max(known) else min(known), max(known)
+    room = 0.06 * (high - low) or abs(high) or 1.0
+    return low - room, high + room
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

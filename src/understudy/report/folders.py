@@ -78,7 +78,11 @@ def read(places: Sequence[Path]) -> list[RunFolder]:
         ValueError: as `find`, and for a file of a run that cannot be read, naming it.
     """
     paths = find(places)
-    base = Path(os.path.commonpath([path.resolve() for path in paths])) if len(paths) > 1 else None
+    homes = [place.resolve() for place in places if (place / "comparison.json").is_file()]
+    if len(homes) == len(places) == 1:
+        base = homes[0]  # so that names are those of the comparison
+    else:
+        base = Path(os.path.commonpath([path.resolve() for path in paths])) if len(paths) > 1 else None
     return [_read(path, _name(path, base)) for path in paths]
 
 

@@ -127,7 +127,7 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
     how = f"on {rows_asked} of {asked.get('dataset') or 'the data'}, split {asked.get('split', '–')}"
     several = any(line["seeds"] > 1 for line in judged["lines"])
     notes = [f"All judged alike, {how}." + (" Means ± standard deviations over seeds." if several else "")]
-    notes += [f"{line['name']}, {why}" for line in judged["lines"] for why in line["failed"]]
+    notes += [*judged["budget"], *(f"{line['name']}, {why}" for line in judged["lines"] for why in line["failed"])]
     return _table(heads, rows, notes=notes)
 
 

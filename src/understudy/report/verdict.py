@@ -42,6 +42,13 @@ def number(value: Any, metric: str = "") -> str:
     return f"{value:#.4g}" if metric else f"{value:.4g}"  # metrics stand below each other
 
 
+def interval(spread: Mapping[str, float], metric: str) -> str:
+    """A spread's ends in brackets, where there are several seeds."""
+    if spread["low"] == spread["high"]:
+        return ""
+    return f" ({number(spread['low'], metric)} to {number(spread['high'], metric)})"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds for people."""
     if seconds is None:

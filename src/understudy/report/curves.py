@@ -1,0 +1,71 @@
+"""Curves over seeds, as numbers: what a sweep varied, and exposure bias by the position in an answer.
+
+The one idea: a curve's point is a `Spread`, as a table's cell is: a mean with an interval over seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..comparison import Spread
+
+_DECADES = 30  # values that span more than this, and are all above 0, stand on a logarithmic axis
+
+
+def sweep(written: Mapping[str, Any], judged: Sequence[str]) -> dict[str, Any] | None:
+    """What a comparison's own record says of its sweep, for the contestants that were judged.
+
+    Returns the `option`, the `axis` (linear, log, or words for values that are not all numbers) and the `recipes`, each
+    with its points (`name` of the contestant, `value`, and `written` as it was given), in the order of the axis.
+    """
+    found = written.get("sweep") or {}
+    points = {name: point for name, point in found.get("points", {}).items() if name in judged}
+    if not points:
+        return None
+    values = [point["value"] for point in points.values()]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    axis = "words" if not numbers else "log" if min(values) > 0 and max(values) > _DECADES * min(values) else "linear"
+    recipes: dict[str, list[dict[str, Any]]] = {}
+    for name, point in points.items():
+        recipes.setdefault(point["recipe"], []).append(
+            {"name": name, "value": point["value"], "written": point["written"]}
+        )
+    if numbers:
+        recipes = {recipe: sorted(of, key=lambda point: point["value"]) for recipe, of in recipes.items()}
+    return {"option": found["option"], "axis": axis, "recipes": recipes}
+
+
+def exposure_bias(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each contestant whose runs measured it, in percent by position: `mean`, `low` and `high`, and the `seeds`.
+
+    The ends are those of the 95 % interval over seeds; of two seeds, whose interval would hide everything, they are the
+    seeds' own values, and of a single one they are one standard error over prompts away. The curve ends with the last
+    position that the answers of all seeds reach.
+    """
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if curve := run["positions"].get("exposure_bias"):
+            curves.setdefault(run["name"], []).append(curve)
+    return {name: _of_one(of[0]) if len(of) == 1 else _of_several(of) for name, of in curves.items()}
+
+
+def _of_one(curve: Mapping[str, Any]) -> dict[str, Any]:
+    mean = curve["percent"]
+    errors = [*(curve.get("standard_error") or []), *[None] * len(mean)]
+    ends = {
+        name: [None if m is None else m + sign * (error or 0.0) for m, error in zip(mean, errors, strict=False)]
+        for name, sign in (("low", -1), ("high", 1))
+    }
+    return {"seeds": 1, "mean": mean, **ends}
+
+
+def _of_several(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = zip(*(curve["percent"] for curve in curves), strict=False)
+    spreads = [None if None in column else _spread(column) for column in columns]
+    ends = {name: [s and getattr(s, name) for s in spreads] for name in ("mean", "low", "high")}
+    return {"seeds": len(curves), **ends}
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    found = Spread.of(values)
+    return found if len(values) > 2 else replace(found, low=min(values), high=max(values))

@@ -1,0 +1,76 @@
+"""What is drawn over the position in an answer: exposure bias of every contestant, distances of every run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, limits_of, plain
+from .verdict import words
+
+_BANDS = {1: "± one standard error over prompts", 2: "from one seed to the other", 3: "95 % interval over seeds"}
+_KINDS = ("reverse_kl", "forward_kl")
+
+
+def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
+    """The charts over positions; none where nothing was measured."""
+    biased = {name: curve for name, curve in content["exposure_bias"].items() if _points(curve["mean"])}
+    if biased:
+        ends = [curve[end] for curve in biased.values() for end in ("low", "mean", "high")]
+        limits = limits_of([value for values in ends for _, value in _points(values)])
+        panels = [_exposure(name, biased, limits) for name in biased]
+        shaded = " or ".join(dict.fromkeys(_BANDS[min(curve["seeds"], 3)] for curve in biased.values()))
+        about = "excess of accumulated forward KL on own prefixes over the teacher's, percent; shaded: "
+        about += shaded
+        yield Chart("exposure-bias", "Exposure bias by position", about, panels)
+    apart = [(r["name"], r["positions"]["distance"]) for r in content["runs"] if "distance" in r["positions"]]
+    if apart:
+        limits = limits_of([v for _, curve in apart for kind in _KINDS for v in curve.get(kind, []) if v is not None])
+        panels = [_distances(name, {kind: curve.get(kind, []) for kind in _KINDS}, limits) for name, curve in apart]
+        yield Chart("distance", "Distance to the teacher by position", "nats, on the student's own answers", panels)
+
+
+def _exposure(who: str, having: Mapping[str, Mapping[str, Any]], limits: tuple[float, float]) -> Panel:
+    """One contestant's curve with its band before the others' curves, on the axes that they share."""
+    curve = having[who]
+    points, low, high = (_points(curve[name]) for name in ("mean", "low", "high"))
+
+    def draw(axes: Axes) -> None:
+        for other in having:
+            if other != who:
+                axes.plot(*zip(*_points(having[other]["mean"]), strict=True), color=FAINT, linewidth=0.7)
+        at = [position for position, _ in low]
+        axes.fill_between(at, [v for _, v in low], [v for _, v in high], color=ACCENT, alpha=0.18, linewidth=0)
+        axes.plot(*zip(*points, strict=True), color=ACCENT)
+        axes.axhline(0, color=SOFT, linewidth=0.6)
+        axes.set_ylim(limits)
+        plain(axes)
+        axes.set_xlabel("position", fontsize=7, labelpad=2)
+        label_ends(axes, [(points[-1][1], f"{points[-1][1]:.0f} %", ACCENT)])
+
+    (position, last), lowest, highest = points[-1], low[-1][1], high[-1][1]
+    told = f"Exposure bias of {who}: {last:.1f} % over {position} positions"
+    if curve["seeds"] > 1:
+        told += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
+    return Panel(who, told + ("; others in grey." if len(having) > 1 else "."), draw, right=0.86)
+
+
+def _points(values: Sequence[float | None]) -> list[tuple[int, float]]:
+    """(position, value), positions counted from 1, less those that are no numbers."""
+    return [(at, value) for at, value in enumerate(values, start=1) if value is not None]
+
+
+def _distances(name: str, curves: Mapping[str, Sequence[float | None]], limits: tuple[float, float]) -> Panel:
+    lines = {kind: points for kind, values in curves.items() if (points := _points(values))}
+
+    def draw(axes: Axes) -> None:
+        for (_, points), colour in zip(lines.items(), (ACCENT, INK), strict=False):
+            axes.plot(*zip(*points, strict=True), color=colour)
+        axes.set_ylim(limits)
+        plain(axes)
+        axes.set_xlabel("position", fontsize=7, labelpad=2)
+        colours = dict(zip(lines, (ACCENT, INK), strict=False))
+        label_ends(axes, [(points[-1][1], words(kind), colours[kind]) for kind, points in lines.items()])
+
+    said = [f"{words(kind)} {points[0][1]:.3g} at first, {points[-1][1]:.3g} at last" for kind, points in lines.items()]
+    return Panel(name, "; ".join(said) + ".", draw)

@@ -1,0 +1,172 @@
+"""The curves of a sweep: a metric over the values of the option that was varied, a line for each recipe.
+
+The one idea: the picture that papers draw. Up to three recipes share a panel; of more, each has its own, with the
+others behind it in grey.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+
+from .drawing import ACCENT, FAINT, INK, SOFT, WIDTH, Chart, Panel, label_ends, plain
+from .verdict import PERCENT, heading, interval, number
+
+_TOGETHER = (ACCENT, INK, SOFT)  # the lines of one panel, best first
+_LEFT, _RIGHT = 0.13, 0.72
+_ASIDE = 0.12  # how far apart recipes stand at a word, as a share of the way to the next
+_LETTER = 3.9  # points that a letter of a tick's label is wide, about
+_FAR = 0.75  # a reference farther off than so many times the height of the curves is named, and not drawn
+
+Point = tuple[float, Mapping[str, float], str]  # place on the axis, spread, the value as it was written
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """One metric of a sweep."""
+
+    metric: str
+    option: str
+    axis: str  # linear, log or words
+    lines: Mapping[str, Sequence[Point]]  # by recipe, the best first
+    beside: Mapping[str, float]  # teacher, warm start, baseline
+
+
+def swept(content: Mapping[str, Any]) -> list[Chart]:
+    """A chart for each metric over the values of a comparison's sweep, less what is alike everywhere and no measure of
+    quality; none where nothing was swept."""
+    judged = content["comparison"]
+    if not judged or not judged["sweep"]:
+        return []
+    made = []
+    seeds = max(line["seeds"] for line in judged["lines"])
+    about = {1: "one seed each", 2: "means, and from one seed to the other"}
+    about = about.get(seeds, "means and 95 % intervals over seeds")
+    for protocol, metric in judged["columns"]:
+        curves = _curves(judged, protocol, metric)
+        means = {spread["mean"] for points in curves.lines.values() for _, spread, _ in points}
+        if len(means) > 1 or (means and [protocol, metric] in judged["quality"]):
+            made.append(_chart(curves, protocol, about))
+    return made
+
+
+def _curves(judged: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
+    by_name = {
+        line["name"]: spread if line["seeds"] != 2 else _from_seed_to_seed(spread)
+        for line in judged["lines"]
+        if (spread := line["metrics"].get(protocol, {}).get(metric)) is not None
+    }
+    found = judged["sweep"]
+    every = list(dict.fromkeys(point["written"] for of in found["recipes"].values() for point in of))
+    lines: dict[str, list[Point]] = {}
+    for recipe, of in found["recipes"].items():
+        for point in of:
+            place = every.index(point["written"]) if found["axis"] == "words" else point["value"]
+            if (spread := by_name.get(point["name"])) is not None:
+                lines.setdefault(recipe, []).append((place, spread, point["written"]))
+    best = sorted(lines, key=lambda recipe: -max(spread["mean"] for _, spread, _ in lines[recipe]))
+    references = judged["references"].items()
+    beside = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in references}
+    beside["baseline"] = (by_name.get(judged["baseline"]) or {}).get("mean")
+    known = {name: value for name, value in beside.items() if value is not None}
+    return _Curves(metric, found["option"], found["axis"], {recipe: lines[recipe] for recipe in best}, known)
+
+
+def _from_seed_to_seed(spread: Mapping[str, float]) -> dict[str, float]:
+    """The two values themselves for ends: their interval, 12.7 standard errors to each side, would hide everything."""
+    half = spread["deviation"] / 2**0.5
+    return {**spread, "low": spread["mean"] - half, "high": spread["mean"] + half}
+
+
+def _chart(curves: _Curves, protocol: str, about: str) -> Chart:
+    short = curves.option.rpartition(".")[2]
+    title = f"{heading(curves.metric)} ({protocol}) over {short}"
+    if len(curves.lines) <= len(_TOGETHER):
+        panels = [_panel(title, curves, dict(zip(curves.lines, _TOGETHER, strict=False)))]
+    else:
+        greys = dict.fromkeys(curves.lines, FAINT)
+        panels = [_panel(recipe, curves, {**greys, recipe: ACCENT}) for recipe in curves.lines]
+    return Chart(f"sweep-{protocol}-{curves.metric}".replace("=", ""), title, about, panels)
+
+
+def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
+    """The recipes' lines in these colours, with whiskers and names for those that are not grey."""
+    before = [recipe for recipe in curves.lines if colours[recipe] != FAINT]
+    limits, near = _limits(curves)
+
+    def draw(axes: Axes) -> None:
+        if curves.axis == "log":
+            axes.set_xscale("log")
+        ends = []
+        for recipe in sorted(curves.lines, key=lambda recipe: colours[recipe] != FAINT):
+            colour, points = colours[recipe], curves.lines[recipe]
+            joined = "none" if curves.axis == "words" else "-"
+            aside = (
+                _ASIDE * (before.index(recipe) - (len(before) - 1) / 2) if joined == "none" and recipe in before else 0
+            )
+            thin = {} if recipe in before else {"linewidth": 0.7, "ms": 2}
+            style = {"color": colour, "linestyle": joined, "marker": "o", "ms": 3, **thin}
+            axes.plot([x + aside for x, _, _ in points], [s["mean"] for _, s, _ in points], **style)
+            for x, spread, _ in points if recipe in before else ():
+                axes.plot([x + aside, x + aside], [spread["low"], spread["high"]], color=colour, linewidth=0.8)
+            if recipe in before:
+                last = points[-1][1]["mean"]
+                ends.append((last, recipe if len(curves.lines) > 1 else number(last, curves.metric), colour))
+        for name, value in curves.beside.items():
+            far = "" if name in near else f" {number(value, curves.metric)} {'↑' if value > limits[1] else '↓'}"
+            ends.append((min(max(value, limits[0]), limits[1]), name + far, SOFT))
+            if name in near:
+                axes.axhline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0.5)
+        axes.set_ylim(limits)
+        plain(axes, steps=False, shares=curves.metric in PERCENT)
+        _tick(axes, curves)
+        label_ends(axes, ends)
+
+    said = [f"{recipe}: {_said(curves.lines[recipe], curves.metric)}" for recipe in before]
+    said += [f"{name} {number(value, curves.metric)}" for name, value in curves.beside.items()]
+    return Panel(title, f"Over {curves.option}. " + "; ".join(said) + ".", draw, 2.3, right=_RIGHT, left=_LEFT)
+
+
+def _said(points: Sequence[Point], metric: str) -> str:
+    return ", ".join(f"{number(s['mean'], metric)}{interval(s, metric)} at {written}" for _, s, written in points)
+
+
+def _limits(curves: _Curves) -> tuple[tuple[float, float], set[str]]:
+    """The height of the axes, and which of the references are in it."""
+    values = [s[end] for line in curves.lines.values() for _, s, _ in line for end in ("low", "mean", "high")]
+    low, high = min(values), max(values)
+    room = _FAR * ((high - low) or abs(high) or 1.0)
+    near = {name for name, value in curves.beside.items() if low - room <= value <= high + room}
+    inside = [*values, *(curves.beside[name] for name in near)]
+    edge = 0.06 * (max(inside) - min(inside)) or abs(high) or 1.0
+    return (min(inside) - edge, max(inside) + edge), near
+
+
+def _tick(axes: Axes, curves: _Curves) -> None:
+    """Label the values that were tried as they were written; where they stand too close, words in two rows, and of
+    numbers not every one."""
+    written = {x: text for line in curves.lines.values() for x, _, text in line}
+    places = sorted(written)
+    axes.set_xlabel(curves.option, fontsize=7, labelpad=2)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", linewidth=0)
+    if curves.axis == "words":
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        apart = (_RIGHT - _LEFT) * WIDTH * 72 / len(places) / _LETTER  # letters from one place to the next
+        rows = 2 if max(map(len, written.values())) > apart else 1
+        texts = [
+            text if len(text) <= rows * apart else f"{text[: int(rows * apart) - 1]}…" for text in written.values()
+        ]
+        axes.set_xticks(places, ["\n" * (i % rows) + text for i, text in enumerate(texts)])
+        if rows > 1:
+            axes.set_xlabel("")  # for which there is no room below them; the title says what they are
+        return
+    scale, taken, kept = 72 / axes.figure.dpi, float("-inf"), []
+    for x in places:
+        middle, half = axes.transData.transform((x, 0))[0] * scale, _LETTER * len(written[x]) / 2
+        if middle - half > taken:
+            kept.append(x)
+            taken = middle + half + 2
+    axes.set_xticks(kept, [written[x] for x in kept])
