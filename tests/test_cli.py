@@ -67,13 +67,31 @@ def test_methods_are_listed_with_their_options(monkeypatch, capsys):
     assert "on_policy = 1.0" in printed
 
 
-def test_an_interrupted_command_says_so(monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["understudy.cli.app", "understudy.registry.Registry.names"])
+def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
+    """Whether typer lets Ctrl-C through or makes an exit code of it, as it does inside a command."""
+
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupt)
+    monkeypatch.setattr(where, interrupt)
     monkeypatch.setattr(sys, "argv", ["understudy", "methods"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
+    written = []
+    monkeypatch.setattr("understudy.compare.compare", lambda *_: "the table")
+    monkeypatch.setattr("understudy.report.write_report", lambda places: (written.extend(places) or "page", True))
+    (tmp_path / "sft.yaml").touch()
+    for options, expected in (([], []), (["--report"], [tmp_path])):
+        command = ["understudy", "compare", str(tmp_path / "sft.yaml"), "--output", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        assert written == expected
+        assert ("report: page" in capsys.readouterr().out) == bool(expected)

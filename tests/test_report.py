@@ -17,6 +17,7 @@ from understudy.batch import Example
 from understudy.comparison import Spread
 from understudy.recipe import load
 from understudy.report import answers as answering
+from understudy.report.curves import distance
 from understudy.report.folders import read
 
 HOSTILE = (
@@ -214,8 +215,20 @@ def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
     (folder / "answers.metrics.json").write_text(json.dumps(measured))
     page, _, content = written(folder, tmp_path / "out")
     assert content["runs"][0]["positions"]["exposure_bias"] == bias
-    assert "Exposure bias of run: 12.5 % over 3 positions." in page.read_text()
+    assert "Exposure bias of run: 12.5 % over 3 positions, at most 12 % at position 3." in page.read_text()
+    assert content["distance"] == {"run": {"reverse_kl": [0.25, 2.0], "forward_kl": [0.5, 1.0]}}
     assert {"exposure-bias.png", "distance.png"} <= {path.name for path in (tmp_path / "out" / "png").iterdir()}
+
+
+def test_distances_of_several_seeds_are_means_over_their_tokens():
+    """A position counts for as many tokens as there are; it is left out where next to no answer is so long."""
+
+    def run(alive, values):
+        curves = {"alive": alive, "forward_kl": values, "reverse_kl": [2 * v for v in values]}
+        return {"name": "kd", "positions": {"distance": curves}}
+
+    runs = [run([30.0, 10.0, 1.0], [1.0, 2.0, 99.0]), run([10.0, 30.0], [5.0, 6.0])]
+    assert distance(runs) == {"kd": {"reverse_kl": [4.0, 10.0], "forward_kl": [2.0, 5.0]}}
 
 
 def swept(home, values, recipes=("kd",), option="training.learning_rate", seeds=2, baseline=None):

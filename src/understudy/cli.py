@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="understudy",
     help="Teach a small language model to play the big one's part.",
@@ -142,6 +144,7 @@ def compare(
         int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on so many of the prompts.")
     ] = 0,
     output: Annotated[Path, typer.Option(help="Where the runs and the table go.")] = Path("runs/compare"),
+    page: Annotated[bool, typer.Option("--report", help="Write the report of it as well.")] = False,
 ) -> None:
     """Run several recipes with several seeds, judge the students alike, and print a table. Again: goes on."""
     from .recipe import RecipeError
@@ -155,6 +158,10 @@ def compare(
 
     trial = Trial(data, split, limit, tuple(temperatures or [0.0]), tuple(metrics or ()), exposure)
     typer.echo(compare(contestants(recipes, changed, sweep), output, trial, seeds, parallel, baseline))
+    if page:
+        from .report import write_report
+
+        typer.echo(f"report: {write_report([output])[0]}")
     typer.echo(f"everything: {output}")
 
 
@@ -198,8 +205,9 @@ def main() -> None:
             traceback.print_exc()
         code = _explain(error)
     except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
         typer.echo("interrupted", err=True)
-        code = 130
     sys.exit(code or 0)
 
 
@@ -216,7 +224,7 @@ def _explain(error: Exception) -> int:
             "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
         )
     elif name == "OutOfMemoryError":
-        message = "the GPU's memory is full: lower training.per_device_train_batch_size or rollout.generate.batch_size"
+        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
     elif not _is_meant_for_people(error):
         message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
     typer.echo(f"error: {message}", err=True)

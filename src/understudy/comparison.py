@@ -14,6 +14,7 @@ import numpy as np
 from .budget import amount, spent
 
 RESAMPLES = 10_000
+_SHARES = ("accuracy", "truncated")  # written in percent
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,19 @@ def markdown(table: Sequence[Line], columns: Sequence[tuple[str, str]], extra: M
 
 def _plus_minus(spread: Spread, metric: str, seeds: int) -> str:
     text = _number(spread.mean, metric)
-    return text if seeds < 2 else f"{text} ± {_number(spread.deviation, metric)}"
+    scale = 100 if metric in _SHARES else 1
+    return text if seeds < 2 else with_deviation(text, scale * spread.deviation)
 
 
 def _number(value: float | None, metric: str) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.1f}" if metric in ("accuracy", "truncated") else f"{value:.4g}"
+    return f"{100 * value:.1f}" if metric in _SHARES else f"{value:#.4g}".rstrip(".")
+
+
+def with_deviation(mean: str, deviation: float) -> str:
+    """A mean as it is written, and its deviation to the same digit."""
+    return f"{mean} ± {deviation:.{len(mean.partition('.')[2])}f}"
 
 
 def _p(value: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from .. import comparison
 from ..compare import reference_folder
 from ..comparison import Result
-from .curves import exposure_bias, sweep
+from .curves import distance, exposure_bias, sweep
 from .folders import RunFolder, dig, read_json
 from .verdict import verdict
 
@@ -41,6 +41,7 @@ def content(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Any]
         "runs": made,
         "comparison": judged,
         "exposure_bias": exposure_bias(made),
+        "distance": distance(made),
     }
     return finite({**found, "verdict": verdict(found)})
 

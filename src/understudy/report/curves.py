@@ -1,14 +1,16 @@
-"""Curves over seeds, as numbers: what a sweep varied, and exposure bias by the position in an answer.
+"""Curves over seeds, as numbers: what a sweep varied, exposure bias and distances by the position in an answer.
 
 The one idea: a curve's point is a `Spread`, as a table's cell is: a mean with an interval over seeds.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from ..comparison import Spread
 
+KLS = ("reverse_kl", "forward_kl")
 _DECADES = 30  # values that span more than this, and are all above 0, stand on a logarithmic axis
 
 
@@ -47,6 +49,29 @@ def exposure_bias(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
         if curve := run["positions"].get("exposure_bias"):
             curves.setdefault(run["name"], []).append(curve)
     return {name: _of_one(of[0]) if len(of) == 1 else _of_several(of) for name, of in curves.items()}
+
+
+def distance(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """For each contestant whose runs measured them, both KLs by position: means over the tokens of all its runs.
+
+    A curve ends where fewer than a twentieth of the answers are as long.
+    """
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if curve := run["positions"].get("distance"):
+            curves.setdefault(run["name"], []).append(curve)
+    return {name: {kind: _pooled(of, kind) for kind in KLS} for name, of in curves.items()}
+
+
+def _pooled(curves: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
+    """Σ alive · value / Σ alive at each position."""
+    columns = list(
+        zip_longest(*(zip(c["alive"], c[kind], strict=False) for c in curves if kind in c), fillvalue=(0, 0))
+    )
+    known = [[(alive, value) for alive, value in column if alive and value is not None] for column in columns]
+    counts = [sum(alive for alive, _ in column) for column in known]
+    long = takewhile(lambda count: count > 0 and count >= counts[0] / 20, counts)
+    return [sum(alive * value for alive, value in column) / count for column, count in zip(known, long, strict=False)]
 
 
 def _of_one(curve: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from unicodedata import category
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ..comparison import with_deviation
 from .drawing import Chart, svg
-from .verdict import number, words
+from .verdict import PERCENT, number, words
 
 LEVELS = (0.5, 1, 2, 4)  # log q − log p in nats from which a token is shaded, and shaded darker
 _KEPT = "\n\r\t\u200c\u200d"  # lines, and the joiners that some scripts are written with
@@ -101,7 +102,11 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
     judged = content["comparison"]
     if judged is None:
         return None
-    columns = [tuple(column) for column in judged["columns"]]
+    measured = [r["metrics"] for r in judged["references"].values()]
+    measured += [
+        {p: {m: s["mean"] for m, s in of.items()} for p, of in one["metrics"].items()} for one in judged["lines"]
+    ]
+    columns = [(p, m) for p, m in judged["columns"] if m != "truncated" or any(of.get(p, {}).get(m) for of in measured)]
     protocol, metric = (judged["quality"] or [("", "")])[0]
     heads = ["model", *(f"{words(m)} ({p})" for p, m in columns)]
     heads += [f"less {judged['baseline']} [95 %], p", "of the way to the teacher", "seeds"]
@@ -139,8 +144,11 @@ def _mean(line: Mapping[str, Any], protocol: str, metric: str) -> float:
 def _spread(spread: Mapping[str, float] | None, metric: str, seeds: int) -> tuple[Any, str]:
     if spread is None:
         return None, ""
-    text = f"{spread['mean']:,.0f}" if not metric else number(spread["mean"], metric)
-    return spread["mean"], text if seeds < 2 else f"{text} ± {number(spread['deviation'], metric)}"
+    mean, deviation = spread["mean"], spread["deviation"]
+    text = f"{mean:,.0f}" if not metric else number(mean, metric)
+    if seeds > 1:
+        text = f"{text} ± {number(deviation, metric)}" if metric in PERCENT else with_deviation(text, deviation)
+    return mean, text
 
 
 def _against(found: Mapping[str, float] | None) -> tuple[Any, str]:

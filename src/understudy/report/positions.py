@@ -1,4 +1,4 @@
-"""What is drawn over the position in an answer: exposure bias of every contestant, distances of every run."""
+"""What is drawn over the position in an answer: exposure bias and distances of every contestant."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,24 +9,26 @@ from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, limits_
 from .verdict import words
 
 _BANDS = {1: "± one standard error over prompts", 2: "from one seed to the other", 3: "95 % interval over seeds"}
-_KINDS = ("reverse_kl", "forward_kl")
+_UNSETTLED = 5  # the first fifth of the positions does not decide how high the chart of exposure bias is
 
 
 def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
     """The charts over positions; none where nothing was measured."""
     biased = {name: curve for name, curve in content["exposure_bias"].items() if _points(curve["mean"])}
     if biased:
-        ends = [curve[end] for curve in biased.values() for end in ("low", "mean", "high")]
-        limits = limits_of([value for values in ends for _, value in _points(values)])
+        ends = [_points(curve[end]) for curve in biased.values() for end in ("low", "mean", "high")]
+        limits = limits_of([0.0, *(value for points in ends for _, value in points[len(points) // _UNSETTLED :])])
+        cut = max(value for points in ends for _, value in points) > limits[1]
         panels = [_exposure(name, biased, limits) for name in biased]
         shaded = " or ".join(dict.fromkeys(_BANDS[min(curve["seeds"], 3)] for curve in biased.values()))
         about = "excess of accumulated forward KL on own prefixes over the teacher's, percent; shaded: "
         about += shaded
+        about += "; the first positions, where there is next to nothing to exceed, run off the chart" if cut else ""
         yield Chart("exposure-bias", "Exposure bias by position", about, panels)
-    apart = [(r["name"], r["positions"]["distance"]) for r in content["runs"] if "distance" in r["positions"]]
+    apart = {name: curves for name, curves in content["distance"].items() if any(curves.values())}
     if apart:
-        limits = limits_of([v for _, curve in apart for kind in _KINDS for v in curve.get(kind, []) if v is not None])
-        panels = [_distances(name, {kind: curve.get(kind, []) for kind in _KINDS}, limits) for name, curve in apart]
+        limits = limits_of([value for curves in apart.values() for values in curves.values() for value in values])
+        panels = [_distances(name, curves, limits) for name, curves in apart.items()]
         yield Chart("distance", "Distance to the teacher by position", "nats, on the student's own answers", panels)
 
 
@@ -49,7 +51,8 @@ def _exposure(who: str, having: Mapping[str, Mapping[str, Any]], limits: tuple[f
         label_ends(axes, [(points[-1][1], f"{points[-1][1]:.0f} %", ACCENT)])
 
     (position, last), lowest, highest = points[-1], low[-1][1], high[-1][1]
-    told = f"Exposure bias of {who}: {last:.1f} % over {position} positions"
+    at, most = max(points, key=lambda point: point[1])
+    told = f"Exposure bias of {who}: {last:.1f} % over {position} positions, at most {most:.0f} % at position {at}"
     if curve["seeds"] > 1:
         told += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
     return Panel(who, told + ("; others in grey." if len(having) > 1 else "."), draw, right=0.86)
@@ -60,7 +63,7 @@ def _points(values: Sequence[float | None]) -> list[tuple[int, float]]:
     return [(at, value) for at, value in enumerate(values, start=1) if value is not None]
 
 
-def _distances(name: str, curves: Mapping[str, Sequence[float | None]], limits: tuple[float, float]) -> Panel:
+def _distances(name: str, curves: Mapping[str, Sequence[float]], limits: tuple[float, float]) -> Panel:
     lines = {kind: points for kind, values in curves.items() if (points := _points(values))}
 
     def draw(axes: Axes) -> None:
