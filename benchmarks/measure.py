@@ -56,10 +56,8 @@ class Stopwatch:
 
 
 def alternate(contestants: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Stopwatch]:
-    """Every call timed: one call each that is not counted, then `rounds` rounds in which each takes its turn."""
+    """Every call timed, in `rounds` rounds in which each takes its turn; the first calls are best made before."""
     clocks = {name: Stopwatch() for name in contestants}
-    for call in contestants.values():
-        call()
     for _ in range(rounds):
         for name, call in contestants.items():
             clocks[name].time(call)

@@ -20,7 +20,7 @@ from understudy import GKD, DistillationTrainer, Example, GenerateRollout, Jense
 from .measure import Stopwatch, in_child, peak_mb, save, table
 from .models import llama, prompts, words
 
-CASES = {"V = 50,257, 8 × 256 tokens": (50_257, 256, 4), "V = 4,096, 8 × 64 tokens": (4096, 64, 20)}
+CASES = {"V = 50,257, 8 × 256 tokens": (50_257, 256, 2), "V = 4,096, 8 × 64 tokens": (4096, 64, 20)}
 NAMES = ["understudy, compiled", "understudy", "TRL DistillationTrainer", "TRL GKDTrainer"]
 BATCH, PROMPT = 8, 32
 

@@ -352,8 +352,8 @@ def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(
     assert (sft["mean"], sft["low"], sft["high"]) == ([None, 2.5, 8.5], [None, 1.0, 8.0], [None, 4.0, 9.0])
     said = dict(drawings(page))
     assert said["gkd"] == (
-        f"Exposure bias of gkd: 7.0 % over 3 positions, mean of 3 seeds, 95 % interval over seeds: {spread.low:.1f} to "
-        f"{spread.high:.1f} %; others in grey."
+        f"Exposure bias of gkd: 7.0 % over 3 positions, at most 7 % at position 3, mean of 3 seeds, "
+        f"95 % interval over seeds: {spread.low:.1f} to {spread.high:.1f} %; others in grey."
     )
     assert said["kd"] == "Exposure bias of kd: 8.0 % over 3 positions; others in grey."
 

@@ -217,6 +217,14 @@ def test_an_interrupted_run_does_not_go_on_with_other_data(home, interrupted):
     assert run(home, restart=True)["examples"] == 13
 
 
+@pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])
+def test_bf16_may_be_left_to_the_machine(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    recipe = {"student": {"model": "a"}, "method": "sft", "data": {"dataset": "b"}}
+    assert training_arguments(parse({**recipe, "training": {"bf16": "auto", "use_cpu": True}})).bf16 is expected
+
+
 def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interrupted):
     interrupted.setattr(DistillationTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -13,12 +13,13 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from rich import get_console
 from rich.console import Console
 from torch import nn
@@ -242,6 +243,14 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
     return distance(trainer.model, teacher, written, trainer.vocabulary)
 
 
+def gains_from_bf16() -> bool:
+    """Has this machine instructions that multiply in bfloat16: a GPU's tensor cores, or a CPU's AVX-512, AMX or SVE?"""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    having: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(having.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The training block, which is TrainingArguments, with a run folder and logging at a pace to watch."""
     values: dict[str, Any] = {
@@ -257,6 +266,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise recipe.complaint(f"training.{key}", message)
         if value is False and key.endswith("_strategy"):
             value = "no"  # which YAML reads as false
+        if (key, value) == ("bf16", "auto"):
+            value = gains_from_bf16()
         hint: Any = hints[key]
         with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
             values[key] = checked(value, hint, f"training.{key}") if hint in (int, float, bool) else value
