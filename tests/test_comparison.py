@@ -73,7 +73,7 @@ def test_failed_runs_are_shown_and_the_others_stay():
     rows = text.splitlines()
     assert rows[0].startswith("| model | accuracy (greedy) | bleu (greedy) |")
     assert rows[2].startswith("| teacher | 100.0 | 10.00 |")
-    assert rows[3].startswith("| kd (1 failed) | 40.0 | 4 |")
+    assert rows[3].startswith("| kd (1 failed) | 40.0 | 4.000 |")
     assert rows[4].startswith("| gkd | 65.0 ± 7.1 |")
     assert "- kd, seed 1: the disk is full" in rows
     assert all(row.count("|") == rows[0].count("|") for row in rows[:6])

@@ -209,13 +209,13 @@ def test_runs_of_several_places_are_told_apart_by_their_folders(tmp_path):
 
 def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
     folder = make_run(tmp_path / "run")
-    bias = {"percent": [None, 5.0, 12.5], "standard_error": [None, 1.0, 2.0], "alive": [4.0, 4.0, 2.0]}
+    bias = {"percent": [None, 40.0, 5.0, 12.5], "standard_error": [None, 4, 1, 2], "alive": [4.0, 4.0, 4.0, 2.0]}
     distance = {"alive": [4.0, 2.0], "forward_kl": [0.5, 1.0], "reverse_kl": [0.25, 2.0]}
     measured = {"metrics": {"exposure_bias": 12.5}, "curves": {"exposure_bias": bias, "distance": distance}}
     (folder / "answers.metrics.json").write_text(json.dumps(measured))
     page, _, content = written(folder, tmp_path / "out")
     assert content["runs"][0]["positions"]["exposure_bias"] == bias
-    assert "Exposure bias of run: 12.5 % over 3 positions, at most 12 % at position 3." in page.read_text()
+    assert "Exposure bias of run: 12.5 % over 4 positions, at most 40 % at position 2." in page.read_text()
     assert content["distance"] == {"run": {"reverse_kl": [0.25, 2.0], "forward_kl": [0.5, 1.0]}}
     assert {"exposure-bias.png", "distance.png"} <= {path.name for path in (tmp_path / "out" / "png").iterdir()}
 
@@ -352,7 +352,7 @@ def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(
     assert (sft["mean"], sft["low"], sft["high"]) == ([None, 2.5, 8.5], [None, 1.0, 8.0], [None, 4.0, 9.0])
     said = dict(drawings(page))
     assert said["gkd"] == (
-        f"Exposure bias of gkd: 7.0 % over 3 positions, at most 7 % at position 3, mean of 3 seeds, "
+        f"Exposure bias of gkd: 7.0 % over 3 positions, mean of 3 seeds, "
         f"95 % interval over seeds: {spread.low:.1f} to {spread.high:.1f} %; others in grey."
     )
     assert said["kd"] == "Exposure bias of kd: 8.0 % over 3 positions; others in grey."

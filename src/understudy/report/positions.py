@@ -52,7 +52,8 @@ def _exposure(who: str, having: Mapping[str, Mapping[str, Any]], limits: tuple[f
 
     (position, last), lowest, highest = points[-1], low[-1][1], high[-1][1]
     at, most = max(points, key=lambda point: point[1])
-    told = f"Exposure bias of {who}: {last:.1f} % over {position} positions, at most {most:.0f} % at position {at}"
+    told = f"Exposure bias of {who}: {last:.1f} % over {position} positions"
+    told += f", at most {most:.0f} % at position {at}" if at < position else ""
     if curve["seeds"] > 1:
         told += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
     return Panel(who, told + ("; others in grey." if len(having) > 1 else "."), draw, right=0.86)
