@@ -179,11 +179,12 @@ def test_an_interruption_stops_the_thread_and_leaves_the_model_as_it_was(error, 
         raise error
 
     writer.generate(PROMPTS, Step(0))
+    before = threading.active_count()
     monkeypatch.setattr(ContinuousBatchingManager, "get_result", interrupted)
     with pytest.raises(error):
         writer.generate(PROMPTS, Step(0))
     monkeypatch.undo()
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
     assert model.training
     assert model.config._attn_implementation == "eager"
     assert writer.generate(PROMPTS, Step(0))

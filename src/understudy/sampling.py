@@ -82,10 +82,9 @@ class SamplingRollout(Rollout):
                 wanted.append(prompt)
                 streams.append(step.stream(self.max_new_tokens, self._author, prompt.row, seen[prompt.row]))
                 seen[prompt.row] += 1
-        if not wanted:
-            return []
-        self._check_window(max(len(prompt.prompt) for prompt in wanted))
-        responses = self._respond([prompt.prompt for prompt in wanted], torch.stack(streams))
+        self._check_window(max((len(prompt.prompt) for prompt in wanted), default=0))
+        uniforms = torch.stack(streams) if streams else torch.empty(0, self.max_new_tokens)
+        responses = self._respond([prompt.prompt for prompt in wanted], uniforms)
         return [
             replace(prompt, response=response, author=self._author, truncated=response[-1] not in self._stop)
             for prompt, response in zip(wanted, responses, strict=True)
@@ -93,7 +92,10 @@ class SamplingRollout(Rollout):
 
     @abstractmethod
     def _respond(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
-        """A response to each of R prompts; `uniforms` (R, max_new_tokens) in [0, 1)."""
+        """A response to each of R prompts; `uniforms` (R, max_new_tokens) in [0, 1).
+
+        R may be 0: a process that has nothing to write still takes part where a sharded model gathers its weights.
+        """
 
     def _check_window(self, longest: int) -> None:
         window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)

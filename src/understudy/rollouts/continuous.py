@@ -52,6 +52,8 @@ class ContinuousRollout(SamplingRollout):
         return super().follow(model, tokenizer, author)
 
     def _respond(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
+        if not prompts:
+            return []
         try:
             with _undisturbed(self._model), writing(self._model):
                 if not self._tried:
