@@ -135,17 +135,23 @@ def test_a_killed_run_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
     assert_the_same(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("method", ["{promptkd: {prompt_tokens: 3, prompt: w5}}", "{dpkd: {refresh: 3}}"])
-def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe, tmp_path):
-    """PromptKD's prompt and its optimizer; DPKD's answers of teacher and student."""
-    changed = [f"method={method}", "training.max_steps=12", "evaluate.dataset=null", "training.eval_strategy='no'"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def whole_and_killed(recipe, home, changed):
+    """The folders of a run and of the same one killed after four steps and resumed, whose students are the same."""
+    whole, killed = home / "whole", home / "killed"
     distill(load(recipe, [*changed, f"training.output_dir={whole}"]))
     marks = (killed / "checkpoint-4" / "trainer_state.json").exists
     assert stopped_at(recipe, killed, marks, signal.SIGKILL, *changed) == -signal.SIGKILL
     assert not (killed / "run.json").exists(), "it was killed too late"
     distill(load(recipe, [*changed, f"training.output_dir={killed}"]))
     assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, whole)))
+    return whole, killed
+
+
+@pytest.mark.parametrize("method", ["{promptkd: {prompt_tokens: 3, prompt: w5}}", "{dpkd: {refresh: 3}}"])
+def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe, tmp_path):
+    """PromptKD's prompt and its optimizer; DPKD's answers of teacher and student."""
+    changed = [f"method={method}", "training.max_steps=12", "evaluate.dataset=null", "training.eval_strategy='no'"]
+    whole, killed = whole_and_killed(recipe, tmp_path, changed)
     if "promptkd" in method:
         assert same(*(load_file(f / "soft_prompt" / "adapter_model.safetensors") for f in (killed, whole)))
 
@@ -154,13 +160,7 @@ def test_a_killed_run_with_a_budget_resumes_to_the_bit_and_spends_it_once(recipe
     """With a warm-up, after whose end the learning rate falls with what is left of the budget."""
     changed = ["budget.tokens=250", "training.max_steps=1000", "training.warmup_steps=3", "training.logging_steps=1"]
     changed += ["evaluate.dataset=null", "training.eval_strategy='no'"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    distill(load(recipe, [*changed, f"training.output_dir={whole}"]))
-    marks = (killed / "checkpoint-4" / "trainer_state.json").exists
-    assert stopped_at(recipe, killed, marks, signal.SIGKILL, *changed) == -signal.SIGKILL
-    assert not (killed / "run.json").exists(), "it was killed too late"
-    distill(load(recipe, [*changed, f"training.output_dir={killed}"]))
-    assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, whole)))
+    whole, killed = whole_and_killed(recipe, tmp_path, changed)
     rates, expected = ([line["learning_rate"] for line in lines(f) if "loss" in line] for f in (killed, whole))
     assert rates == expected
     ours, theirs = (json.loads((f / "run.json").read_text()) for f in (killed, whole))

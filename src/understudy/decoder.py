@@ -6,8 +6,7 @@ The one idea: a decoder keeps what reading one more token takes (cache, mask, pl
 Shapes: R rows, T positions read so far (padding on the left), V vocabulary.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from itertools import chain
 from typing import Any
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
+from .tile import Compiled
 
 _STEP = 32  # a compiled forward looks at a multiple of so many positions
-_log = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -95,21 +94,7 @@ def _look(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]
     return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-_kernel: Callable[..., Tensor] | None = None
-
-
-def _compiled(*args: Any) -> Tensor:
-    """`_look`, compiled. Where that does not work this is said once, and nothing is compiled any more."""
-    from torch._dynamo.exc import TorchDynamoException  # half a second, which only those who compile should wait for
-
-    global _kernel
-    _kernel = _kernel or torch.compile(_look)
-    try:
-        return _kernel(*args)
-    except TorchDynamoException as error:
-        _log.warning("the model cannot be compiled here, which makes writing slower: %s", str(error).partition("\n")[0])
-        _kernel = _look
-        return _look(*args)
+_compiled = Compiled(_look, "the model cannot be compiled here, which makes writing slower")
 
 
 def bare(model: Any) -> nn.Module:

@@ -132,21 +132,31 @@ def _finish(
     return values
 
 
-_kernel: Callable[..., Tensor] | None = None
+class Compiled:
+    """A function that is compiled when it is first called.
+
+    Where that does not work it is said once, as `why`, and the function is called as it is from then on.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], why: str) -> None:
+        self._function, self._why = function, why
+        self._kernel: Callable[..., Tensor] | None = None
+
+    def __call__(self, *args: Any) -> Tensor:
+        from torch._dynamo.exc import (
+            TorchDynamoException,
+        )  # half a second, for which only those who compile should wait
+
+        self._kernel = self._kernel or torch.compile(self._function)
+        try:
+            return self._kernel(*args)
+        except TorchDynamoException as error:
+            _log.warning("%s: %s", self._why, str(error).partition("\n")[0])
+            self._kernel = self._function
+            return self._function(*args)
 
 
-def _compiled(product: Tensor, rule: Rule, weights: Tensor, *options: Any) -> Tensor:
-    """`_finish`, compiled. Where that does not work this is said once, and nothing is compiled any more."""
-    from torch._dynamo.exc import TorchDynamoException  # half a second, which only those who compile should wait for
-
-    global _kernel
-    _kernel = _kernel or torch.compile(_finish)
-    try:
-        return _kernel(product, rule, weights, *options)
-    except TorchDynamoException as error:
-        _log.warning("the loss cannot be compiled here, which makes it slower: %s", str(error).partition("\n")[0])
-        _kernel = _finish
-        return _finish(product, rule, weights, *options)
+_compiled = Compiled(_finish, "the loss cannot be compiled here, which makes it slower")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

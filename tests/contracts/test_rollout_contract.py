@@ -149,6 +149,16 @@ def gemma3():
     return model.eval()
 
 
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_weights_of_the_moment_write(name):
+    model = tiny("llama")
+    writer = SAMPLED[name]().follow(model, words())
+    before = writer.generate(PROMPTS, Step(0))
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert writer.generate(PROMPTS, Step(0)) != before
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("name", SAMPLED)
 def test_greedy_is_what_the_model_s_own_generate_writes(name, kind):

@@ -44,10 +44,7 @@ def exposure_bias(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     seeds' own values, and of a single one they are one standard error over prompts away. The curve ends with the last
     position that the answers of all seeds reach.
     """
-    curves: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        if curve := run["positions"].get("exposure_bias"):
-            curves.setdefault(run["name"], []).append(curve)
+    curves = _by_contestant(runs, "exposure_bias")
     return {name: _of_one(of[0]) if len(of) == 1 else _of_several(of) for name, of in curves.items()}
 
 
@@ -56,11 +53,17 @@ def distance(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[floa
 
     A curve ends where fewer than a twentieth of the answers are as long.
     """
+    curves = _by_contestant(runs, "distance")
+    return {name: {kind: _pooled(of, kind) for kind in KLS} for name, of in curves.items()}
+
+
+def _by_contestant(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+    """The curves of one kind over positions, of each contestant's runs that have it."""
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        if curve := run["positions"].get("distance"):
+        if curve := run["positions"].get(kind):
             curves.setdefault(run["name"], []).append(curve)
-    return {name: {kind: _pooled(of, kind) for kind in KLS} for name, of in curves.items()}
+    return curves
 
 
 def _pooled(curves: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
