@@ -189,13 +189,14 @@ def _against_time(content: Mapping[str, Any]) -> Iterator[Chart]:
         ]
         if len(points) > 1:
             start = judged["references"].get("warm start", {}).get("metrics", {}).get(protocol, {}).get(metric)
-            panel = _scatter(f"{heading(metric)} against seconds of training", metric, points, start)
+            best = judged["contest"]["best"] if judged["contest"] else max(points, key=lambda point: point[2])[0]
+            panel = _scatter(f"{heading(metric)} against seconds of training", metric, points, start, best)
             yield Chart("quality-time", panel.title, "one point per run", [panel])
 
 
-def _scatter(title: str, metric: str, points: Sequence[tuple[str, float, float]], start: float | None) -> Panel:
-    best = max(points, key=lambda point: point[2])[0]
-
+def _scatter(
+    title: str, metric: str, points: Sequence[tuple[str, float, float]], start: float | None, best: str
+) -> Panel:
     def draw(axes: Axes) -> None:
         for name, seconds, value in points:
             axes.plot(seconds, value, "o", ms=4, mew=0.6, color=ACCENT if name == best else SOFT, mec=PAPER)
