@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .divergences import Divergence
 from .source import Dense, Head, Logits, Projected, Source, TopK
-from .tile import Rule, Transform, chunk_rows, current, empty_tile, finish, tiling, wide
+from .tile import Rule, Transform, chunk_rows, current, empty_tile, finish, tiles, tiling, wide
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,25 @@ class DivergenceRule:
     def at(self, rows: slice) -> "DivergenceRule":
         return DivergenceRule(self.divergence, self.teacher.at(rows))
 
+    def normalized(self) -> "DivergenceRule":
+        if not isinstance(self.teacher, Logits):
+            return self
+        return DivergenceRule(self.divergence, self.teacher.normalized(self.divergence.temperature))
+
     def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         divergence, teacher = self.divergence, self.teacher
         log_p = teacher.log_probs(temperature=divergence.temperature).to(log_q.device, log_q.dtype)
         events = teacher.merge(log_q) if isinstance(teacher, TopK) else log_q
-        values = divergence.factor * divergence.value(log_p, events).sum(-1)
+        # scaled before the sum: a number per row in between would tear a compiled kernel apart
+        values = _scaled(divergence.value(log_p, events), divergence.factor).sum(-1)
         if not differentiate:
             return values, None
-        pull = divergence.pull(log_p, events)
-        pull = pull if divergence.factor == 1 else divergence.factor * pull
+        pull = _scaled(divergence.pull(log_p, events), divergence.factor)
         return values, teacher.spread(pull, events, log_q) if isinstance(teacher, TopK) else pull
+
+
+def _scaled(elements: Tensor, factor: float) -> Tensor:
+    return elements if factor == 1 else factor * elements
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class ChosenRule:
 
     def at(self, rows: slice) -> "ChosenRule":
         return ChosenRule(self.tokens[rows])
+
+    def normalized(self) -> "ChosenRule":
+        return self
 
     def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         index = self.tokens[:, None].to(log_q.device)
@@ -246,14 +258,14 @@ def _walk(
     grad_weight = torch.zeros_like(weight, dtype=values.dtype) if asked[1] else None
     grad_bias = torch.zeros_like(bias, dtype=values.dtype) if bias is not None and asked[2] else None
     size = math.ceil(count / max(1, math.ceil(count / chunk_rows(head.vocabulary))))  # tiles of like size
-    rule_at, buffer = rules(size), empty_tile(size, head.vocabulary, like=weight)
+    rule_at, (products, gradients) = rules(size), tiles(size, head.vocabulary, like=weight)
     for start in range(0, count, max(1, size)):
         rows = slice(start, start + size)
         some = hidden[rows]
-        tile = buffer[: len(some)]
-        head.product(some, out=tile)
-        values[rows] = finish(tile, rule_at(rows), weights[rows], head.transform, temperature, any(asked))
-        # the tile now holds the gradient
+        product, tile = products[: len(some)], gradients[: len(some)]
+        head.product(some, out=product)
+        rule = rule_at(rows)
+        values[rows] = finish(product, rule, weights[rows], head.transform, temperature, tile if any(asked) else None)
         if grad_bias is not None:
             grad_bias += tile.sum(0, dtype=grad_bias.dtype)
         if grad_hidden is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tile import Transform, wide
+from .tile import Transform, log_normalizer, log_softmax, wide
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,16 @@ class Logits:
 
     product: Tensor  # (C, V)
     transform: Transform
+    normalizer: Tensor | None = None  # (C, 1) `log_normalizer` for the temperature that will be asked for, if known
 
     def at(self, rows: slice) -> "Logits":
-        return Logits(self.product[rows], self.transform)
+        return Logits(self.product[rows], self.transform, None if self.normalizer is None else self.normalizer[rows])
 
-    def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
-        logits = self.transform(self.product[rows].to(wide(self.product.dtype)))
-        return (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
+    def normalized(self, temperature: float) -> "Logits":
+        return replace(self, normalizer=log_normalizer(self.product, self.transform, temperature))
+
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        return log_softmax(self.transform(self.product.to(wide(self.product.dtype))), temperature, self.normalizer)
 
 
 @dataclass(frozen=True)

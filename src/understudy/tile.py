@@ -1,8 +1,8 @@
-"""One tile of a vocabulary: a few rows of logits are normalised, judged and turned into their own gradient, in place.
+"""One tile of a vocabulary: a few rows of logits are normalised, judged and turned into their gradient.
 
-The one idea: between the matrix products everything is elementwise along a row, so it can be done where the logits lie.
-Compiled, nothing is stored in between; otherwise it is done a few rows at a time, so that what is stored stays in the
-processor's cache. Which of the two is the business of a whole run (`tiling`): compiling takes some ten seconds.
+The one idea: between the matrix products everything is elementwise along a row, so what is stored in between need never
+leave the processor's cache. Compiled, it is one row at a time; otherwise it is a few, and the gradient is written where
+the logits lie. Which of the two is the business of a whole run (`tiling`): compiling takes some ten seconds.
 
 Shapes: C rows of a tile, V vocabulary.
 """
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**18  # elements worked on at once by a CPU, so that the arrays that come in between stay in its cache
-_COMPILED_BLOCK = 2**20  # nothing comes in between, but a call costs some hundred microseconds
 _LONG = 1e10  # elements; a run that compares more of them wins back what compiling costs, several times over
 _log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Tiling:
     """How a vocabulary is walked through."""
 
-    memory_mb: float = 256.0  # for a tile of the student's, one of the teacher's, and what comparing them takes
+    memory_mb: float = 256.0  # for a tile of the student's, one of the teacher's, and one of gradients
     compiled: bool = False
 
 
@@ -61,11 +60,11 @@ def pays_to_compile(rows: float, vocabulary: int, device: str = "cpu") -> bool:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """How many rows a tile may have for two of them, in float32, and half of one more to fit into the memory.
+    """How many rows a tile may have for three of them, in float32, to fit into the memory.
 
     From 16 to 1024: with more the matrix products gain nothing.
     """
-    return min(1024, max(16, int(current().memory_mb * 2**20 / (4 * 2.5 * vocabulary))))
+    return min(1024, max(16, int(current().memory_mb * 2**20 / (4 * 3 * vocabulary))))
 
 
 def empty_tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
@@ -91,6 +90,33 @@ class Transform:
         return grad * self.scale if self.scale != 1.0 else grad
 
 
+def log_softmax(logits: Tensor, temperature: float, normalizer: Tensor | None = None) -> Tensor:
+    """(C, V) of logits over a temperature; `normalizer` (C, 1) is `log_normalizer`, where that is known."""
+    logits = logits / temperature if temperature != 1.0 else logits
+    return logits.log_softmax(-1) if normalizer is None else logits - normalizer
+
+
+def log_normalizer(product: Tensor, transform: Transform, temperature: float) -> Tensor:
+    """(C, 1) log Σ exp of what the softmax is taken of, for a head's products (C, V).
+
+    The logarithm is not in the compiled part: one number per row between two passes would tear the passes apart, and
+    what lies between them would no longer be one row.
+    """
+    peak, total = _compiled_sum(product, transform, temperature)
+    return peak + total.log()
+
+
+def _sum(product: Tensor, transform: Transform, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = transform(product.to(wide(product.dtype)))
+    logits = logits / temperature if temperature != 1.0 else logits
+    peak = logits.amax(-1, keepdim=True)
+    return peak, (logits - peak).exp().sum(-1, keepdim=True)
+
+
+def _sum_in_blocks(product: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(map(torch.cat, zip(*(_sum(product[at], *options) for at in _blocks(product)), strict=True)))
+
+
 class Rule(Protocol):
     """Judges rows of the student's log-probabilities (C, V)."""
 
@@ -98,65 +124,97 @@ class Rule(Protocol):
         """The rule for some of the rows."""
         ...
 
+    def normalized(self) -> "Rule":
+        """The same with every `log_normalizer` that it needs."""
+        ...
+
     def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """Values (C,) and, if asked, their derivative (C, V) with respect to `log_q`."""
         ...
 
 
+def tiles(rows: int, vocabulary: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, V) for products and for their gradients: one for both, but for compiled code, which needs two."""
+    tile = empty_tile(rows, vocabulary, like)
+    return tile, empty_tile(rows, vocabulary, like) if current().compiled else tile
+
+
 def finish(
-    product: Tensor, rule: Rule, weights: Tensor, transform: Transform, temperature: float, differentiate: bool
+    product: Tensor, rule: Rule, weights: Tensor, transform: Transform, temperature: float, out: Tensor | None
 ) -> Tensor:
     """The rule's values (C,) for a tile of the head's products (C, V).
 
-    If `differentiate`, the tile is overwritten by the gradient of Σ weights · values with respect to itself.
+    The gradient of Σ weights · values with respect to the products is written to `out` (C, V), if that is given.
     """
-    options = (transform, temperature, differentiate)
-    kernel = _compiled if current().compiled else _finish
-    rows = max(1, (_COMPILED_BLOCK if current().compiled else _BLOCK) // product.shape[1])
-    if product.device.type != "cpu":
-        rows = len(product)
-    blocks = (slice(start, start + rows) for start in range(0, len(product), rows))
-    return torch.cat([kernel(product[at], rule.at(at), weights[at], *options) for at in blocks])
+    if not current().compiled:
+        return _in_blocks(product, None, rule, weights, transform, temperature, out)
+    normalizer = log_normalizer(product, transform, temperature)
+    return _compiled(product, normalizer, rule.normalized(), weights, transform, temperature, out)
+
+
+def _blocks(product: Tensor) -> Iterator[slice]:
+    rows = max(1, _BLOCK // product.shape[1]) if product.device.type == "cpu" else len(product)
+    return (slice(start, start + rows) for start in range(0, len(product), rows))
+
+
+def _in_blocks(product: Tensor, normalizer: Tensor | None, rule: Rule, weights: Tensor, *options: Any) -> Tensor:
+    """`_finish` for a few rows at a time."""
+    *options, out = options
+    values = []
+    for at in _blocks(product):
+        known, gradient = (None if tensor is None else tensor[at] for tensor in (normalizer, out))
+        values.append(_finish(product[at], known, rule.at(at), weights[at], *options, gradient))
+    return torch.cat(values)
 
 
 def _finish(
-    product: Tensor, rule: Rule, weights: Tensor, transform: Transform, temperature: float, differentiate: bool
+    product: Tensor,
+    normalizer: Tensor | None,
+    rule: Rule,
+    weights: Tensor,
+    transform: Transform,
+    temperature: float,
+    out: Tensor | None,
 ) -> Tensor:
     logits = transform(product.to(wide(product.dtype)))
-    log_q = (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
-    values, pull = rule(log_q, differentiate)
-    if pull is not None:
+    log_q = log_softmax(logits, temperature, normalizer)
+    values, pull = rule(log_q, differentiate=out is not None)
+    if pull is not None and out is not None:
         # ∂/∂z_v = h_v − q_v Σ h, then through the temperature and whatever the model does after its product
         grad = torch.addcmul(pull, log_q.exp(), pull.sum(-1, keepdim=True), value=-1)
-        product.copy_(transform.chain(grad * (weights[:, None].to(grad.dtype) / temperature), logits))
+        out.copy_(transform.chain(grad * (weights[:, None].to(grad.dtype) / temperature), logits))
     return values
 
 
 class Compiled:
-    """A function that is compiled when it is first called.
+    """A function that is compiled when it is first called, with `torch.compile`'s options.
 
-    Where that does not work it is said once, as `why`, and the function is called as it is from then on.
+    Where that does not work it is said once, as `why`, and from then on `instead` is called, or the function as it is.
     """
 
-    def __init__(self, function: Callable[..., Tensor], why: str) -> None:
-        self._function, self._why = function, why
-        self._kernel: Callable[..., Tensor] | None = None
+    def __init__(
+        self, function: Callable[..., Any], why: str, instead: Callable[..., Any] | None = None, **options: Any
+    ) -> None:
+        self._function, self._why, self._instead, self._options = function, why, instead or function, options
+        self._kernel: Callable[..., Any] | None = None
 
-    def __call__(self, *args: Any) -> Tensor:
-        from torch._dynamo.exc import (
-            TorchDynamoException,
-        )  # half a second, for which only those who compile should wait
+    def __call__(self, *args: Any) -> Any:
+        # half a second, for which only those who compile should wait
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        self._kernel = self._kernel or torch.compile(self._function)
+        self._kernel = self._kernel or torch.compile(self._function, **self._options)
         try:
             return self._kernel(*args)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             _log.warning("%s: %s", self._why, str(error).partition("\n")[0])
-            self._kernel = self._function
-            return self._function(*args)
+            self._kernel = self._instead
+            return self._instead(*args)
 
 
-_compiled = Compiled(_finish, "the loss cannot be compiled here, which makes it slower")
+_SLOWER = "the loss cannot be compiled here, which makes it slower"
+_WHOLE = {"fullgraph": True, "dynamic": True}  # run as it is on a whole tile, either would hold several more tiles
+_compiled = Compiled(_finish, _SLOWER, instead=_in_blocks, **_WHOLE)
+_compiled_sum = Compiled(_sum, _SLOWER, instead=_sum_in_blocks, **_WHOLE)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
