@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from understudy import decoder
+from understudy import decoder, sampling
 from understudy.batch import Example
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import inverse_cdf, restrict
@@ -80,11 +80,15 @@ def model_of():
     return lambda name: made.setdefault(name, MODELS[name]())
 
 
-@pytest.fixture(params=["as it is", "over memory of a fixed size"])
+@pytest.fixture(params=["as it is", "over memory of a fixed size", "with weights turned"])
 def forward(request, monkeypatch):
-    """How a token is read; the second is what is compiled for long runs, here without the compiler."""
+    """How a token is read.
+
+    The second is what is compiled for long runs, here without the compiler; the third what several threads do.
+    """
     monkeypatch.setattr(decoder._compiled, "_kernel", decoder._look)
-    return {"compiled": request.param != "as it is"}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if request.param == "with weights turned" else 1)
+    return {"compiled": request.param == "over memory of a fixed size"}
 
 
 def rollout(model, **fields):
@@ -111,6 +115,37 @@ def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward)
         assert example.response == own[0, len(example.prompt) :].tolist()
     if name != "opt":  # which writes one token for ever
         assert len({len(example.response) for example in ours}) > 1, "the test must see rows finish at different times"
+
+
+def test_several_threads_write_with_turned_weights_and_put_the_old_ones_back(monkeypatch):
+    model, strides = tiny("llama", tied=True), []
+    before = dict(model.named_parameters(remove_duplicate=False))
+    for layer in (model.lm_head, model.model.layers[0].mlp.up_proj, model.model.embed_tokens):
+        layer.register_forward_hook(lambda layer, *_: strides.append(layer.weight.stride(0)))
+
+    def refuse(*_):
+        raise KeyboardInterrupt
+
+    for threads, stride in ((1, 16), (2, 1)):
+        strides.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        rollout(model).generate(PROMPTS, Step(0))
+        assert strides[:3] == [16, stride, stride]  # the embedding, which is looked up by rows, is left as it is
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(GenerateRollout, "_draw", refuse)
+            rollout(model).generate(PROMPTS, Step(0))
+        after = dict(model.named_parameters(remove_duplicate=False))
+        assert all(after[name] is before[name] for name in before)
+        assert list(after) == list(before)
+
+
+def test_a_model_too_large_to_copy_is_left_as_it_is(monkeypatch):
+    model, strides = tiny("llama"), []
+    model.lm_head.register_forward_hook(lambda layer, *_: strides.append(layer.weight.stride(0)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(sampling, "_TURNED", 1000)
+    rollout(model).generate(PROMPTS, Step(0))
+    assert set(strides) == {16}
 
 
 @pytest.mark.parametrize("name", MODELS)

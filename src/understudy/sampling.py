@@ -10,7 +10,7 @@ Shapes: R responses, V vocabulary.
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from .batch import Author, Example
 from .rollout import Rollout
 from .step import Step
 
+_TURNED = 2**28  # weights, a gigabyte of them; more are not copied
 _GROUP = 128  # tokens that are summed together before the right ones are looked at one by one
 
 
@@ -169,12 +170,36 @@ def writing(model: nn.Module) -> Iterator[None]:
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        yield
+        with nullcontext() if sharded else _turned(model):
+            yield
     finally:
         model.train(was_training)
         for module in sharded:
             module.reshard()
             module.set_reshard_after_forward(module is not model, recurse=False)  # the default of fully_shard
+
+
+@contextmanager
+def _turned(model: nn.Module) -> Iterator[None]:
+    """With the weights of linear layers stored column by column, which several threads of a CPU multiply faster.
+
+    As they are stored otherwise, products of 5 to 48 rows took up to three times as long here; embeddings stay.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _turns(layer._parameters.get("weight"))]
+    kept = [layer.weight for layer in layers]
+    if torch.get_num_threads() == 1 or sum(map(torch.numel, kept)) > _TURNED:
+        layers = []
+    try:
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t(), requires_grad=False)
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=False):
+            layer.weight = weight
+
+
+def _turns(weight: Tensor | None) -> bool:
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def own_stop_ids(model: Any) -> list[int]:
