@@ -185,17 +185,19 @@ def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, 
 
 # Not every model of transformers keeps the sequences of one row apart: states run on from one to the next, and position
 # ids may reach neither mask nor kernel (flex_attention in OPT and GPT-OSS, FlashAttention in GPT-BigCode). These do.
-PACKABLE = frozenset(
-    "arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox granite helium llama "
-    "ministral mistral mixtral nemotron olmo olmo2 olmo3 phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 "
-    "starcoder2".split()
-)
+# fmt: off
+PACKABLE = {
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
+    "gpt_neox", "granite", "helium", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}
+# fmt: on
 
 
 def can_pack(model: Any) -> bool:
     """May all sequences share one row? If the attention skips what lies between them, and the model's code is known."""
     inner = _inside_peft(model)
-    config = getattr(inner, "config", None)
+    config: Any = getattr(inner, "config", None)
     if getattr(config, "model_type", None) not in PACKABLE:
         return False
     known = any(kind.__module__.startswith("transformers.models.") for kind in type(inner).__mro__)  # not a hub's own
