@@ -188,8 +188,8 @@ def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, 
 # fmt: off
 PACKABLE = {
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
-    "gpt_neox", "granite", "helium", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "gpt_neox", "granite", "helium", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }
 # fmt: on
 
@@ -204,8 +204,8 @@ def can_pack(model: Any) -> bool:
     attention = config._attn_implementation or ""
     skips = attention == "flex_attention" or ("flash" in attention and not attention.startswith("paged|"))
     adapter = getattr(model, "active_peft_config", None)  # some of PEFT's drop position ids, or look for a row's tokens
-    rows = any(getattr(adapter, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens"))
-    return known and skips and not rows
+    by_row = any(getattr(adapter, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens"))
+    return known and skips and not by_row
 
 
 def _inside_peft(model: Any) -> Any:
