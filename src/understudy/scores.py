@@ -162,22 +162,54 @@ def opinion(model: Any, batch: Batch, **options: Any) -> Scores:
 def _inputs(model: Any, batch: Batch, prefix: Tensor | None) -> tuple[dict[str, Any], Tensor]:
     """What the model is called with, and which of its positions predict a response token.
 
-    Position ids follow the attention mask, so that a prefix takes the first ones and padding none.
+    Position ids follow the attention mask, so that a prefix takes the first ones and padding none. Where `can_pack`,
+    padding is left out: all sequences in one row (1, ΣT), told apart by position ids that begin anew with each.
     """
-    if prefix is None:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        return inputs, batch.predicts
-    words = model.get_input_embeddings()(batch.input_ids)
-    rows, length = len(words), len(prefix)
-    mask = torch.cat([batch.attention_mask.new_ones(rows, length), batch.attention_mask], dim=1)
-    inputs = {
-        "inputs_embeds": torch.cat([prefix.to(words.dtype).expand(rows, -1, -1), words], dim=1),
-        "attention_mask": mask,
-        "use_cache": False,
-    }
-    if "position_ids" in signature(model.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs, torch.cat([batch.predicts.new_zeros(rows, length), batch.predicts], dim=1)
+    name, read, mask, predicts = "input_ids", batch.input_ids, batch.attention_mask, batch.predicts
+    if prefix is not None:
+        words = model.get_input_embeddings()(batch.input_ids)
+        rows, length = len(words), len(prefix)
+        name, read = "inputs_embeds", torch.cat([prefix.to(words.dtype).expand(rows, -1, -1), words], dim=1)
+        mask = torch.cat([mask.new_ones(rows, length), mask], dim=1)
+        predicts = torch.cat([predicts.new_zeros(rows, length), predicts], dim=1)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    if can_pack(model):
+        real = mask.bool()
+        packed = {name: read[real][None], "position_ids": places[real][None], "use_cache": False}
+        return packed, predicts[real][None]
+    inputs = {name: read, "attention_mask": mask, "use_cache": False}
+    if prefix is not None and "position_ids" in signature(model.forward).parameters:
+        inputs["position_ids"] = places
+    return inputs, predicts
+
+
+# Not every model of transformers keeps the sequences of one row apart: states run on from one to the next, and position
+# ids may reach neither mask nor kernel (flex_attention in OPT and GPT-OSS, FlashAttention in GPT-BigCode). These do.
+# fmt: off
+PACKABLE = {
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
+    "gpt_neox", "granite", "helium", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}
+# fmt: on
+
+
+def can_pack(model: Any) -> bool:
+    """May all sequences share one row? If the attention skips what lies between them, and the model's code is known."""
+    inner = _inside_peft(model)
+    config: Any = getattr(inner, "config", None)
+    if getattr(config, "model_type", None) not in PACKABLE:
+        return False
+    known = any(kind.__module__.startswith("transformers.models.") for kind in type(inner).__mro__)  # not a hub's own
+    attention = config._attn_implementation or ""
+    skips = attention == "flex_attention" or ("flash" in attention and not attention.startswith("paged|"))
+    adapter = getattr(model, "active_peft_config", None)  # some of PEFT's drop position ids, or look for a row's tokens
+    by_row = any(getattr(adapter, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens"))
+    return known and skips and not by_row
+
+
+def _inside_peft(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_projectable(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -252,11 +284,10 @@ def _bare_logits(model: Any) -> Iterator[Transform]:
     """
     _refuse_inside_another(model)
     config = model.config.get_text_config()
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapper
     known: list[tuple[Any, str, Any]] = [
         (config, "final_logit_softcapping", None),
         (config, "logits_scaling", 1.0),
-        (inner, "logit_scale", 1.0),
+        (_inside_peft(model), "logit_scale", 1.0),
     ]
     found = {
         name: (owner, getattr(owner, name), off) for owner, name, off in known if getattr(owner, name, None) is not None
