@@ -12,10 +12,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from .cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
+from .scores import without_adapters
 from .tile import Compiled
 
 _STEP = 32  # a compiled forward looks at a multiple of so many positions
@@ -34,9 +35,9 @@ class Decoder:
         self._mask = torch.tensor([none + [1] * (width - len(none) + room) for none in padding], device=device)
         self._places = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # in their row, padding not counted
         self._read = 0  # T
-        self._cache: Any = roomy_cache(bare(model))
+        self._cache: Any = roomy_cache(without_adapters(model))
         self._drops: bool | None = None
-        takes = signature(bare(model).forward).parameters
+        takes = signature(without_adapters(model).forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._takes_places = "position_ids" in takes
 
@@ -63,7 +64,9 @@ class Decoder:
         output = self._model(**self._inputs(ids, self._read), past_key_values=self._cache, use_cache=True)
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
-            raise ValueError(f"{type(bare(self._model)).__name__} keeps no key-value cache; rollout generate needs one")
+            raise ValueError(
+                f"{type(without_adapters(self._model)).__name__} keeps no key-value cache; rollout generate needs one"
+            )
         return output.logits[:, -1]
 
     def _inputs(self, ids: Tensor, positions: int) -> dict[str, Any]:
@@ -95,8 +98,3 @@ def _look(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]
 
 
 _compiled = Compiled(_look, "the model cannot be compiled here, which makes writing slower")
-
-
-def bare(model: Any) -> nn.Module:
-    """The model inside its adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

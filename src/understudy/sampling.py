@@ -185,7 +185,7 @@ def _turned(model: nn.Module) -> Iterator[None]:
 
     As they are stored otherwise, products of 5 to 48 rows took up to three times as long here; embeddings stay.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _turns(layer._parameters.get("weight"))]
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _turns(layer)]
     kept = [layer.weight for layer in layers]
     if torch.get_num_threads() == 1 or sum(map(torch.numel, kept)) > _TURNED:
         layers = []
@@ -198,7 +198,8 @@ def _turned(model: nn.Module) -> Iterator[None]:
             layer.weight = weight
 
 
-def _turns(weight: Tensor | None) -> bool:
+def _turns(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 

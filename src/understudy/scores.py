@@ -196,7 +196,7 @@ PACKABLE = {
 
 def can_pack(model: Any) -> bool:
     """May all sequences share one row? If the attention skips what lies between them, and the model's code is known."""
-    inner = _inside_peft(model)
+    inner = without_adapters(model)
     config: Any = getattr(inner, "config", None)
     if getattr(config, "model_type", None) not in PACKABLE:
         return False
@@ -208,7 +208,8 @@ def can_pack(model: Any) -> bool:
     return known and skips and not by_row
 
 
-def _inside_peft(model: Any) -> Any:
+def without_adapters(model: Any) -> Any:
+    """The model inside PEFT's wrapper, if it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -287,7 +288,7 @@ def _bare_logits(model: Any) -> Iterator[Transform]:
     known: list[tuple[Any, str, Any]] = [
         (config, "final_logit_softcapping", None),
         (config, "logits_scaling", 1.0),
-        (_inside_peft(model), "logit_scale", 1.0),
+        (without_adapters(model), "logit_scale", 1.0),
     ]
     found = {
         name: (owner, getattr(owner, name), off) for owner, name, off in known if getattr(owner, name, None) is not None

@@ -157,13 +157,20 @@ def _blocks(product: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(product), rows))
 
 
-def _in_blocks(product: Tensor, normalizer: Tensor | None, rule: Rule, weights: Tensor, *options: Any) -> Tensor:
+def _in_blocks(
+    product: Tensor,
+    normalizer: Tensor | None,
+    rule: Rule,
+    weights: Tensor,
+    transform: Transform,
+    temperature: float,
+    out: Tensor | None,
+) -> Tensor:
     """`_finish` for a few rows at a time."""
-    *options, out = options
     values = []
     for at in _blocks(product):
         known, gradient = (None if tensor is None else tensor[at] for tensor in (normalizer, out))
-        values.append(_finish(product[at], known, rule.at(at), weights[at], *options, gradient))
+        values.append(_finish(product[at], known, rule.at(at), weights[at], transform, temperature, gradient))
     return torch.cat(values)
 
 

@@ -24,8 +24,8 @@ from transformers import __version__ as transformers_version
 from transformers.generation.continuous_batching import cb_logits_processors as processors
 
 from ..batch import Author
-from ..decoder import bare as bare_model
 from ..sampling import SamplingRollout, writing
+from ..scores import without_adapters
 
 NEEDS = (5, 23)  # of transformers, the first whose logits processors are known to work as this one does
 _SERVED = {"full_attention", "sliding_attention"}  # the kinds of layers that have a paged cache
@@ -47,7 +47,7 @@ class ContinuousRollout(SamplingRollout):
         Raises:
             ValueError: for a model without stop tokens, and for one that has no paged attention.
         """
-        _check_served(bare_model(model))
+        _check_served(without_adapters(model))
         self._tried = False
         return super().follow(model, tokenizer, author)
 
@@ -75,7 +75,7 @@ class ContinuousRollout(SamplingRollout):
         for request, prompt in enumerate(prompts):
             sampler.starts[str(request)] = request * most - len(prompt)
         greedy = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=self._stop)
-        manager = bare_model(self._model).init_continuous_batching(greedy, self._room(prompts, most))  # type: ignore[operator]
+        manager = without_adapters(self._model).init_continuous_batching(greedy, self._room(prompts, most))
         chosen = processors.ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         chosen.tensors_required = 1
         manager.logit_processor = chosen
@@ -104,7 +104,7 @@ class ContinuousRollout(SamplingRollout):
         Layers of one kind take memory by the sector, of which each kind may leave one half empty.
         """
         rows = min(len(prompts), self.batch_size)
-        layers = Counter(_layers(bare_model(self._model)))
+        layers = Counter(_layers(without_adapters(self._model)))
         spare = ceil(len(layers) * lcm(*layers.values()) / layers.total())
         pages = ceil((max(map(len, prompts)) + most) / ContinuousBatchingConfig.page_size)
         return ContinuousBatchingConfig(
@@ -132,14 +132,14 @@ class ContinuousRollout(SamplingRollout):
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise _refusal(bare_model(self._model), f"it fails with “{error}”") from error
+            raise _refusal(without_adapters(self._model), f"it fails with “{error}”") from error
         for request, (prompt, response) in enumerate(zip(prompts, written, strict=True)):
             ids = torch.tensor([prompt + response[:-1]], device=sampler.uniforms.device)
             own = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(response) :].float()
             paged = torch.stack([sampler.kept[request * most + place] for place in range(len(response))])
             apart = float((paged - own).std() / own.std())
             if not apart < _AGREE:
-                raise _refusal(bare_model(self._model), f"its logits would be {apart:.0%} of their spread off")
+                raise _refusal(without_adapters(self._model), f"its logits would be {apart:.0%} of their spread off")
         self._tried = True
 
 
@@ -210,7 +210,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     dtype, the weights': so autocast, which Accelerate lays over `forward` on the instance, is lifted off. What fails is
     raised here, and its log would only say it twice.
     """
-    bare: Any = bare_model(model)
+    bare: Any = without_adapters(model)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise _refusal(bare, "it is sharded (FSDP)")
     before, device = bare.config._attn_implementation, bare.device
