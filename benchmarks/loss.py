@@ -163,7 +163,7 @@ def main() -> None:
         table(f"{title}, V = {V:,}: ratio to the floor, seconds", results[title])
         save("loss", {"times": results})
     peaks: dict[str, dict[str, float]] = {}
-    for name in [*FAST, *SLOW, *ALSO]:
+    for name in [*FAST, *SLOW, "TRL plain"]:
         which = "JSD(0.5)"
         sizes = [(args.rows, V)]
         if name == "understudy, compiled":

@@ -199,8 +199,9 @@ def _turned(model: nn.Module) -> Iterator[None]:
 
 
 def _turns(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+    weight: Any = layer._parameters.get("weight")
+    whole = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # not FSDP's or ZeRO's part of one
+    return whole and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def own_stop_ids(model: Any) -> list[int]:

@@ -41,26 +41,30 @@ class GenerateRollout(SamplingRollout):
         stops = torch.zeros(max(self._vocabulary, *self._stop) + 1, dtype=torch.bool, device=device)
         stops[self._stop] = True
         written = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
-        lengths = torch.full((len(prompts),), most, device=device)
         rows = torch.arange(len(prompts), device=device)  # which response each row of the batch writes
         going = torch.ones(len(prompts), dtype=torch.bool, device=device)
         decoder = (CompiledDecoder if self._compiles() else Decoder)(self._model, prompts, most)
         logits = decoder.prompts()
         for position in range(most):
-            tokens = self._draw(logits, uniforms[rows, position])
+            tokens = self._draw(logits, uniforms[:, position])
             written[rows, position] = tokens
-            ended = going & stops[tokens]
-            lengths[rows[ended]] = position + 1
-            going &= ~ended
+            going &= ~stops[tokens]
             alive = int(going.sum())
             if alive == 0 or position == most - 1:
                 break
             if alive < _ALIVE * len(rows) and len(rows) > 2:
                 keep = going.sort(descending=True, stable=True).indices[: max(alive, 2)]
                 if decoder.drop(keep):
-                    rows, tokens, going = rows[keep], tokens[keep], going[keep]
+                    rows, tokens, going, uniforms = rows[keep], tokens[keep], going[keep], uniforms[keep]
             logits = decoder.tokens(tokens)
-        return [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+        stop = set(self._stop)
+        return [_to_its_end(row, stop) for row in written[:, : position + 1].tolist()]
 
     def _compiles(self) -> bool:
         return current().compiled if self.compiled is None else self.compiled
+
+
+def _to_its_end(tokens: list[int], stop: set[int]) -> list[int]:
+    """Up to and with the first stop token; a row that was finished may have been written on."""
+    end = next((i for i, token in enumerate(tokens, 1) if token in stop), None)
+    return tokens[:end]
