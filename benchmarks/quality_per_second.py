@@ -26,7 +26,7 @@ from understudy.run import distill, load_data
 from .measure import in_child, save, table
 
 PLAYGROUND = "playground:arithmetic"
-STEPS, BATCH, RATE, LONGEST = 200, 32, 5e-3, 48
+STEPS, BATCH, RATE, LONGEST = 200, 32, 2e-3, 48
 
 
 class TrainingTime(TrainerCallback):
