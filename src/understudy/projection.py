@@ -1,9 +1,9 @@
 """From hidden rows and a head to a number per row, without ever holding (N, V).
 
 The one idea: a vocabulary is projected, softmaxed, compared and differentiated a few rows at a time. For each tile of
-rows the head's products are made, a rule says each row's value and its derivative, the tile is overwritten by its own
-gradient, and this is carried to hidden rows and head at once (four matrix products in all: two projections and two
-gradients). What is kept is ∂/∂hidden (N, D) and ∂/∂weight (V, D), whatever N.
+rows the head's products are made, a rule says each row's value and its derivative, which gives the tile's gradient, and
+this is carried to hidden rows and head at once (four matrix products in all: two projections and two gradients). What
+is kept is ∂/∂hidden (N, D) and ∂/∂weight (V, D), whatever N.
 
 Shapes: N rows, C rows of a tile, V vocabulary, D width.
 """
@@ -262,19 +262,19 @@ def _walk(
     for start in range(0, count, max(1, size)):
         rows = slice(start, start + size)
         some = hidden[rows]
-        product, tile = products[: len(some)], gradients[: len(some)]
+        product, gradient = products[: len(some)], gradients[: len(some)]
         head.product(some, out=product)
-        rule = rule_at(rows)
-        values[rows] = finish(product, rule, weights[rows], head.transform, temperature, tile if any(asked) else None)
+        out = gradient if any(asked) else None
+        values[rows] = finish(product, rule_at(rows), weights[rows], head.transform, temperature, out)
         if grad_bias is not None:
-            grad_bias += tile.sum(0, dtype=grad_bias.dtype)
+            grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
         if grad_hidden is not None:
-            torch.mm(tile, weight, out=grad_hidden[rows])
+            torch.mm(gradient, weight, out=grad_hidden[rows])
         if grad_weight is not None:
-            if grad_weight.dtype == tile.dtype:
-                grad_weight.addmm_(tile.t(), some)
+            if grad_weight.dtype == gradient.dtype:
+                grad_weight.addmm_(gradient.t(), some)
             else:
-                grad_weight += tile.t() @ some
+                grad_weight += gradient.t() @ some
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)  # it may be large, and lies there until the backward pass
     return values, [grad_hidden, grad_weight, grad_bias]

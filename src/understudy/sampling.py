@@ -186,15 +186,15 @@ def _turned(model: nn.Module) -> Iterator[None]:
     As they are stored otherwise, products of 5 to 48 rows took up to three times as long here; embeddings stay.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _turns(layer)]
-    kept = [layer.weight for layer in layers]
-    if torch.get_num_threads() == 1 or sum(map(torch.numel, kept)) > _TURNED:
+    if torch.get_num_threads() == 1 or sum(layer.weight.numel() for layer in layers) > _TURNED:
         layers = []
+    kept = [layer.weight for layer in layers]
     try:
         for layer in layers:
             layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t(), requires_grad=False)
         yield
     finally:
-        for layer, weight in zip(layers, kept, strict=False):
+        for layer, weight in zip(layers, kept, strict=True):
             layer.weight = weight
 
 
