@@ -138,10 +138,10 @@ def race(rows: int, which: str) -> dict[str, Any]:
 
 
 def memory(name: str, which: str, rows: int, vocabulary: int) -> float:
-    """Peak resident memory beyond what was there before, in MB; compiled beforehand on a few rows."""
+    """Peak resident memory beyond what was there before, in MB; compiled beforehand on fewer rows."""
     loss = contestant(name, which)
     if "compiled" in name:
-        for few in (64, 100):
+        for few in (64, 600):
             Task(few, vocabulary).run(loss)
     task = Task(rows, vocabulary)
     return peak_mb(lambda: task.run(loss))

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Tiling:
     """How a vocabulary is walked through."""
 
-    memory_mb: float = 256.0  # for a tile of the student's, one of the teacher's, and one of gradients
+    memory_mb: float = 256.0  # for a tile of the student's, one of the teacher's, one of gradients, and some room
     compiled: bool = False
 
 
@@ -60,16 +60,19 @@ def pays_to_compile(rows: float, vocabulary: int, device: str = "cpu") -> bool:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """How many rows a tile may have for three of them, in float32, to fit into the memory.
+    """How many rows a tile may have for three of them, in float32, and half of one more to fit into the memory.
 
     From 16 to 1024: with more the matrix products gain nothing.
     """
-    return min(1024, max(16, int(current().memory_mb * 2**20 / (4 * 3 * vocabulary))))
+    return min(1024, max(16, int(current().memory_mb * 2**20 / (4 * 3.5 * vocabulary))))
 
 
 def empty_tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """(rows, V) with nothing in it yet; rows begin at multiples of 16 elements, a cache line of float32."""
-    return torch.empty(rows, -(-vocabulary // 16) * 16, dtype=like.dtype, device=like.device)[:, :vocabulary]
+    """(rows, V) with nothing in it yet; rows begin at multiples of 16 elements, a cache line of float32.
+
+    One row more is behind it, because code that is compiled for the whole of some memory is compiled again for a part.
+    """
+    return torch.empty(rows + 1, -(-vocabulary // 16) * 16, dtype=like.dtype, device=like.device)[:rows, :vocabulary]
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,8 @@ def finish(
     """
     if not current().compiled:
         return _in_blocks(product, None, rule, weights, transform, temperature, out)
-    normalizer = log_normalizer(product, transform, temperature)
-    return _compiled(product, normalizer, rule.normalized(), weights, transform, temperature, out)
+    normalizer, own = log_normalizer(product, transform, temperature), weights.clone()  # no part of other memory
+    return _compiled(product, normalizer, rule.normalized(), own, transform, temperature, out)
 
 
 def _blocks(product: Tensor) -> Iterator[slice]:
