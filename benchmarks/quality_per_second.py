@@ -1,7 +1,7 @@
 """How soon a student is as good as TRL's GKDTrainer makes it: GKD on the playground.
 
-Both start from the playground recipes' warm start and have the same teacher, prompts, forward KL, batch, optimizer and schedule;
-half of the batches are the student's own responses, at most 48 tokens, and half the dataset's, which is TRL's default.
+Both begin at the recipes' warm start, with the same teacher, prompts, forward KL, batch, optimizer and schedule; half
+of the batches are the student's own responses, at most 48 tokens, and half the dataset's, which is TRL's default.
 TRL trains for a fixed number of steps; this package for that many, half and a quarter of them, each with a schedule to
 its end. The judge is greedy accuracy on 500 test problems; its time is nobody's.
 """
