@@ -367,7 +367,7 @@ def small(family: str) -> PreTrainedModel:
 def packed_and_padded(model, monkeypatch, force: bool, batch=RAGGED, **options):
     """Loss, values and gradients with padding and without, and the shape of what the model read without."""
     teacher = Scores(batch.tokens, Dense(torch.randn(len(batch.tokens), VOCABULARY, dtype=f64).log_softmax(-1)))
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = scores.without_adapters(model)
     attention, shapes, results = bare.config._attn_implementation, [], []
     handle = bare.get_input_embeddings().register_forward_hook(lambda *a: shapes.append(a[2].shape))
     for pack in (False, True):

@@ -95,7 +95,7 @@ class Transform:
 
 def log_softmax(logits: Tensor, temperature: float, normalizer: Tensor | None = None) -> Tensor:
     """(C, V) of logits over a temperature; `normalizer` (C, 1) is `log_normalizer`, where that is known."""
-    logits = logits / temperature if temperature != 1.0 else logits
+    logits = _softened(logits, temperature)
     return logits.log_softmax(-1) if normalizer is None else logits - normalizer
 
 
@@ -110,10 +110,13 @@ def log_normalizer(product: Tensor, transform: Transform, temperature: float) ->
 
 
 def _sum(product: Tensor, transform: Transform, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = transform(product.to(wide(product.dtype)))
-    logits = logits / temperature if temperature != 1.0 else logits
+    logits = _softened(transform(product.to(wide(product.dtype))), temperature)
     peak = logits.amax(-1, keepdim=True)
     return peak, (logits - peak).exp().sum(-1, keepdim=True)
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    return logits / temperature if temperature != 1.0 else logits
 
 
 def _sum_in_blocks(product: Tensor, *options: Any) -> tuple[Tensor, ...]:
