@@ -68,11 +68,13 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 def empty_tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """(rows, V) with nothing in it yet; rows begin at multiples of 16 elements, a cache line of float32.
+    """(rows, V) of zeros; rows begin at multiples of 16 elements, a cache line of float32.
 
-    One row more is behind it, because code that is compiled for the whole of some memory is compiled again for a part.
+    All of the memory is initialised, padding included: a matrix product may read what lies behind a row (oneDNN does
+    with AMX) and multiply it by 0, and 0 times an uninitialised NaN is NaN. One row more is behind the tile, because
+    code that is compiled for the whole of some memory is compiled again for a part.
     """
-    return torch.empty(rows + 1, -(-vocabulary // 16) * 16, dtype=like.dtype, device=like.device)[:rows, :vocabulary]
+    return torch.zeros(rows + 1, -(-vocabulary // 16) * 16, dtype=like.dtype, device=like.device)[:rows, :vocabulary]
 
 
 @dataclass(frozen=True)
