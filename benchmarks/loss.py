@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from understudy import Divergence, ForwardKL, JensenShannon, ReverseKL, fused_divergence
-from understudy.tile import chunk_rows, tiling
+from understudy.fused_linear.tiles import chunk_rows, tiling
 
 from .measure import Stopwatch, alternate, in_child, peak_mb, save, table
 

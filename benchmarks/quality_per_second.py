@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from understudy import GenerateRollout
 from understudy.demo import recipes
-from understudy.evaluate import evaluate
-from understudy.models import all_stop_ids, load_model, load_tokenizer
+from understudy.evaluation.evaluate import evaluate
+from understudy.models.student import all_stop_ids, load_model, load_tokenizer
 from understudy.recipe import Data, load
-from understudy.run import distill, load_data
+from understudy.run.distill import distill, load_data
 
 from .measure import in_child, save, table
 

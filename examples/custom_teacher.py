@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from understudy.batch import Batch
-from understudy.projection import Dense
+from understudy.fused_linear.loss import Dense
 from understudy.scores import Knowledge, Scores
 from understudy.teacher import Teacher
 

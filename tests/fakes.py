@@ -36,7 +36,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.batch import Author, Batch, Example
-from understudy.projection import Dense
+from understudy.fused_linear.loss import Dense
 from understudy.rollout import Rollout
 from understudy.scores import Knowledge, Scores
 from understudy.step import Step

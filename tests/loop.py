@@ -18,7 +18,7 @@ from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.teacher import Teacher
 from understudy.teachers.local import LocalTeacher
-from understudy.trainer import DistillationTrainer
+from understudy.training.trainer import DistillationTrainer
 
 
 def student(kind: str = "llama", **options: Any) -> Any:

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from understudy.batch import Example
 from understudy.budget import Budget, Spending, amount, paced, spent
-from understudy.callbacks import ShowProgress
 from understudy.method import Method
 from understudy.methods.kd import KD
 from understudy.scores import Knowledge
+from understudy.training.callbacks import ShowProgress
 
 STEPS = 8
 EVEN = [Example([4, 5, 6 + row], [7 + row, 8, 2], row=row) for row in range(20)]  # twelve tokens to a step of four

@@ -84,7 +84,7 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
 
 def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
     written = []
-    monkeypatch.setattr("understudy.compare.compare", lambda *_: "the table")
+    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_: "the table")
     monkeypatch.setattr("understudy.report.write_report", lambda places: (written.extend(places) or "page", True))
     (tmp_path / "sft.yaml").touch()
     for options, expected in (([], []), (["--report"], [tmp_path])):

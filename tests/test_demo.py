@@ -6,14 +6,14 @@ import pytest
 from rich.console import Console
 
 from understudy.demo import TEACHER, recipes, run_demo
-from understudy.evaluate import evaluate
-from understudy.models import all_stop_ids, load_model, load_tokenizer
+from understudy.evaluation.evaluate import evaluate
+from understudy.models.student import all_stop_ids, load_model, load_tokenizer
 from understudy.playground.names import resolve
 from understudy.playground.ship import LIMIT
 from understudy.playground.vocabulary import tokenizer
 from understudy.recipe import Data, load
 from understudy.rollouts.generate import GenerateRollout
-from understudy.run import load_data
+from understudy.run.distill import load_data
 
 
 def test_the_shortened_demo_runs_to_its_table(tmp_path):

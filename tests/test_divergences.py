@@ -496,7 +496,7 @@ def test_alpha_beta_is_continuous_where_its_denominators_vanish(a, b, dtype):
 
 
 def test_between_takes_the_teacher_first():
-    from understudy.projection import Dense
+    from understudy.fused_linear.loss import Dense
     from understudy.scores import Scores
 
     tokens = torch.zeros(1, dtype=torch.long)

@@ -24,10 +24,10 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from understudy.models import load_tokenizer, teacher_name
+from understudy.models.student import load_tokenizer, teacher_name
 from understudy.playground.names import is_playground
 from understudy.recipe import Recipe, RecipeError, load
-from understudy.run import Run, build, training_arguments
+from understudy.run.distill import Run, build, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").rglob("*.yaml"))]

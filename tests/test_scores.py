@@ -27,10 +27,11 @@ from transformers import (
 from transformers.masking_utils import flash_attention_mask
 from transformers.models.auto import CONFIG_MAPPING
 
-from understudy import projection, scores
+from understudy import scores
 from understudy.batch import Batch, Example, deal
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL
-from understudy.projection import Dense, Projected, TopK
+from understudy.fused_linear import loss as projection
+from understudy.fused_linear.loss import Dense, Projected, TopK
 from understudy.scores import PACKABLE, Scores, can_pack, compare, is_projectable, opinion, parity, score
 
 BATCH = Batch.of(some_examples(), pad=0)

@@ -9,7 +9,7 @@ import typing
 if typing.TYPE_CHECKING:
     from .batch import Batch, Example, deal
     from .budget import Budget
-    from .data import Examples, load_examples
+    from .data.examples import Examples, load_examples
     from .divergences import (
         AlphaBeta,
         Divergence,
@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
         SkewReverseKL,
         TotalVariation,
     )
+    from .fused_linear.loss import fused_divergence
     from .method import Method
     from .methods.dpkd import DPKD
     from .methods.gkd import GKD
@@ -27,23 +28,22 @@ if typing.TYPE_CHECKING:
     from .methods.promptkd import PromptKD
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
-    from .projection import fused_divergence
     from .recipe import Recipe, load
     from .rollout import Rollout, Writers
     from .rollouts.generate import GenerateRollout
-    from .run import distill
+    from .run.distill import distill
     from .scores import Knowledge, Scores, score
     from .step import Step
     from .teacher import Teacher
     from .teachers.local import LocalTeacher
-    from .trainer import DistillationTrainer
+    from .training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "batch": ("Batch", "Example", "deal"),
     "budget": ("Budget",),
-    "data": ("Examples", "load_examples"),
+    "data.examples": ("Examples", "load_examples"),
     "divergences": (
         "AlphaBeta",
         "Divergence",
@@ -61,16 +61,16 @@ _HOMES = {
     "methods.promptkd": ("PromptKD",),
     "methods.seqkd": ("SeqKD",),
     "methods.sft": ("SFT",),
-    "projection": ("fused_divergence",),
+    "fused_linear.loss": ("fused_divergence",),
     "recipe": ("Recipe", "load"),
     "rollout": ("Rollout", "Writers"),
     "rollouts.generate": ("GenerateRollout",),
-    "run": ("distill",),
+    "run.distill": ("distill",),
     "scores": ("Knowledge", "Scores", "score"),
     "step": ("Step",),
     "teacher": ("Teacher",),
     "teachers.local": ("LocalTeacher",),
-    "trainer": ("DistillationTrainer",),
+    "training.trainer": ("DistillationTrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

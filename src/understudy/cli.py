@@ -50,8 +50,8 @@ def distill(
 
     described = load(recipe, overrides or [])
     _quiet()
-    from .run import distill
-    from .show import show_run
+    from .run.distill import distill
+    from .terminal import show_run
 
     show_run(distill(described, restart=restart))
 
@@ -97,8 +97,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Keep every answer here, as JSONL, to go on from.")] = None,
 ) -> None:
     """Let a model answer a dataset's prompts; say how good the answers are, and how far from a teacher they are."""
+    from .evaluation.settings import protocol as named
     from .metrics import check
-    from .protocol import protocol as named
 
     lengths = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
     asked = named(protocol).but(temperature=temperature, seeds=tuple(seed) if seed else None, **lengths)
@@ -107,14 +107,14 @@ def evaluate(
     if lm_eval is None and data is None:
         raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
     _quiet()
-    from .show import progress, show_evaluation
+    from .terminal import progress, show_evaluation
 
     if lm_eval is not None:
-        from .harness import run_tasks
+        from .evaluation.lm_eval import run_tasks
 
         result = run_tasks(model, lm_eval.split(","), limit, batch_size)
         return show_evaluation(result, f"{model} on {lm_eval}", output)
-    from .judge import Question, judge
+    from .evaluation.evaluate_model import Question, judge
     from .recipe import Data
 
     block = Data(dataset=str(data), split=split, limit=limit, columns=renamed, template=template)
@@ -152,7 +152,7 @@ def compare(
     if missing := [str(path) for path in recipes if not path.is_file()]:
         raise RecipeError(f"there is no recipe {missing[0]}")
     _quiet()
-    from .compare import Trial, budget_override, compare, contestants
+    from .compare.experiment import Trial, budget_override, compare, contestants
 
     changed = [*(overrides or []), *([budget_override(budget)] if budget is not None else [])]
 

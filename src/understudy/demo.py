@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .compare import Trial, judge, result
-from .comparison import Result
-from .models import load_model, load_tokenizer
+from .compare.experiment import Trial, judge, result
+from .compare.statistics import Result
+from .models.student import load_model, load_tokenizer
 from .recipe import load
 from .report import write_report
-from .run import distill, load_data
+from .run.distill import distill, load_data
 
 TEACHER = "playground:arithmetic"
 _QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", "evaluate.show=1"]

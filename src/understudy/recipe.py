@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from .budget import Budget
-from .recipe_text import Places, RecipeError, place, read
+from .recipe_yaml import Places, RecipeError, place, read
 from .registry import Registry, UnknownName, did_you_mean, nearest
 
 

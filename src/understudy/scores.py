@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from .batch import Batch, Example
 from .divergences import Divergence, ForwardKL, ReverseKL
-from .projection import chosen_rule, divergence_rule, project
-from .source import Dense, Head, Projected, Source, TopK
-from .tile import Transform, chunk_rows
+from .fused_linear.distributions import Dense, Head, Projected, Source, TopK
+from .fused_linear.loss import chosen_rule, divergence_rule, project
+from .fused_linear.tiles import Transform, chunk_rows
 
 
 class Knowledge(IntEnum):

@@ -8,8 +8,8 @@ import torch
 from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
-from understudy.answers import KeptAnswers
 from understudy.batch import Example
+from understudy.generation.response_cache import KeptAnswers
 from understudy.rollouts.continuous import ContinuousRollout, new_enough
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step

@@ -38,7 +38,7 @@ def write_report(
 
     runs = read(places)
     # What takes seconds to import waits until the places are known to be right.
-    from ..folder import write
+    from ..run.folder import write
     from .answers import side_by_side
     from .charts import charts
     from .content import content

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..batch import Batch, Example
-from ..models import all_stop_ids, check_tokenizers, load_config, load_model, load_tokenizer, window_of
+from ..models.student import all_stop_ids, check_tokenizers, load_config, load_model, load_tokenizer, window_of
 from ..recipe import Recipe, load
 from ..rollouts.generate import GenerateRollout
-from ..run import load_data
+from ..run.distill import load_data
 from ..scores import Scores, can_project, compare, opinion
 from ..step import Step
 from .content import finite, reference_folders, reference_models

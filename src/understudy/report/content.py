@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import comparison
-from ..compare import reference_folder
-from ..comparison import Result
+from ..compare import statistics as comparison
+from ..compare.experiment import reference_folder
+from ..compare.statistics import Result
 from .curves import distance, exposure_bias, sweep
 from .folders import RunFolder, dig, read_json
 from .verdict import verdict

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import takewhile, zip_longest
 from typing import Any
 
-from ..comparison import Spread
+from ..compare.statistics import Spread
 
 KLS = ("reverse_kl", "forward_kl")
 _DECADES = 30  # values that span more than this, and are all above 0, stand on a logarithmic axis

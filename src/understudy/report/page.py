@@ -14,7 +14,7 @@ from unicodedata import category
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..comparison import with_deviation
+from ..compare.statistics import with_deviation
 from .drawing import Chart, svg
 from .verdict import PERCENT, number, words
 

@@ -24,7 +24,7 @@ from transformers import __version__ as transformers_version
 from transformers.generation.continuous_batching import cb_logits_processors as processors
 
 from ..batch import Author
-from ..sampling import SamplingRollout, writing
+from ..generation.sampling import SamplingRollout, writing
 from ..scores import without_adapters
 
 NEEDS = (5, 23)  # of transformers, the first whose logits processors are known to work as this one does

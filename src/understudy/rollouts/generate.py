@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..decoder import CompiledDecoder, Decoder
-from ..sampling import SamplingRollout, writing
-from ..tile import current
+from ..fused_linear.tiles import current
+from ..generation.decoder import CompiledDecoder, Decoder
+from ..generation.sampling import SamplingRollout, writing
 
 _ALIVE = 0.75  # finished rows are dropped once fewer than this share of the batch is still being written
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ..batch import Batch
+from ..fused_linear.distributions import Projected
 from ..scores import Knowledge, Scores, can_project, opinion
-from ..source import Projected
 from ..teacher import Teacher
 
 _PIECE = 1024  # padded tokens that a CPU reads at once: what lies between a model's layers stays in its cache

@@ -1,0 +1,1 @@
+"""Comparing recipes over seeds: running them, and the statistics of their results."""

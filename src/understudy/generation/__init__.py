@@ -1,0 +1,1 @@
+"""Generating tokens: sampling, decoding with a key-value cache, stop tokens."""

@@ -1,0 +1,1 @@
+"""Everything that knows how transformers' models are loaded, changed and run."""

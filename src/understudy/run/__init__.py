@@ -1,0 +1,1 @@
+"""A run of a recipe: built, checked, trained and saved in one folder."""

@@ -1,0 +1,93 @@
+"""What a run was and what came of it: the content of run.json."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+if TYPE_CHECKING:
+    from ..training.trainer import DistillationTrainer
+    from .distill import Run
+
+
+def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) -> dict[str, Any]:
+    """The content of run.json.
+
+    Args:
+        seconds: `seconds` and `cpu_seconds` of training.
+        found: what the trainer's last evaluation returned.
+    """
+    trainer = run.trainer
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    teacher = getattr(run.teacher, "model", None)
+    return {
+        "recipe": run.recipe.name,
+        "folder": str(run.folder),
+        "steps": trainer.state.global_step,
+        **{name: round(value, 2) for name, value in seconds.items()},
+        "tokens": trainer.tokens_seen,
+        "budget": _budget(trainer),
+        "student_parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "teacher_parameters": None if teacher is None else sum(p.numel() for p in teacher.parameters()),
+        "examples": len(run.train),
+        "fingerprint": run.train.fingerprint,
+        "cut_prompts": run.train.cut_prompts,
+        "cut_responses": run.train.cut_responses,
+        "skipped": run.train.skipped,
+        "seed": trainer.args.seed,
+        "processes": trainer.args.world_size,
+        "device": str(trainer.args.device) if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "peak_memory_mb": _peak_memory_mb(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "understudy": version("understudy"),
+            "commit": _commit(),
+        },
+        "metrics": {name: value for name, value in found.items() if isinstance(value, float)},
+    }
+
+
+def _budget(trainer: "DistillationTrainer") -> dict[str, Any] | None:
+    """The `tokens` or `seconds` that could be spent, what was `spent` of them, and what the run was `ended_by`."""
+    spending, state = trainer.spending, trainer.state
+    budget = spending.budget
+    if budget is None:
+        return None
+    spent = spending.tokens if budget.kind == "tokens" else round(spending.seconds, 3)
+    cause = "budget" if spending.share >= 1 else "max_steps" if state.global_step >= state.max_steps else "patience"
+    return {budget.kind: budget.limit, "spent": spent, "ended_by": cause}
+
+
+def _peak_memory_mb() -> float | None:
+    """The most memory that this process has held: on the GPU if there is one, else as the operating system counts."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(most / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, if it is one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None

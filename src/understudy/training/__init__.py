@@ -1,0 +1,1 @@
+"""The training loop on transformers.Trainer, its callbacks and what it logs."""

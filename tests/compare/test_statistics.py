@@ -1,0 +1,106 @@
+"""What follows from results: spreads over seeds, paired bootstrap, shares of the gap, the table."""
+
+import numpy as np
+import pytest
+
+from understudy.compare.statistics import Result, Spread, budget_notes, difference, lines, markdown
+
+
+def result(accuracy, scores=(), **cost):
+    return Result({"greedy": {"accuracy": accuracy, "bleu": 10 * accuracy}}, {"greedy": list(scores)}, **cost)
+
+
+def test_a_spread_is_the_mean_the_sample_deviation_and_student_s_interval():
+    """Five values 1 … 5: mean 3, deviation √2.5, t(4) = 2.776."""
+    spread = Spread.of([1, 2, 3, 4, 5])
+    assert spread.mean == 3
+    assert spread.deviation == pytest.approx(2.5**0.5)
+    assert spread.high - spread.mean == pytest.approx(2.776 * (2.5 / 5) ** 0.5)
+    assert spread.mean - spread.low == pytest.approx(spread.high - spread.mean)
+    assert Spread.of([7.0]) == Spread(7.0, 0.0, 7.0, 7.0)
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    for count in (3, 14):
+        spreads = [Spread.of(draw.normal(1.0, 2.0, count)) for _ in range(2000)]
+        assert sum(s.low <= 1.0 <= s.high for s in spreads) / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_bootstrap_sees_a_paired_difference_that_unpaired_scores_hide():
+    """One contestant is right wherever the other is, and on ten problems more: certain, though both are half right."""
+    theirs = np.arange(200) % 2
+    ours = theirs.copy()
+    ours[np.flatnonzero(theirs == 0)[:10]] = 1
+    found = difference([ours], [theirs])
+    assert found.mean == pytest.approx(0.05)
+    assert 0 < found.low < 0.05 < found.high
+    assert found.p < 0.01
+    back = difference([theirs], [ours])
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low), abs=0.006)
+
+
+def test_the_bootstrap_s_p_is_even_where_there_is_no_difference():
+    """Under the null hypothesis p < 0.05 in about a twentieth of the cases (somewhat more: there are 3 seeds)."""
+    draw = np.random.default_rng(1)
+    small = sum(difference(*(draw.random((2, 3, 150)) < 0.5).astype(float)).p < 0.05 for _ in range(100))
+    assert small <= 12
+    same = difference([[1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0]])
+    assert (same.mean, same.p) == (0.0, 1.0)
+
+
+def test_the_share_of_the_gap_lies_between_warm_start_and_teacher():
+    [line] = lines({"gkd": {0: result(0.5), 1: result(0.7)}}, teacher=result(1.0), start=result(0.2))
+    assert line.closed["greedy"]["accuracy"] == pytest.approx(0.5)
+    [line] = lines({"gkd": {0: result(0.5)}}, teacher=result(0.5), start=result(0.5))
+    assert line.closed == {}
+
+
+def test_failed_runs_are_shown_and_the_others_stay():
+    table = lines(
+        {
+            "kd": {0: result(0.4, [1, 0, 0, 1], seconds=10.0, tokens=100.0), 1: "the disk is full"},
+            "gkd": {0: result(0.6, [1, 1, 0, 1], seconds=30.0, tokens=90.0), 1: result(0.7, [1, 1, 0, 1])},
+            "dpkd": {0: "no teacher", 1: "no teacher"},
+        },
+        baseline="kd",
+    )
+    assert [line.seeds for line in table] == [1, 2, 0]
+    assert table[0].against == {}
+    assert table[1].against["greedy"].mean == pytest.approx(0.25)  # over the seed that both have
+    assert table[1].seconds is None
+    text = markdown(table, [("greedy", "accuracy"), ("greedy", "bleu")], {"teacher": result(1.0)})
+    rows = text.splitlines()
+    assert rows[0].startswith("| model | accuracy (greedy) | bleu (greedy) |")
+    assert rows[2].startswith("| teacher | 100.0 | 10.00 |")
+    assert rows[3].startswith("| kd (1 failed) | 40.0 | 4.000 |")
+    assert rows[4].startswith("| gkd | 65.0 ± 7.1 |")
+    assert "- kd, seed 1: the disk is full" in rows
+    assert all(row.count("|") == rows[0].count("|") for row in rows[:6])
+
+
+def run_with(spent, by="budget", **budget):
+    return result(0.5, budget={**budget, "spent": spent, "ended_by": by})
+
+
+def test_a_budget_is_stated_and_who_did_not_use_it_up_is_named():
+    table = lines(
+        {
+            "kd": {0: run_with(1012, tokens=1000), 1: run_with(600, "max_steps", tokens=1000)},
+            "gkd": {0: run_with(1001, tokens=1000), 1: "the disk is full"},
+        }
+    )
+    assert table[0].budget == {"tokens": 1000}
+    expected = [
+        "Every run could spend 1,000 response tokens.",
+        "kd, seed 1: max_steps ended the run with 600 of 1,000 response tokens spent.",
+    ]
+    assert budget_notes(table) == expected
+    text = markdown(table, [("greedy", "accuracy")], {})
+    assert text.endswith("".join(f"- {line}\n" for line in ["gkd, seed 1: the disk is full", *expected]))
+
+
+def test_budgets_that_differ_are_told_one_by_one_and_no_budget_is_not_told():
+    table = lines({"kd": {0: run_with(60, seconds=60)}, "gkd": {0: result(0.5)}, "lost": {0: "no teacher"}})
+    assert budget_notes(table) == ["kd could spend 60 seconds of training.", "gkd could spend what it wanted."]
+    assert budget_notes(lines({"gkd": {0: result(0.5)}})) == []

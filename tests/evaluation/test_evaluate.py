@@ -1,0 +1,334 @@
+"""A model is judged by its own answers: right or wrong, and how far from the teacher's distribution."""
+
+import json
+import sys
+
+import pytest
+import torch
+from fakes import VOCABULARY, some_examples, tiny
+from folders import characters, jsonl, llama, sums, write
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from understudy import cli
+from understudy.batch import Batch, Example
+from understudy.data.examples import examples_from_rows
+from understudy.evaluation.distance import distances
+from understudy.evaluation.evaluate import distance, evaluate
+from understudy.rollout import Rollout
+from understudy.rollouts.generate import GenerateRollout
+from understudy.teachers.local import LocalTeacher
+
+TOKENIZER = characters()
+
+
+class Parrot(Rollout):
+    """Answers what it was told to."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def follow(self, model, tokenizer, author="student"):
+        return self
+
+    def generate(self, prompts, step):
+        texts = [(prompt, self.answers[prompt.row]) for prompt in prompts]
+        return [Example(p.prompt, [*TOKENIZER.encode(a, add_special_tokens=False), 2], row=p.row) for p, a in texts]
+
+
+def judged(rows, *answers):
+    return evaluate(None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot(*answers))
+
+
+def test_where_every_reference_has_a_final_answer_only_that_counts():
+    rows = [{"prompt": f"{i}+1=", "completion": f"it is\n#### {i + 1}"} for i in range(4)]
+    result = judged(rows, "#### 1", "so 2 #### 2", "#### 30", "it is 4")
+    assert [answer["correct"] for answer in result.answers] == [True, True, False, False]
+    assert result.metrics["accuracy"] == 0.5
+
+
+def test_otherwise_an_answer_is_right_if_it_matches_any_reference():
+    rows = [
+        {"prompt": "a city", "completion": ["paris", "rome, italy"]},
+        {"prompt": "a sum", "completion": "#### 2"},
+        {"prompt": "another", "completion": "oslo"},
+    ]
+    result = judged(rows, "rome italy", "#### 2", "bergen")
+    assert [answer["correct"] for answer in result.answers] == [True, True, False]
+    assert result.answers[0]["references"] == ["paris", "rome, italy"]
+
+
+def test_prompts_alone_have_answers_but_no_accuracy():
+    result = judged([{"prompt": "a"}, {"prompt": "b"}], "one", "three")
+    assert [answer["correct"] for answer in result.answers] == [None, None]
+    assert "accuracy" not in result.metrics
+    assert result.metrics["response_length"] == 5.0
+
+
+def test_metrics_are_measured_over_the_rows_that_have_references():
+    rows = [{"prompt": "a", "completion": ["one cat", "two cats"]}, {"prompt": "b"}, {"prompt": "c", "completion": "3"}]
+    asked = ["rouge_l", "bleu", "exact_match"]
+    result = evaluate(
+        None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot("two cats", "two", "4"), metrics=asked
+    )
+    assert list(result.metrics)[-3:] == asked
+    assert result.metrics["rouge_l"] == result.metrics["exact_match"] == 50
+    assert set(result.signatures) == set(asked)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sentence"),
+    [
+        ("blue", 'no metric "blue"; did you mean "bleu"'),
+        ("bleu", "no row of rows has a reference for bleu: name the column"),
+    ],
+)
+def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(metric, sentence):
+    nobody = Parrot()  # would raise, because it has no answer
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(None, TOKENIZER, examples_from_rows([{"prompt": "a"}], TOKENIZER), nobody, metrics=[metric])
+
+
+class Moody(Parrot):
+    """Answers what it was told to for each seed."""
+
+    def __init__(self, **by_seed):
+        self.by_seed = by_seed
+
+    def generate(self, prompts, step):
+        self.answers = self.by_seed[f"seed{step.seed}"]
+        return super().generate(prompts, step)
+
+
+def test_several_seeds_give_the_mean_and_the_standard_deviation():
+    rows = [{"prompt": "a", "completion": "one"}, {"prompt": "b", "completion": "two"}]
+    told = {"seed1": ("one", "two"), "seed2": ("one", "no"), "seed3": ("no", "no")}
+    examples = examples_from_rows(rows, TOKENIZER)
+    result = evaluate(None, TOKENIZER, examples, Moody(**told), seed=[1, 2, 3], metrics=["exact_match", "self_bleu"])
+    assert [answer["answer"] for answer in result.answers] == ["one", "two", "one", "no", "no", "no"]
+    assert [answer["seed"] for answer in result.answers] == [1, 1, 2, 2, 3, 3]
+    assert (result.metrics["accuracy"], result.metrics["accuracy_std"]) == (0.5, 0.5)
+    assert (result.metrics["exact_match"], result.metrics["exact_match_std"]) == (50, 50)
+    assert result.metrics["response_length"] == pytest.approx((4 + 3.5 + 3) / 3)
+    # One word against those of the two other seeds: "one" twice and "no" twice are among them, "no" and "two" are not.
+    assert result.metrics["self_bleu"] == pytest.approx(100 * 4 / 6)
+    assert result.metrics["examples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"metrics": ["self_bleu"]}, "self_bleu compares the answers to a prompt with each other: give several seeds"),
+        ({"seed": [1, 1]}, "two of the seeds are the same"),
+        ({"seed": [1, 2]}, "greedy answers do not depend on the seed"),
+        ({"exposure": True}, "needs a teacher that can write"),
+        ({"exposure": True, "teacher": "live"}, "sample at temperature 1"),
+    ],
+)
+def test_what_would_mean_nothing_is_refused_before_anything_is_written(options, sentence):
+    if options.get("teacher") == "live":
+        options = {**options, "teacher": LocalTeacher(tiny("llama"))}
+    nobody = GenerateRollout(temperature=0)  # would fail, having no model
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(
+            None, TOKENIZER, examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER), nobody, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("evaluate")
+    llama(home / "student", seed=3)
+    llama(home / "teacher")
+    sums(home / "sums.jsonl")
+    return home
+
+
+def test_the_distance_to_a_teacher_is_what_the_definitions_say(home):
+    student = AutoModelForCausalLM.from_pretrained(home / "student").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    examples = [Example([5, 6, 7], [8, 9, 2]), Example([10], [11, 12, 13, 14, 2]), Example([4, 5], [2])]
+    found = distance(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
+    sums = {"forward_kl": 0.0, "reverse_kl": 0.0, "student_entropy": 0.0, "teacher_entropy": 0.0}
+    for example in examples:
+        ids = torch.tensor([[*example.prompt, *example.response]])
+        with torch.no_grad():
+            log_q, log_p = (
+                m(ids).logits[0, len(example.prompt) - 1 : -1].double().log_softmax(-1) for m in (student, teacher)
+            )
+        sums["forward_kl"] += (log_p.exp() * (log_p - log_q)).sum().item()
+        sums["reverse_kl"] += (log_q.exp() * (log_q - log_p)).sum().item()
+        sums["student_entropy"] -= (log_q.exp() * log_q).sum().item()
+        sums["teacher_entropy"] -= (log_p.exp() * log_p).sum().item()
+    assert found == pytest.approx({name: total / 9 for name, total in sums.items()}, rel=1e-4)
+    assert len(Batch.of(examples, 0).tokens) == 9
+
+
+def test_the_differences_at_every_position_are_what_their_definitions_say(home):
+    student = AutoModelForCausalLM.from_pretrained(home / "student").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    examples = [Example([5, 6, 7], [8, 9, 2]), Example([10], [11, 12, 13, 14, 2]), Example([4, 5], [2])]
+    found = distances(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
+    wanted = {
+        name: [[] for _ in range(5)] for name in ("agreement", "top_10_overlap", "teacher_surprise", "forward_kl")
+    }
+    for example in examples:
+        ids = torch.tensor([[*example.prompt, *example.response]])
+        with torch.no_grad():
+            log_q, log_p = (
+                m(ids).logits[0, len(example.prompt) - 1 : -1].double().log_softmax(-1) for m in (student, teacher)
+            )
+        for position, token in enumerate(example.response):
+            p, q = log_p[position], log_q[position]
+            ours, theirs = (set(sorted(range(len(x)), key=lambda v, x=x: -x[v])[:10]) for x in (q, p))
+            wanted["agreement"][position].append(float(p.argmax() == q.argmax()))
+            wanted["top_10_overlap"][position].append(len(ours & theirs) / 10)
+            wanted["teacher_surprise"][position].append(-float(p[token]))
+            wanted["forward_kl"][position].append(float((p.exp() * (p - q)).sum()))
+    curves, means = found.by_position(), found.means()
+    assert curves["alive"] == [3, 2, 2, 1, 1]
+    for name, values in wanted.items():
+        assert curves[name] == pytest.approx([sum(v) / len(v) for v in values], rel=1e-4), name
+        assert means[name] == pytest.approx(sum(map(sum, values)) / 9, rel=1e-4), name
+    halves = [distances(student, LocalTeacher(teacher), part, len(TOKENIZER)) for part in (examples[:1], examples[1:])]
+    assert (halves[0] + halves[1]).means() == pytest.approx(means, rel=1e-5)
+
+
+def test_a_model_is_at_no_distance_from_itself(home):
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    found = distance(model, LocalTeacher(str(home / "teacher")), [Example([5, 6], [7, 8, 2])], len(TOKENIZER))
+    assert found["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert found["student_entropy"] == pytest.approx(found["teacher_entropy"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_same_seed_gives_the_same_answers_and_greedy_ones_need_none(home, temperature):
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    examples = examples_from_rows([{"prompt": f"{i}="} for i in range(6)], TOKENIZER)
+
+    def answers(seed, count=6):
+        rollout = GenerateRollout(max_new_tokens=6, temperature=temperature, batch_size=count)
+        result = evaluate(model, TOKENIZER, examples, rollout, seed=seed, batch_size=count)
+        return [answer["answer"] for answer in result.answers]
+
+    assert answers(0) == answers(0) == answers(0, count=2)
+    assert (answers(0) == answers(1)) == (temperature == 0)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["understudy", "evaluate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+
+
+def test_the_command_prints_the_metrics_and_writes_the_answers(home, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "deep" / "answers.jsonl"
+    arguments = (home / "student", "--data", home / "sums.jsonl", "--teacher", home / "teacher", "--limit", 5)
+    run(monkeypatch, *arguments, "--output", output, "--metric", "chrf", "--metric", "rouge_l")
+    printed = capsys.readouterr().out
+    assert "chrf: nrefs:1|case:mixed" in printed
+    for name in ("accuracy", "chrf", "rouge_l", "response_length", "truncated", "forward_kl", "reverse_kl"):
+        assert name in printed
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == [f"{i}+{i % 5}=" for i in range(5)]
+    assert all({"prompt", "answer", "references", "correct"} <= set(answer) for answer in answers)
+
+
+def test_the_command_samples_as_a_protocol_says_and_goes_on_from_what_it_wrote(home, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "answers.jsonl"
+    arguments = ["--data", home / "sums.jsonl", "--teacher", home / "teacher", "--limit", 4, "--output", output]
+    arguments += ["--protocol", "minillm", "--max-new-tokens", 8, "--max-prompt-length", 32, "--exposure-bias"]
+    run(monkeypatch, home / "student", *arguments, "--metric", "self_bleu")
+    first = output.read_bytes(), (tmp_path / "answers.teacher.jsonl").read_bytes()
+    lines = [json.loads(line) for line in first[0].splitlines()]
+    assert sorted((line["seed"], line["row"]) for line in lines) == [
+        (s, r) for s in (10, 20, 30, 40, 50) for r in range(4)
+    ]
+    printed = capsys.readouterr().out
+    for name in ("± over seeds", "self_bleu", "exposure_bias", "agreement", "top_10_overlap", "teacher_perplexity"):
+        assert name in printed
+    found = json.loads((tmp_path / "answers.metrics.json").read_text())
+    assert len(found["curves"]["exposure_bias"]["percent"]) == len(found["curves"]["exposure_bias"]["alive"]) <= 8
+    assert found["curves"]["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
+    assert found["curves"]["distance"]["alive"][0] == 20
+    assert {"accuracy", "accuracy_std", "forward_kl", "forward_kl_std"} <= set(found["metrics"])
+    output.write_bytes(first[0][:-30])
+    run(monkeypatch, home / "student", *arguments)
+    assert (output.read_bytes(), (tmp_path / "answers.teacher.jsonl").read_bytes()) == first
+
+
+def refused(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["understudy", "evaluate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_protocol_that_is_none_is_refused_with_the_nearest(home, monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, home / "student", "--data", home / "sums.jsonl", "--protocol", "minilm")
+    assert 'no protocol "minilm"; did you mean "minillm"?' in said
+
+
+def test_where_the_harness_is_not_installed_a_sentence_says_so(home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = refused(monkeypatch, capsys, home / "student", "--lm-eval", "mmlu,bbh")
+    assert "pip install 'understudy[lm-eval]'" in said
+
+
+def test_the_harness_measures_its_tasks(home, tmp_path, monkeypatch, capsys):
+    """A task of choices between two answers, the first of which is always said to be right."""
+    pytest.importorskip("lm_eval")
+    jsonl(tmp_path / "rows.jsonl", [{"q": f"{i}+1=", "choices": [str(i + 1), "z"], "answer": 0} for i in range(6)])
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    write(tmp_path / "sums.yaml", task)
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    right = 0
+    for i in range(6):
+        ids = torch.tensor([TOKENIZER.encode(f"{i}+1=", add_special_tokens=False)])
+        log = model(ids).logits[0, -1].log_softmax(-1)
+        ours, other = (TOKENIZER.encode(text, add_special_tokens=False)[0] for text in (str(i + 1), "z"))
+        right += bool(log[ours] > log[other])
+    run(monkeypatch, home / "teacher", "--lm-eval", tmp_path / "sums.yaml", "--output", tmp_path / "a.jsonl")
+    assert json.loads((tmp_path / "a.metrics.json").read_text())["metrics"]["sums/acc"] == pytest.approx(right / 6)
+    said = refused(monkeypatch, capsys, home / "teacher", "--lm-eval", "mmul")
+    assert 'no task "mmul", nor is it a YAML file; did you mean "mmlu"?' in said
+
+
+def test_the_command_takes_columns_and_a_template(home, tmp_path, monkeypatch, capsys):
+    jsonl(tmp_path / "rows.jsonl", [{"a": 1, "b": 2, "c": "3"}])
+    shape = ("--template", "{a}+{b}=", "--column", "completion=c", "--max-new-tokens", 4)
+    run(monkeypatch, home / "teacher", "--data", tmp_path / "rows.jsonl", *shape, "--output", tmp_path / "a.jsonl")
+    assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "1+2="
+    assert "accuracy" in capsys.readouterr().out
+
+
+class Halved(LlamaForCausalLM):
+    """Does something to its logits that nobody was told of."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+
+def test_a_model_with_logits_of_its_own_is_measured_by_them():
+    made = Halved(tiny("llama").config).eval()
+    made.load_state_dict(tiny("llama").state_dict())
+    answers = some_examples()
+    batch = Batch.of(answers, 0)
+    found = distance(made, LocalTeacher(tiny("llama", seed=1)), answers, VOCABULARY)
+    logits = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert found["student_entropy"] == pytest.approx(float(entropy), rel=1e-5)

@@ -1,0 +1,226 @@
+"""Answers are written once, kept as they are made, and never twice, whatever happens in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import ScriptedRollout, tiny, words
+
+import understudy
+from understudy.data.examples import examples_from_rows
+from understudy.evaluation.responses import Pace, fingerprint, write_answers
+from understudy.rollout import Rollout
+
+TOKENIZER = words()
+EXAMPLES = examples_from_rows(
+    [{"prompt": " ".join(["w5"] * (1 + i % 7)), "completion": f"w{i + 4}"} for i in range(20)], TOKENIZER
+)
+MODEL = tiny("llama")
+
+
+class Portions(Rollout):
+    """Writes as many answers at once as it is told, remembers which, and may fail."""
+
+    def __init__(self, batch_size=8, dies_at=None, room=100):
+        self._inner, self.batch_size = ScriptedRollout(), batch_size
+        self._asked, self._dies_at, self._room = [], dies_at, room
+
+    def follow(self, model, tokenizer, author="student"):
+        self._inner.follow(model, tokenizer, author)
+        return self
+
+    def generate(self, prompts, step):
+        if len(prompts) > self._room:
+            raise torch.OutOfMemoryError("no room")
+        if len(self._asked) == self._dies_at:
+            raise KeyboardInterrupt
+        self._asked.append([(step.seed, len(p.prompt), p.row) for p in prompts])
+        return self._inner.generate(prompts, step)
+
+
+def write(path=None, rollout=None, model=MODEL, examples=EXAMPLES, seeds=(1, 2), **options):
+    rollout = rollout or Portions()
+    return write_answers(
+        model, TOKENIZER, examples, rollout, seeds, lambda text, row: text in row.references, path=path, **options
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_come_in_the_order_of_seeds_and_rows_and_are_written_longest_prompt_first():
+    rollout, told = Portions(), []
+    answers = write(rollout=rollout, made=told.append).answers
+    assert [(a.line["seed"], a.line["row"]) for a in answers] == [(s, r) for s in (1, 2) for r in range(20)]
+    assert [a.line["prompt"] for a in answers[:20]] == [row.prompt for row in EXAMPLES.rows]
+    for seed in (1, 2):
+        widths = [width for portion in rollout._asked for s, width, _ in portion if s == seed]
+        assert widths == sorted(widths, reverse=True)
+    assert [len(portion) for portion in rollout._asked] == [8, 8, 4] * 2
+    assert sum(told) == 40
+
+
+def test_an_interrupted_evaluation_goes_on_and_writes_nothing_twice(tmp_path):
+    path = tmp_path / "deep" / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write(path, Portions(dies_at=4))
+    kept = lines(path)
+    assert len(kept) == 8 + 8 + 4 + 8
+    rollout = Portions()
+    again = write(path, rollout)
+    assert sum(map(len, rollout._asked)) == 12
+    assert lines(path)[:28] == kept
+    assert sorted((line["seed"], line["row"]) for line in lines(path)) == [(s, r) for s in (1, 2) for r in range(20)]
+    texts = [a.line["answer"] for a in again.answers]
+    assert texts == [a.line["answer"] for a in write().answers]
+    assert [a.example for a in again.answers] == [a.example for a in write().answers]
+    third = write(path, Portions(dies_at=0))
+    assert (third.tokens, third.seconds) == (0, 0)
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    write(path)
+    whole = path.read_bytes()
+    for cut in (1, 20, len(whole) - whole.rfind(b"\n", 0, -1) - 1):
+        path.write_bytes(whole[:-cut])
+        rollout = Portions()
+        write(path, rollout)
+        assert sum(map(len, rollout._asked)) == 1
+        assert path.read_bytes() == whole
+
+
+def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    few = replace(EXAMPLES, examples=EXAMPLES.examples[:5], rows=EXAMPLES.rows[:5])
+    assert len(write(path, examples=few, seeds=(1,)).answers) == 5
+    rollout = Portions()
+    assert len(write(path, rollout).answers) == 40
+    assert sum(map(len, rollout._asked)) == 35
+    assert len(write(path, Portions(dies_at=0), examples=few, seeds=(2,)).answers) == 5
+    assert len(lines(path)) == 40
+
+
+@pytest.mark.parametrize("change", ["model", "settings", "prompt", "stranger"])
+def test_answers_of_something_else_are_refused(change, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    write(path)
+    before = path.read_bytes()
+    options = {
+        "model": {"model": tiny("llama", seed=1)},
+        "settings": {"rollout": Portions()},
+        "prompt": {"examples": replace(EXAMPLES, examples=[replace(e, prompt=[4, *e.prompt]) for e in EXAMPLES])},
+        "stranger": {},
+    }[change]
+    if change == "settings":
+        options["rollout"].temperature = 0.5
+    if change == "stranger":
+        before += b'{"mine": 1}\n'
+        path.write_bytes(before)
+    with pytest.raises(ValueError, match=r"answers\.jsonl:\d+ is .*: give another file for the answers, or delete"):
+        write(path, **options)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_is_no_file_for_answers(tmp_path):
+    (tmp_path / "judged").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder: name a file for the answers, such as .*/answers\.jsonl"):
+        write(tmp_path / "judged")
+    assert [path.name for path in tmp_path.iterdir()] == ["judged"]
+
+
+def test_right_and_wrong_follow_the_references_of_today(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = write(path).answers[0]
+    rows = [replace(row, references=(first.line["answer"],)) for row in EXAMPLES.rows]
+    again = write(path, Portions(dies_at=0), examples=replace(EXAMPLES, rows=rows)).answers[0]
+    assert not first.line["correct"]
+    assert again.line["correct"]
+    assert again.line["references"] == [first.line["answer"]]
+
+
+def test_a_fingerprint_changes_with_a_step_of_training_and_with_nothing_else():
+    model = tiny("llama")
+    before = fingerprint(model)
+    assert fingerprint(model.train()) == before == fingerprint(tiny("llama"))
+    batch = torch.tensor([[4, 5, 6]])
+    model(input_ids=batch, labels=batch).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-6).step()
+    assert fingerprint(model) != before
+
+
+def test_the_pace_doubles_as_long_as_that_is_faster_and_then_stays_with_the_fastest():
+    pace = Pace(8)
+    sizes = []
+    for speed in (100, 190, 300, 310, 500):
+        sizes.append(pace.size)
+        pace.note(pace.size, speed, 1.0)
+    assert sizes == [8, 16, 32, 64, 32]
+    assert pace.size == 32
+
+
+def test_a_rest_says_nothing_of_the_pace():
+    pace = Pace(8)
+    pace.note(3, 1000, 1.0)
+    assert pace.size == 8
+
+
+def test_where_memory_is_too_small_fewer_are_written_at_once():
+    rollout, pace = Portions(room=5), Pace(16)
+    assert len(write(rollout=rollout, pace=pace).answers) == 40
+    assert max(map(len, rollout._asked)) == 4
+    assert rollout.batch_size == 4
+    with pytest.raises(torch.OutOfMemoryError):
+        write(rollout=Portions(room=0), pace=Pace(16))
+
+
+def test_several_responses_a_prompt_are_asked_for_by_seeds():
+    rollout = Portions()
+    rollout.responses = 2
+    with pytest.raises(ValueError, match="by several seeds"):
+        write(rollout=rollout)
+
+
+SLOWLY = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_responses as w
+
+class Portions(w.Portions):
+    def generate(self, prompts, step):
+        time.sleep(0.2)
+        return super().generate(prompts, step)
+
+w.write(Path(sys.argv[1]), Portions(batch_size=2))
+"""
+
+
+def test_a_killed_evaluation_goes_on_and_nobody_else_adds_to_its_file_while_it_lives(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(path.parents[1]) for path in (Path(understudy.__file__), Path(__file__))),
+    }
+    killed = subprocess.Popen([sys.executable, "-c", SLOWLY, str(path), str(Path(__file__).parent)], env=environment)
+    for _ in range(2000):
+        if path.exists() and path.stat().st_size > 1000:
+            break
+        time.sleep(0.05)
+    with pytest.raises(ValueError, match=r"another process is writing answers to .*answers\.jsonl: let it end, or"):
+        write(path)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    found = len(path.read_bytes().splitlines())
+    assert 0 < found < 40, "it was killed while writing"
+    answers = write(path).answers
+    assert sorted((line["seed"], line["row"]) for line in lines(path)) == [(s, r) for s in (1, 2) for r in range(20)]
+    assert [a.line["answer"] for a in answers] == [a.line["answer"] for a in write().answers]

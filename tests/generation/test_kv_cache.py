@@ -1,0 +1,85 @@
+"""The cache with room beside transformers' own."""
+
+import logging
+
+import pytest
+import torch
+from fakes import tiny
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from understudy.generation.kv_cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
+
+
+def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, rows, 2, length, 4, generator=generator)
+    return keys, values
+
+
+def test_a_layer_with_room_holds_what_transformers_own_holds():
+    """A prompt, tokens beyond the first room, rows that leave, more tokens."""
+    ours, theirs, rows = RoomyLayer(), DynamicLayer(), 5
+    for step in range(60):
+        new = states(rows, 7 if step == 0 else 1, step)
+        for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(one, other)
+        if step in (3, 40):
+            kept = torch.tensor([0, 2, 3] if step == 3 else [1])
+            for layer in (ours, theirs):
+                layer.batch_select_indices(kept)
+            rows = len(kept)
+        assert ours.get_seq_length() == theirs.get_seq_length() == 7 + step
+        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+
+
+def test_memory_is_asked_for_rarely():
+    layer, places = RoomyLayer(), set()
+    for step in range(200):
+        keys, _ = layer.update(*states(3, 1, step))
+        places.add(keys.data_ptr())
+    assert len(places) < 10
+
+
+def test_positions_may_be_written_by_somebody_else():
+    """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    for layer in (ours, theirs):
+        layer.update(*states(3, 7, 0))
+    for step in range(7, 100):
+        new = states(3, 1, step)
+        memory = ours.extend(step + 1, -(-(step + 1) // 32) * 32)
+        fixed = FixedLayer(*memory, torch.tensor([step]))
+        assert fixed.get_mask_sizes(1) == (memory[0].shape[2], 0)
+        seen, expected = fixed.update(*new), theirs.update(*new)
+        for whole, held, other in zip(seen, (ours.keys, ours.values), expected, strict=True):
+            assert not whole.is_contiguous()
+            assert torch.equal(whole[:, :, : step + 1], other)
+            assert torch.equal(held, other)
+            assert (whole[:, :, step + 1 :] == 0).all()
+
+
+def test_rows_may_leave_a_layer_that_is_still_empty():
+    RoomyLayer().batch_select_indices(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2", "opt", "phi"])
+def test_models_find_in_it_what_they_put_there(kind):
+    model = tiny(kind)
+    ids = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    cache = roomy_cache(model)
+    logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([4, 1, 1, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-5)
+    if kind != "gemma2":  # whose one layer has a sliding window
+        assert any(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
+def test_a_cache_whose_rows_cannot_leave_is_found_out_and_said(caplog):
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer(), LinearAttentionLayer()]
+    with caplog.at_level(logging.INFO, "understudy.generation.kv_cache"):
+        assert not can_drop_rows(cache)
+    assert "rows of a DynamicCache cannot be dropped" in caplog.text
+    cache.layers.pop()
+    assert can_drop_rows(cache)

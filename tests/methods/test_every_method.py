@@ -1,0 +1,280 @@
+"""What the methods collect and minimise, and that their samples are ids like any others."""
+
+import dataclasses
+
+import pytest
+import torch
+from fakes import BigramTeacher, ScriptedRollout, ragged_examples, words
+from loop import arguments, rollout, student, teacher, trainer, weights
+
+from understudy.batch import Batch
+from understudy.divergences import JensenShannon, ReverseKL
+from understudy.method import Method
+from understudy.methods import METHODS, describe
+from understudy.methods.gkd import GKD
+from understudy.methods.kd import KD
+from understudy.methods.seqkd import SeqKD
+from understudy.methods.sft import SFT
+from understudy.rollout import Writers
+from understudy.scores import Knowledge, score
+from understudy.step import Step
+from understudy.teacher import Teacher
+from understudy.training.trainer import DistillationTrainer
+
+EXAMPLES = ragged_examples(8)
+PROMPTS = ragged_examples(8, responses=False)
+
+
+class Forbidden(ScriptedRollout):
+    """Fails when it is asked."""
+
+    def generate(self, prompts, step):
+        raise AssertionError("nothing may be generated here")
+
+
+def writers(**who):
+    return Writers(who.get("student"), who.get("teacher"))
+
+
+def collected(method, examples, step, **who):
+    return method.collect(list(examples), writers(**who), step)
+
+
+def test_gkd_without_own_responses_never_generates(tmp_path):
+    for mix in ("step", "example"):
+        method = GKD(on_policy=0.0, mix=mix)
+        for number in range(50):
+            assert collected(method, EXAMPLES, Step(number), student=Forbidden()) == EXAMPLES
+        assert method.authors == {"dataset"}
+    trainer(tmp_path, GKD(on_policy=0.0), writer=Forbidden()).train()
+
+
+@pytest.mark.parametrize("mix", ["step", "example"])
+def test_gkd_on_own_responses_never_reads_the_dataset_s(mix, tmp_path):
+    method = GKD(on_policy=1.0, mix=mix)
+    assert method.authors == {"student"}
+    for number in range(50):
+        written = collected(method, EXAMPLES, Step(number), student=ScriptedRollout())
+        assert {e.author for e in written} == {"student"}
+        assert written == collected(method, PROMPTS, Step(number), student=ScriptedRollout())
+    runs = [trainer(tmp_path, GKD(mix=mix), examples=examples) for examples in (EXAMPLES, PROMPTS)]
+    for run in runs:
+        run.train()
+    assert all(torch.equal(a, b) for a, b in zip(*(weights(run.model).values() for run in runs), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_gkd_s_coin_falls_on_own_responses_as_often_as_asked(share):
+    """Within four standard deviations over 2000 throws."""
+    margin = 4 * (share * (1 - share) / 2000) ** 0.5
+    by_step = GKD(on_policy=share)
+    own = [collected(by_step, EXAMPLES, Step(n), student=ScriptedRollout())[0].author == "student" for n in range(2000)]
+    assert abs(sum(own) / 2000 - share) < margin
+    by_example = GKD(on_policy=share, mix="example")
+    written = [e for n in range(250) for e in collected(by_example, EXAMPLES, Step(n), student=ScriptedRollout())]
+    assert abs(sum(e.author == "student" for e in written) / 2000 - share) < margin
+
+
+def test_gkd_s_coin_is_one_for_a_whole_step_or_one_for_each_example():
+    def authors(mix, number):
+        written = collected(GKD(on_policy=0.5, mix=mix), EXAMPLES, Step(number), student=ScriptedRollout())
+        return {e.author for e in written}
+
+    assert all(len(authors("step", number)) == 1 for number in range(30))
+    assert sum(len(authors("example", number)) == 2 for number in range(30)) > 20
+
+
+def test_gkd_s_coin_does_not_depend_on_which_examples_a_process_has():
+    for number in range(30):
+        for mix in ("step", "example"):
+            method, writer = GKD(on_policy=0.5, mix=mix), ScriptedRollout()
+            whole = collected(method, EXAMPLES, Step(number), student=writer)
+            parts = [
+                e
+                for half in (EXAMPLES[::2], EXAMPLES[1::2])
+                for e in collected(method, half, Step(number), student=writer)
+            ]
+            assert sorted(whole, key=lambda e: e.row) == sorted(parts, key=lambda e: e.row)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_every_process_asks_equally_often(share):
+    """A sharded student can write only if all processes do, those without an example for it included."""
+    for mix in ("step", "example"):
+        for number in range(30):
+            halves = []
+            for half in (EXAMPLES[:1], EXAMPLES[1:]):
+                writer = ScriptedRollout()
+                collected(GKD(on_policy=share, mix=mix), half, Step(number), student=writer)
+                halves.append(writer.asked)
+            assert halves[0] == halves[1]
+
+
+def test_no_example_is_lost_or_asked_twice():
+    for number in range(30):
+        written = collected(GKD(on_policy=0.5, mix="example"), EXAMPLES, Step(number), student=ScriptedRollout())
+        assert sorted(e.row for e in written) == list(range(8))
+
+
+def gradient(method, examples, judge):
+    model, batch = student(), Batch.of(examples, 0)
+    said = judge.score(batch) if method.needs > Knowledge.NOTHING else None
+    score(
+        model, batch, lambda scores: method.loss(scores, said, batch).sum(), weights=torch.ones(len(batch.tokens))
+    ).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("divergence", [JensenShannon(0.5), ReverseKL()])
+def test_a_gradient_on_sampled_ids_is_that_on_the_same_ids_as_data(divergence):
+    """Nothing of the gradient comes through sampling."""
+    method = GKD(divergence=divergence)
+    model = student()
+    sampled = rollout().follow(model, words())
+    written = collected(method, PROMPTS, Step(0), student=sampled)
+    as_data = [dataclasses.replace(e, author="dataset") for e in written]
+    one, two = gradient(method, written, teacher()), gradient(KD(divergence=divergence), as_data, teacher())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert max(float(g.abs().max()) for g in one.values()) > 1e-3
+
+
+def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
+    model, examples = student(), EXAMPLES
+    batch = Batch.of(examples, 0)
+    ours = score(
+        model, batch, lambda scores: SFT().loss(scores, None, batch).mean(), weights=torch.ones(len(batch.tokens))
+    )
+    labels = batch.input_ids.clone()
+    for row, example in enumerate(examples):
+        labels[row, : len(example.prompt)] = -100
+        labels[row, len(example) :] = -100
+    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_kd_mixes_in_the_labels_by_weight(share):
+    model, judge, batch = student(), teacher(), Batch.of(EXAMPLES, 0)
+    values = {}
+    for name, method in {"mixed": KD(sft_weight=share), "kd": KD(), "sft": SFT()}.items():
+        values[name] = score(model, batch, lambda s, m=method: m.loss(s, judge.score(batch), batch).sum()).detach()
+    torch.testing.assert_close(values["mixed"], (1 - share) * values["kd"] + share * values["sft"])
+
+
+def test_seqkd_trains_on_the_teacher_s_answers_alone():
+    written = collected(SeqKD(), EXAMPLES, Step(0), teacher=ScriptedRollout(author="teacher"), student=Forbidden())
+    assert {e.author for e in written} == {"teacher"}
+    assert SeqKD().authors == {"teacher"}
+    assert SeqKD().needs is Knowledge.NOTHING
+    assert SeqKD(soft_weight=0.5).needs is Knowledge.DISTRIBUTION
+
+
+def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
+    made = trainer(tmp_path, SeqKD(), examples=PROMPTS, max_steps=1, per_device_train_batch_size=8)
+    made.train()
+    judge = rollout().follow(teacher().model, made.processing_class, "teacher")
+    written = judge.generate(PROMPTS, Step(0, made.args.seed))
+    assert made.tokens_seen == sum(len(e.response) for e in written)
+    assert made.writers.teacher is not made.writers.student
+
+
+@pytest.mark.parametrize(
+    ("who", "sentence"),
+    [
+        ("student", "student's own responses: give it a rollout"),
+        ("teacher", "teacher's responses: give it a rollout and a"),
+    ],
+)
+def test_a_writer_that_is_not_there_is_missed_with_a_remedy(who, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        getattr(Writers(), who)
+
+
+def test_sft_needs_no_teacher(tmp_path):
+    made = DistillationTrainer(
+        student(), None, SFT(), processing_class=words(), args=arguments(tmp_path), train_dataset=EXAMPLES
+    )
+    before = weights(made.model)
+    made.train()
+    assert any(not torch.equal(before[name], after) for name, after in weights(made.model).items())
+
+
+class Terse(Teacher):
+    """Gives the log-probability of the tokens that are there, and nothing else."""
+
+    gives = Knowledge.CHOSEN
+
+    def score(self, batch):
+        raise AssertionError("refused before it is asked")
+
+
+def test_a_teacher_that_tells_too_little_is_refused_with_a_sentence(tmp_path):
+    sentence = (
+        "GKD needs a teacher that gives distribution, and this teacher gives chosen; choose another method, or a local"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        trainer(tmp_path, GKD(), judge=Terse())
+    trainer(tmp_path, SFT(), judge=Terse())
+
+
+def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
+    class Inside(Method):
+        needs = Knowledge.MODEL
+
+        def loss(self, student, teacher, batch):
+            return student.chosen
+
+    with pytest.raises(
+        ValueError, match="Inside needs a teacher that gives model, and this teacher gives distribution"
+    ):
+        trainer(tmp_path, Inside(), judge=BigramTeacher())
+
+
+def test_a_missing_teacher_is_refused_with_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="KD needs a teacher that gives distribution, and there is no teacher"):
+        DistillationTrainer(student(), None, KD(), processing_class=words(), args=arguments(tmp_path))
+
+
+@pytest.mark.parametrize("method", [KD(), GKD(), SeqKD(soft_weight=0.5)], ids=["kd", "gkd", "seqkd"])
+def test_the_teacher_stays_as_it_is(method, tmp_path):
+    judge = teacher()
+    before = weights(judge.model)
+    trainer(tmp_path, method, judge=judge).train()
+    assert all(torch.equal(before[name], after) for name, after in weights(judge.model).items())
+    assert all(p.grad is None and not p.requires_grad for p in judge.model.parameters())
+    assert not judge.model.training
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: GKD(on_policy=1.5), "on_policy between 0 and 1, not 1.5"),
+        (lambda: GKD(on_policy=-0.1), "on_policy between 0 and 1"),
+        (lambda: GKD(mix="epoch"), "mix of step or example, not 'epoch'"),
+        (lambda: KD(sft_weight=1.0), "for labels alone use the method sft"),
+        (lambda: SeqKD(soft_weight=2.0), "soft_weight between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_is_a_dataclass_with_a_paper(name):
+    method = METHODS.get(name)
+    assert dataclasses.is_dataclass(method)
+    assert method.__mro__[1] is Method, "no method inherits from a method"
+    assert method.paper
+    assert METHODS.get(name)() == METHODS.get(name)()
+    assert describe(name).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_s_state_comes_back(name):
+    method = METHODS.get(name)()
+    method.load_state_dict(method.state_dict())
+
+
+def test_gkd_has_the_paper_s_defaults():
+    assert GKD() == GKD(on_policy=1.0, mix="step", divergence=JensenShannon(0.5), reduction="sequence")

@@ -1,0 +1,251 @@
+"""PromptKD: the prompt is a prefix like any other, and it alone is trained on the teacher's side."""
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakes import BigramTeacher, some_examples, tiny, words
+from loop import difference, student, teacher, trainer, weights, whole_and_accumulated
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from understudy.batch import Batch
+from understudy.divergences import JensenShannon, ReverseKL
+from understudy.fused_linear.loss import Dense
+from understudy.methods.promptkd import PromptKD, _recompute_layers, _toward
+from understudy.scores import Scores, score
+from understudy.step import Step
+from understudy.teachers.local import LocalTeacher
+
+HARD = [5, 6, 7]
+BATCH = Batch.of(some_examples(), 0)
+
+
+def prompted(kind="llama", **options):
+    """A method and its teacher, whose prompt is the embeddings of HARD unless told otherwise."""
+    method = PromptKD(**{"prompt_tokens": 3, "prompt": "w5 w6 w7", "prompt_lr": 1e-2, "prompt_warmup": 0, **options})
+    judge = method.prepare(LocalTeacher(tiny(kind)), words(), 1e-3)
+    with torch.no_grad():
+        if method.prompt_tokens == 3 and method.initialize == "text":
+            judge.prompt.copy_(judge.model.get_input_embeddings().weight[torch.tensor(HARD)])
+    return method, judge
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt", "phi", "gemma2", "cohere"])
+def test_a_prompt_of_real_tokens_is_the_teacher_on_the_prefixed_text(kind):
+    _, judge = prompted(kind)
+    longer = Batch.of([replace(e, prompt=HARD + e.prompt) for e in some_examples()], 0)
+    assert_close = torch.testing.assert_close
+    assert_close(judge.score(BATCH).log_probs, judge.plain.score(longer).log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_no_prompt_is_the_teacher_itself():
+    method, judge = prompted(prompt_tokens=0)
+    plain, own = judge.plain.score(BATCH), judge.score(BATCH)
+    torch.testing.assert_close(own.log_probs, plain.log_probs)
+    method.before_step([BATCH], student(), judge, Step(0))
+    assert judge.prompt.numel() == 0
+
+
+def test_a_prompt_reaches_every_position_and_a_token_only_later_ones():
+    _, judge = prompted()
+    before = judge.score(BATCH).log_probs
+    with torch.no_grad():
+        judge.prompt += 0.5
+    assert ((judge.score(BATCH).log_probs - before).abs().amax(-1) > 1e-6).all()
+    example = some_examples()[0]
+    other = replace(example, response=[*example.response[:2], example.response[2] + 1, *example.response[3:]])
+    first, second = (judge.score(Batch.of([e], 0)).log_probs for e in (example, other))
+    torch.testing.assert_close(first[:3], second[:3])
+    assert not torch.allclose(first[3:], second[3:])
+
+
+def test_the_prompt_step_trains_the_prompt_alone():
+    method, judge = prompted(teacher_dropout=True)
+    learner = student().train()
+    weights = {name: w.clone() for model in (judge.model, learner) for name, w in model.state_dict().items()}
+    before = judge.prompt.detach().clone()
+    method.before_step([BATCH], learner, judge, Step(0, total=10))
+    assert not torch.equal(before, judge.prompt)
+    assert all(p.grad is None for model in (judge.model, learner) for p in model.parameters())
+    assert all(torch.equal(weights[n], w) for n, w in learner.state_dict().items())
+    assert learner.training
+    assert not judge.model.training
+
+
+def test_the_teacher_stays_bit_identical_through_a_run(tmp_path):
+    judge = teacher()
+    before = {name: w.clone() for name, w in judge.model.state_dict().items()}
+    made = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), judge=judge)
+    start = made.teacher.prompt.detach().clone()
+    made.train()
+    assert not torch.equal(start, made.teacher.prompt)
+    assert all(torch.equal(before[name], w) for name, w in judge.model.state_dict().items())
+
+
+def test_the_prompt_gradient_is_the_derivative_of_the_loss():
+    """On GPT-2, which computes in float64 throughout; Llama's norms are float32."""
+    method, judge = prompted("gpt2")
+    judge.model.double()
+    judge.prompt.data = judge.prompt.data.double()
+    learner = student("gpt2").double()
+    method._add_gradient(BATCH, learner, 0.7)
+    gradient = judge.prompt.grad.clone()
+    at = (1, 2)
+    value = []
+    for sign in (1, -1):
+        judge.prompt.data[at] += sign * 1e-4
+        value.append(float(method._add_gradient(BATCH, learner, 0.7)))
+        judge.prompt.data[at] -= sign * 1e-4
+    assert float(gradient[at]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
+
+
+def test_three_symbols_give_the_values_worked_out_by_hand():
+    """p = (.6, .3, .1), p_P = (.5, .35, .15), q = (.2, .5, .3), ten steps, counted by what is left of c."""
+    p, p_p, q = (
+        Scores(torch.tensor([0]), Dense(torch.tensor([x], dtype=torch.float64).log()))
+        for x in ((0.6, 0.3, 0.1), (0.5, 0.35, 0.15), (0.2, 0.5, 0.3))
+    )
+    method = PromptKD()
+    for k, expected in {0: 0.252949, 1: 0.250588, 5: 0.241143, 10: 0.229337}.items():
+        value = _toward(q, p_p, "prompted_first") + method.coefficient(k, 10) * _toward(p, p_p, "prompted_first")
+        assert float(value) == pytest.approx(expected, abs=1e-6)
+    assert float(method.loss(q, p_p, BATCH)) == pytest.approx(0.203023, abs=1e-6)
+    last = _toward(q, p_p, "prompted_last")
+    assert float(last) == pytest.approx(0.203023, abs=1e-6)
+
+
+def test_the_regularization_falls_linearly_to_nothing():
+    method = PromptKD(regularization=2.0)
+    assert [method.coefficient(k, 4) for k in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(2, [5, 6]), (3, [5, 6, 7]), (7, [5, 6, 7, 5, 6, 7, 5])])
+def test_the_text_s_tokens_are_repeated_or_cut(tokens, expected):
+    method = PromptKD(prompt_tokens=tokens, prompt="w5 w6 w7")
+    judge = method.prepare(LocalTeacher(tiny("llama")), SimpleNamespace(encode=lambda *a, **k: HARD), 1e-3)
+    torch.testing.assert_close(judge.prompt.detach(), judge.model.get_input_embeddings().weight[torch.tensor(expected)])
+    assert judge.prompt.dtype == torch.float32
+
+
+def test_other_beginnings_are_random_or_padding():
+    random, again = (prompted(initialize="random")[1].prompt for _ in range(2))
+    assert torch.equal(random, again)
+    method = PromptKD(prompt_tokens=2, initialize="pad")
+    judge = method.prepare(LocalTeacher(tiny("llama")), SimpleNamespace(pad_token_id=4, eos_token_id=2), 1e-3)
+    assert torch.equal(judge.prompt[0], judge.prompt[1])
+    torch.testing.assert_close(judge.prompt[0].detach(), judge.model.get_input_embeddings().weight[4])
+
+
+def test_a_strong_regularization_brings_the_teacher_back():
+    method, judge = prompted(regularization=1e4, prompt_lr=5e-2)
+    plain = judge.plain.score(BATCH)
+
+    def distance():
+        return float(ReverseKL().between(plain, judge.score(BATCH)).mean())
+
+    before = distance()
+    for number in range(60):
+        method.before_step([BATCH], student(), judge, Step(number))
+    assert distance() < before / 3
+
+
+def test_guidance_brings_the_teacher_nearer_to_the_student():
+    method, judge = prompted(regularization=0.0, prompt_lr=5e-2)
+    learner = student()
+
+    def distance():
+        return float(score(learner, BATCH, lambda own: ReverseKL().between(own, judge.score(BATCH)).mean()).detach())
+
+    before = distance()
+    for number in range(40):
+        method.before_step([BATCH], learner, judge, Step(number))
+    assert distance() < before
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_recomputing_activations_changes_nothing(kind, dropout):
+    """Also in teachers that can drop out, in modules (GPT-2) or by functions (OPT), whether they are to or not."""
+    grads = []
+    for checkpointing in (False, True):
+        method, judge = prompted(kind, checkpointing=checkpointing, teacher_dropout=dropout)
+        torch.manual_seed(0)
+        method._add_gradient(BATCH, student(), 1.0)
+        grads.append(judge.prompt.grad)
+        assert not judge.model.training
+    torch.testing.assert_close(*grads)
+
+
+def test_a_teacher_whose_layers_cannot_run_again_is_told():
+    with pytest.raises(ValueError, match="leave promptkd's checkpointing off"):
+        _recompute_layers(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(0.5)])
+def test_a_student_with_adapters_learns_from_the_prompted_teacher(divergence, tmp_path):
+    made = trainer(tmp_path, PromptKD(prompt_tokens=3, divergence=divergence), student("llama+lora"))
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    prompt = made.teacher.prompt.detach().clone()
+    made.train()
+    moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora" in name for name in moved)
+    assert not torch.equal(made.teacher.prompt, prompt)
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    _, judge = prompted(prompt_tokens=60)
+    with pytest.raises(ValueError, match=r"do not fit into the teacher's window of 64: lower data.max_length"):
+        judge.score(BATCH)
+
+
+def test_a_teacher_that_is_no_live_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="PromptKD needs a teacher that gives model"):
+        trainer(tmp_path, PromptKD(), judge=BigramTeacher())
+
+
+def test_gpt2_xl_gets_eleven_thousand_parameters(caplog):
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
+    with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
+        judge = PromptKD().prepare(
+            SimpleNamespace(model=model, vocabulary=None), SimpleNamespace(encode=lambda *a, **k: [1] * 7), 1e-3
+        )
+    assert judge.prompt.numel() == 11_200
+    assert sum(p.numel() for p in model.parameters()) == 1_557_611_200
+    assert "11200 parameters, 0.00072 % of the teacher's 1557611200" in caplog.text
+
+
+def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
+    from peft import PeftModel
+
+    method, judge = prompted()
+    with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
+        method.export(tmp_path)
+    assert "reads most like" in caplog.text
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()
+    said = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
+    torch.testing.assert_close(said.log_softmax(-1), judge.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_does_not_depend_on_how_it_is_accumulated(tmp_path):
+    options = {"prompt_tokens": 3, "prompt_lr": 1e-2, "prompt_warmup": 2}
+    one, other = whole_and_accumulated(tmp_path, PromptKD, **options)
+    assert difference(weights(one.model), weights(other.model)) < 1e-6
+    torch.testing.assert_close(one.teacher.prompt, other.teacher.prompt, rtol=0, atol=1e-6)
+
+
+def test_state_is_all_that_a_resume_needs(tmp_path):
+    def run(steps, **options):
+        made = trainer(tmp_path, PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=3), max_steps=steps, **options)
+        return made
+
+    whole = run(6, save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed = run(6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(whole.teacher.prompt, resumed.teacher.prompt)
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

@@ -1,0 +1,202 @@
+"""What counts as a right answer, and what as a good one."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+from understudy import metrics
+from understudy.metrics.exact_match import exact_match, normalize
+from understudy.metrics.final_answer import final_answer, is_correct, stated
+from understudy.registry import UnknownName
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3+4=7\n#### 7", "7"),
+        ("#### 1,234,567", "1234567"),
+        ("#### $5.50", "5.50"),
+        ("#### -3", "-3"),
+        ("####12", "12"),
+        ("#### 1\n#### 2", "2"),
+        ("the answer is 7", None),
+        ("#### seven", None),
+        ("", None),
+        ("#### 7.", "7"),
+    ],
+)
+def test_the_number_behind_the_last_mark_is_the_final_answer(text, number):
+    assert final_answer(text) == number
+
+
+def test_an_answer_is_correct_if_it_ends_in_the_final_answer_of_a_reference():
+    assert is_correct("guessing\n#### 1,000", ["2+2 #### 5", "#### 1000"])
+    assert not is_correct("#### 7", ["#### 70"])
+    assert not is_correct("7", ["#### 7"])
+    assert not is_correct("7", ["7"]), "two answers without a mark are not alike"
+
+
+def test_an_exact_match_disregards_case_punctuation_and_white_space():
+    assert exact_match("  Paris,\nFrance. ", ["Rome", "paris france"])
+    assert not exact_match("Paris", ["Paris France"])
+    assert not exact_match("anything", [])
+
+
+def test_normalizing_twice_is_normalizing_once():
+    text = "It's  A\ttest – really!"
+    assert normalize(normalize(text)) == normalize(text)
+
+
+def only(name, answers, references):
+    """The value of one metric."""
+    return metrics.score([name], answers, references)[name].value
+
+
+def test_a_metric_is_found_by_its_numbers_name():
+    assert {"bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match", "final_answer"} <= set(metrics.names())
+    scores = metrics.score(["chrf", "rouge_l", "bleu"], ["a cat"], [["a cat"]])
+    assert list(scores) == ["chrf", "rouge_l", "bleu"], "in the order in which they are asked for"
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_one():
+    with pytest.raises(UnknownName, match='there is no metric "rouge"; did you mean "rouge_'):
+        metrics.score(["rouge"], ["a"], [["a"]])
+
+
+@pytest.mark.parametrize("name", metrics.names())
+def test_every_metric_is_0_for_nothing_and_100_for_the_reference_itself(name):
+    answers = ["the cat sat on the mat\n#### 4", "a dog ran over the red road\n#### 5"]
+    references = [["something else\n#### 7", answers[0]], [answers[1]]]
+    assert only(name, answers, references) == pytest.approx(100)
+    assert only(name, ["", ""], references) == pytest.approx(0)
+
+
+def test_shares_are_out_of_100():
+    references = [["Paris"], ["Rome", "Roma"], ["7 #### 7"], ["#### 8"]]
+    assert only("exact_match", ["paris!", "roma", "7", "8"], references) == 75
+    assert only("final_answer", ["paris", "rome", "it is\n#### 7", "#### 9"], references) == 25
+
+
+# sacrebleu's documentation: a system of three sentences with two references, one of which says nothing of the second.
+SYSTEM = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
+FIRST = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
+SECOND = ["The dog had bit the man.", None, "The man had bitten the dog."]
+
+
+def test_bleu_and_chrf_take_as_many_references_as_each_answer_has():
+    references = [[r for r in pair if r is not None] for pair in zip(FIRST, SECOND, strict=True)]
+    assert [len(r) for r in references] == [2, 1, 2]
+    scores = metrics.score(["bleu", "chrf"], SYSTEM, references)
+    assert scores["bleu"].value == pytest.approx(sacrebleu.corpus_bleu(SYSTEM, [FIRST, SECOND]).score)
+    assert scores["chrf"].value == pytest.approx(sacrebleu.corpus_chrf(SYSTEM, [FIRST, SECOND]).score)
+    assert scores["bleu"].signature.startswith("nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert scores["chrf"].signature.startswith("nrefs:var|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+def test_bleu_of_a_sentence_is_what_its_definition_gives_by_hand():
+    """Of four words three are right; n-gram precisions 3/4, 2/3, 1/2, and ½ · ½ for the missing 4-gram (exp)."""
+    answer, reference = ["the cat sat down"], [["the cat sat there"]]
+    assert only("bleu", answer, reference) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
+    assert only("chrf", ["cat"], [["dog"]]) == 0
+
+
+def test_the_number_of_references_does_not_depend_on_their_order():
+    answers, references = SYSTEM, [[r] for r in FIRST]
+    more = [*references[:2], [FIRST[2], "The man had just bitten him."]]
+    for name in ("bleu", "chrf", "rouge_l"):
+        assert only(name, answers, more) > only(name, answers, references)
+        assert only(name, answers, [r[::-1] for r in more]) == pytest.approx(only(name, answers, more))
+
+
+def test_rouge_takes_the_best_reference_for_each_number():
+    references = [["police killed the gunman", "the gunman shot, the police watched"]]
+    # Lin (2004): "police kill the gunman" against the first: words 3 of 4 (stemmed 4 of 4).
+    assert only("rouge_1", ["police kill the gunman"], references) == pytest.approx(100)
+    assert only("rouge_2", ["the gunman kill police"], references[0:1]) == pytest.approx(100 / 3)
+    assert only("rouge_l", ["the gunman kill police"], [references[0][:1]]) == pytest.approx(50)
+
+
+def shared(path):
+    """A file of the data beside the repository."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"there is no {path} beside the repository")
+    return found
+
+
+def test_rouge_agrees_with_the_figures_of_rouge_1_5_5():
+    """The F1 that the Perl script gave for these thousand pairs with stemming, from the tests of rouge-score.
+
+    The script's middle of a bootstrap and the plain mean differ in the fourth digit.
+    """
+    references = [[line] for line in shared("data/rouge-testdata/target_large.txt").read_text().splitlines()]
+    answers = shared("data/rouge-testdata/prediction_large.txt").read_text().splitlines()
+    scores = metrics.score(["rouge_1", "rouge_l"], answers, references)
+    assert scores["rouge_1"].value == pytest.approx(40.524, abs=0.02)
+    assert scores["rouge_l"].value == pytest.approx(40.275, abs=0.02)
+
+
+def test_self_bleu_is_100_for_copies_and_low_for_answers_that_share_nothing():
+    alike, apart = ["a b c d e", "a b c d e"], ["a b c d e", "v w x y z"]
+    assert only("self_bleu", alike, [alike[1:], alike[:1]]) == pytest.approx(100)
+    assert only("self_bleu", apart, [apart[1:], apart[:1]]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so she has 18 dollars", 18),
+        ("#### 1,234,567 apples", 1234567),
+        ("it is 3.\n#### -3", -3),
+        ("#### $5.50", Fraction(11, 2)),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("\u22127", -7),
+        ("16 - 3 = 13", 13),
+        ("10-3", 3),
+        ("rows 3 and 1,2", 2),
+        ("half, .5", Fraction(1, 2)),
+        ("1/2 cup", Fraction(1, 2)),
+        ("50%", 50),
+        ("in 3.", 3),
+        (r"\boxed{18}, of 20", 18),
+        (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
+        (r"\boxed{-\dfrac{1}{2}}", Fraction(-1, 2)),
+        (r"\boxed{1{,}000}", 1000),
+        (r"\boxed{5\text{ cm}}", 5),
+        (r"\boxed{\$1,200.00}", 1200),
+        (r"\boxed{12\%}", 12),
+        (r"\boxed{18", 18),
+        (r"\boxed{1} or rather #### 2", 2),
+        (r"#### 2 or rather \boxed{x^{2} + 1}", "x^{2}+1"),
+        (r"\boxed{12x}", "12x"),
+        (r"\boxed{10-3}", "10-3"),
+        ("#### seven", None),
+        ("", None),
+    ],
+)
+def test_a_text_states_its_last_mark_or_box_and_only_without_any_its_last_number(text, number):
+    assert stated(text) == number
+
+
+def test_final_answers_are_compared_as_numbers():
+    references = [["It is\n#### 1,000"]] * 5 + [["a", "#### 3"], ["no number"]]
+    answers = ["1000", "$1,000.00", r"\boxed{1000\text{ km}}", "#### 1001", "1000 of 2000", "3", "none"]
+    assert only("final_answer", answers, references) == pytest.approx(100 * 4 / 7)
+
+
+def test_every_reference_of_gsm8k_states_its_answer_however_it_is_put():
+    rows = [json.loads(line) for line in shared("data/gsm8k/test.jsonl").read_text().splitlines()]
+    assert len(rows) == 1319
+    references = [[row["answer"]] for row in rows]
+    parts = [row["answer"].rpartition("####") for row in rows]
+    for row, (_, _, number) in zip(rows, parts, strict=True):
+        assert stated(row["answer"]) == Fraction(number.strip().replace(",", ""))
+    for form in ("{}#### {}", "{}The answer is ${}.", "{}\\boxed{{{}}}", "{}That makes {} dollars."):
+        answers = [form.format(work, number.strip()) for work, _, number in parts]
+        assert only("final_answer", answers, references) == 100

@@ -1,0 +1,362 @@
+"""A run, end to end: what it leaves in its folder, that it loads again, and what the same command does afterwards."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from folders import characters, described, jsonl, llama, sums, write
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from understudy.data.examples import DataError
+from understudy.recipe import Data, RecipeError, load, parse
+from understudy.run.distill import Interrupted, build, distill, load_data, training_arguments
+from understudy.training.trainer import DistillationTrainer
+
+IDS = torch.tensor([[5, 9, 12, 7, 30, 4]])
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    things = tmp_path_factory.mktemp("things")
+    llama(things / "teacher")
+    llama(things / "small", seed=5, num_hidden_layers=1)
+    sums(things / "sums.jsonl")
+    return things
+
+
+@pytest.fixture
+def home(tmp_path, things):
+    for thing in things.iterdir():
+        (tmp_path / thing.name).symlink_to(thing)
+    return tmp_path
+
+
+def recipe_of(home, **changes):
+    return load(write(home / "mine.yaml", described(home, **changes)))
+
+
+def quiet():
+    return Console(file=open(os.devnull, "w"), width=200)
+
+
+def run(home, restart=False, **changes):
+    return distill(recipe_of(home, **changes), restart=restart, console=quiet())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "seqkd", "gkd", {"seqkd": {"soft_weight": 0.5}}], ids=str)
+def test_a_run_leaves_everything_behind(method, home):
+    summary = run(home, method=method, evaluate={"dataset": str(home / "sums.jsonl"), "limit": 4, "show_every": 1})
+    folder = home / "run"
+    kept = {"teacher_answers.jsonl"} if "seqkd" in str(method) else set()
+    assert {path.name for path in folder.iterdir()} == kept | {
+        *("recipe.yaml", "run.json", "before.json", "metrics.jsonl", "samples.jsonl", "student"),
+        *("checkpoint-1", "checkpoint-2"),
+    }
+    assert json.loads((folder / "run.json").read_text()) == summary
+    assert summary["steps"] == 2
+    assert summary["examples"] == 12
+    assert "eval_loss" in summary["metrics"]
+    assert {"seconds", "tokens", "versions", "machine", "fingerprint", "student_parameters"} <= summary.keys()
+    assert bool(summary["own_samples"]["after"]) == (method != "sft")
+    assert (
+        load(folder / "recipe.yaml").resolved()
+        == recipe_of(
+            home, method=method, evaluate={"dataset": str(home / "sums.jsonl"), "limit": 4, "show_every": 1}
+        ).resolved()
+    )
+    assert [line["step"] for line in lines(folder / "metrics.jsonl") if "loss" in line] == [1, 2]
+    assert {line["step"] for line in lines(folder / "samples.jsonl")} == {1, 2}
+    assert {path.suffix for path in (folder / "student").iterdir()} == {".json", ".safetensors"}, "no pickle"
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    assert tokenizer.get_vocab() == characters().get_vocab()
+    assert model.config.hidden_size == 8
+    assert sum(p.numel() for p in model.parameters()) == summary["student_parameters"]
+
+
+def test_the_saved_student_is_the_one_that_was_trained(home):
+    run(home, method="sft")
+    saved, last = (load_file(home / "run" / name / "model.safetensors") for name in ("student", "checkpoint-2"))
+    assert saved.keys() == last.keys()
+    assert all(torch.equal(saved[name], last[name]) for name in saved)
+
+
+ADAPTERS = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+def test_a_student_with_adapters_loads_from_its_folder(home):
+    summary = run(home, student={"model": str(home / "small"), "peft": ADAPTERS}, method="kd")
+    student = home / "run" / "student"
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {p.name for p in student.iterdir()}
+    assert not [path for path in student.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    assert 0 < summary["trained_parameters"] < summary["student_parameters"]
+    loaded = AutoModelForCausalLM.from_pretrained(student)
+    assert not torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(home / "small")))
+
+
+def test_a_merged_student_gives_the_adapters_logits_and_needs_no_peft(home):
+    block = {"model": str(home / "small"), "peft": ADAPTERS}
+    adapters = run(home, student=block, method="kd")
+    with_adapters = logits(AutoModelForCausalLM.from_pretrained(home / "run" / "student"))
+    merged = run(home, student={**block, "merge": True}, method="kd", restart=True)
+    student = home / "run" / "student"
+    assert not [path for path in student.iterdir() if "adapter" in path.name]
+    assert merged["trained_parameters"] == adapters["trained_parameters"]
+    for when in ("before", "after"):
+        assert merged["own_samples"][when] == pytest.approx(adapters["own_samples"][when])
+    code = (
+        "import sys, torch; sys.modules['peft'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(student)!r}).eval()\n"
+        f"torch.save(model(torch.tensor({IDS.tolist()})).logits.detach(), {str(home / 'logits.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
+    torch.testing.assert_close(torch.load(home / "logits.pt"), with_adapters, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("origin", [{"layers": [0, 2]}, {"fresh": {"num_hidden_layers": 1}}], ids=str)
+def test_adapters_on_a_student_made_from_the_teacher_are_merged(origin, home):
+    run(home, student={**origin, "peft": ADAPTERS, "merge": True}, method="sft")
+    logits(AutoModelForCausalLM.from_pretrained(home / "run" / "student"))
+
+
+def snapshot(folder):
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def test_a_finished_run_says_so_and_changes_nothing(home, capsys):
+    first = run(home, method="sft")
+    before = snapshot(home / "run")
+    assert distill(recipe_of(home, method="sft")) == first
+    assert "is finished already; --restart runs it again" in capsys.readouterr().out.replace("\n", " ")
+    assert snapshot(home / "run") == before
+
+
+def test_the_resolved_recipe_runs_as_the_recipe_did(home):
+    run(home, method="sft")
+    before = snapshot(home / "run")
+    distill(load(home / "run" / "recipe.yaml"), console=quiet())
+    assert snapshot(home / "run") == before
+
+
+def test_a_restart_begins_again_and_comes_to_the_same(home):
+    first = run(home)
+    weights = load_file(home / "run" / "student" / "model.safetensors")
+    (home / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n')
+    again = run(home, restart=True)
+    assert again["own_samples"] == first["own_samples"]
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_file(home / "run/student/model.safetensors").items()
+    )
+    assert all(line.get("loss") != 99 for line in lines(home / "run" / "metrics.jsonl"))
+
+
+class Stop(TrainerCallback):
+    """A Ctrl-C after the first step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), 2)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Every run is interrupted after its first step."""
+    original = DistillationTrainer.train
+
+    def train(self, *args, **kwargs):
+        self.callback_handler.callbacks.insert(0, Stop())
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "train", train)
+        yield patch
+
+
+def test_an_interrupted_run_goes_on_and_comes_to_the_same(home, interrupted):
+    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on"):
+        run(home)
+    assert not (home / "run" / "run.json").exists()
+    interrupted.undo()
+    resumed = run(home)
+    weights = load_file(home / "run" / "student" / "model.safetensors")
+    whole = run(home, restart=True)
+    assert resumed["own_samples"] == whole["own_samples"]
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_file(home / "run/student/model.safetensors").items()
+    )
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_data(home, interrupted):
+    with pytest.raises(Interrupted):
+        run(home)
+    interrupted.undo()
+    (home / "sums.jsonl").unlink()
+    sums(home / "sums.jsonl", count=13)
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml, line \d+: .*sums.jsonl is not what it was when the run in .* began"
+    ):
+        run(home)
+    assert run(home, restart=True)["examples"] == 13
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])
+def test_bf16_may_be_left_to_the_machine(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    recipe = {"student": {"model": "a"}, "method": "sft", "data": {"dataset": "b"}}
+    assert training_arguments(parse({**recipe, "training": {"bf16": "auto", "use_cpu": True}})).bf16 is expected
+
+
+def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interrupted):
+    interrupted.setattr(DistillationTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(home)
+    first = json.loads((home / "run" / "before.json").read_text())["own_samples"]
+    interrupted.undo()
+    (home / "sums.jsonl").unlink()
+    sums(home / "sums.jsonl", count=13)
+    summary = run(home, student={"model": str(home / "small")})
+    assert summary["examples"] == 13
+    assert summary["own_samples"]["before"] != first, "it is the other student's distance now"
+
+
+def test_the_teachers_answers_are_kept_and_never_taken_for_anothers(home, monkeypatch):
+    run(home, method="seqkd")
+    answers = (home / "run" / "teacher_answers.jsonl").read_text()
+    assert len(answers.splitlines()) <= 12
+    for name in ("student", "checkpoint-1", "checkpoint-2"):
+        shutil.rmtree(home / "run" / name)
+    asked = []
+    from understudy.rollouts.generate import GenerateRollout
+
+    original = GenerateRollout.generate
+
+    def generate(self, prompts, step):
+        asked.append(self._author)
+        return original(self, prompts, step)
+
+    monkeypatch.setattr(GenerateRollout, "generate", generate)
+    run(home, method="seqkd")
+    assert "teacher" not in asked
+    assert (home / "run" / "teacher_answers.jsonl").read_text() == answers
+    for name in ("student", "checkpoint-1", "checkpoint-2"):
+        shutil.rmtree(home / "run" / name)
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        run(home, method="seqkd", rollout={"generate": {"max_new_tokens": 4}})
+
+
+def test_a_teacher_that_is_not_asked_is_not_loaded(home):
+    recipe = recipe_of(home, method="sft")
+    made = build(recipe, training_arguments(recipe), quiet())
+    assert made.trainer.teacher is None
+
+
+def test_training_keys_have_the_types_and_defaults_of_the_recipe():
+    made = training_arguments(
+        parse({"student": {"model": "a"}, "method": "sft", "data": {"dataset": "b"}}, "deep/gkd.yaml")
+    )
+    assert made.output_dir == "runs/gkd"
+    assert made.report_to == []
+    assert made.logging_steps == 10
+    content = {"student": {"model": "a"}, "method": "sft", "data": {"dataset": "b"}}
+    made = training_arguments(
+        parse({**content, "training": {"learning_rate": "1e-3", "max_steps": 5.0, "use_cpu": "yes"}})
+    )
+    assert (made.learning_rate, made.max_steps, made.use_cpu) == (1e-3, 5, True)
+
+
+def test_a_max_length_that_nobody_asked_for_shrinks_to_the_window(home):
+    data = Data(dataset=str(home / "sums.jsonl"))
+    examples = load_data(data, characters(), 10, 4)
+    assert max(len(example.prompt) + len(example.response) for example in examples.examples) <= 10
+    with pytest.raises(RecipeError, match=r"data.max_length 512 is longer than the models' window of 10"):
+        load_data(Data(dataset=str(home / "sums.jsonl"), max_length=512), characters(), 10, 4)
+
+
+def test_prompts_alone_are_enough_for_a_method_that_writes_itself(home):
+    jsonl(home / "prompts.jsonl", [{"prompt": f"{i}+1="} for i in range(8)])
+    data = {"dataset": str(home / "prompts.jsonl"), "max_length": 32}
+    assert run(home, method={"gkd": {"on_policy": 1.0}}, data=data)["steps"] == 2
+    with pytest.raises(DataError, match="gkd trains on responses"):
+        run(home, method={"gkd": {"on_policy": 0.5}}, data=data, restart=True)
+
+
+def test_the_run_of_one_recipe_file_is_named_after_it(home, monkeypatch):
+    monkeypatch.chdir(home)
+    content = described(home, method="sft")
+    del content["training"]["output_dir"]
+    write(home / "plain.yaml", content)
+    assert distill(load("plain.yaml"), console=quiet())["folder"] == str(Path("runs") / "plain")
+    assert yaml.safe_load((home / "runs" / "plain" / "recipe.yaml").read_text())["method"] == {"sft": {}}
+
+
+def test_a_corpus_goes_to_the_method_that_reads_one_and_to_no_other(home):
+    (home / "corpus.txt").write_text("1+1=2\n2+2=4\n3+3=6\n")
+    corpus = {"dataset": str(home / "corpus.txt"), "max_length": 16}
+    summary = run(home, method="dpkd", corpus=corpus)
+    assert summary["steps"] == 2
+    made = build(recipe_of(home, method="dpkd", corpus=corpus), training_arguments(recipe_of(home)))
+    assert [e.prompt for e in made.trainer.method.corpus]
+    with pytest.raises(RecipeError, match="gkd reads no corpus; dpkd does"):
+        run(home, restart=True, corpus=corpus)
+
+
+def test_the_distance_of_own_samples_is_to_the_teacher_without_its_prompt(home):
+    method = {"promptkd": {"prompt": "1", "initialize": "random", "prompt_tokens": 2}}
+    made = build(recipe_of(home, method=method), training_arguments(recipe_of(home)))
+    assert made.trainer.teacher is not made.teacher
+    assert made.trainer.teacher.plain is made.teacher
+
+
+def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home):
+    """`training` says when and by what; a student that does not change is never better, and stops after two of them."""
+    look = {"dataset": str(home / "sums.jsonl"), "limit": 4, "show": 0, "metrics": ["chrf"], "patience": 2}
+    training = {
+        "output_dir": str(home / "judged"),
+        "max_steps": 9,
+        "learning_rate": 0.0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "metric_for_best_model": "eval_chrf",
+        "load_best_model_at_end": True,
+        "use_cpu": True,
+    }
+    content = described(home, method="sft", evaluate=look)
+    summary = distill(load(write(home / "judged.yaml", content | {"training": training})), console=quiet())
+    judged = [line for line in lines(home / "judged" / "metrics.jsonl") if "eval_chrf" in line]
+    assert [line["step"] for line in judged] == [1, 2, 3, 3]  # once more at the end
+    assert summary["steps"] == 3
+    assert {"eval_chrf", "eval_accuracy", "eval_loss"} <= set(summary["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("look", "complaint"),
+    [
+        ({"metrics": ["chrf"]}, "metrics need held-out data: add evaluate.dataset"),
+        ({"metrics": ["bleux"], "dataset": "sums.jsonl"}, r'line \d+: there is no metric "bleux"; did you mean "bleu"'),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused(look, complaint, home):
+    if "dataset" in look:
+        look = {**look, "dataset": str(home / look["dataset"])}
+    with pytest.raises(RecipeError, match=complaint):
+        run(home, method="sft", evaluate=look)

@@ -1,0 +1,200 @@
+"""Two processes train as one does.
+
+One start of torchrun (gloo, on the CPU) runs every case; the tests read what it left. The sizes are chosen so that
+every epoch divides evenly: otherwise Accelerate gives the processes some examples twice to make their batches equal.
+"""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import ragged_examples, tiny, words
+from loop import difference, logged, rollout, student, trainer, weights
+
+from understudy.batch import Batch
+from understudy.divergences import JensenShannon
+from understudy.methods.dpkd import DPKD
+from understudy.methods.gkd import GKD
+from understudy.methods.kd import KD
+from understudy.methods.promptkd import PromptKD
+from understudy.methods.seqkd import SeqKD
+from understudy.methods.sft import SFT
+from understudy.scores import score
+from understudy.step import Step
+from understudy.teachers.local import LocalTeacher
+
+CASES = {
+    "sft": lambda: SFT(),
+    "kd": lambda: KD(reduction="sequence"),
+    "gkd": lambda: GKD(),
+    "gkd, mixed by step": lambda: GKD(on_policy=0.5, reduction="token"),
+    "gkd, mixed by example": lambda: GKD(on_policy=0.5, mix="example"),
+    "seqkd": lambda: SeqKD(),
+    "promptkd": lambda: PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=2),
+    "dpkd": lambda: DPKD(),
+}
+NUMBERS = ("loss", "grad_norm", "forward_kl", "tokens", "response_length", "truncated", "eval_loss", "eval_tokens")
+
+
+def train(folder, case, processes):
+    """Two epochs of two steps; eight examples per step, over all processes. In float64, for Adam's sake."""
+    made = trainer(
+        folder / "run",
+        CASES[case](),
+        student().double(),
+        LocalTeacher(tiny("llama", width=24, seed=2).double()),
+        rollout(stop_ids=[2, *range(5, 15)]),
+        ragged_examples(16),
+        options={"eval_dataset": ragged_examples(5, seed=4)},
+        max_steps=-1,
+        num_train_epochs=2,
+        per_device_train_batch_size=4 // processes,
+        gradient_accumulation_steps=2,
+        eval_strategy="epoch",
+    )
+    made.train()
+    return weights(made.model), {name: logged(made, name) for name in NUMBERS}
+
+
+def train_for_seconds(folder):
+    """A budget of five seconds, of which every step takes one by the first process's clock, two by the second's."""
+    from understudy import budget
+
+    counts = itertools.count(0, 1 + int(os.environ["RANK"]))
+    budget.perf_counter, clock = counts.__next__, budget.perf_counter
+    try:
+        made = trainer(
+            folder / "run",
+            SFT(),
+            examples=ragged_examples(64),
+            options={"budget": budget.Budget(seconds=5.0)},
+            max_steps=8,
+            lr_scheduler_type="linear",
+        )
+        made.train()
+    finally:
+        budget.perf_counter = clock
+    return {"steps": made.state.global_step, "seconds": made.spending.seconds, "rates": logged(made, "learning_rate")}
+
+
+SHARDED = Batch.of(ragged_examples(6), 0)
+
+
+def loss_and_gradients(model, whole):
+    judge = LocalTeacher(tiny("llama", width=24, seed=2))
+    said = judge.score(SHARDED)
+    divergence = JensenShannon()
+    loss = score(
+        model, SHARDED, lambda own: divergence.between(said, own).sum(), weights=torch.ones(len(SHARDED.tokens))
+    )
+    loss.backward()
+    return {"loss": loss.detach(), **{name: whole(p.grad) for name, p in model.named_parameters()}}
+
+
+def shard(tied):
+    """A student whose layers and rest are sharded over both processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = student(tied=tied), init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def write_sharded(rank):
+    """Each process asks for other rows; the second for fewer and, in the end, for none."""
+    writer = rollout(stop_ids=[2, *range(5, 15)], batch_size=2).follow(shard(False), words())
+    examples = ragged_examples(8, responses=False)
+    first = writer.generate(examples[:5] if rank == 0 else examples[5:], Step(0))
+    second = writer.generate(examples[:2] if rank == 0 else [], Step(1))
+    after = loss_and_gradients(writer._model, lambda grad: grad.full_tensor())
+    return [(e.row, e.response) for e in first + second], after
+
+
+def worker(folder):
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for case in CASES:
+        changed, numbers = train(folder, case, 2)
+        torch.save(changed, folder / f"{case}-{rank}.pt")
+        if rank == 0:
+            (folder / f"{case}.json").write_text(json.dumps(numbers))
+    (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
+    for tied in (False, True):
+        sharded = loss_and_gradients(shard(tied), lambda grad: grad.full_tensor())
+        torch.save(sharded, folder / f"sharded-{tied}-{rank}.pt")
+    torch.save(write_sharded(rank), folder / f"written-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    here = Path(__file__).resolve()
+    path = os.pathsep.join([str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # the address is given, not found: the name of a machine need not lead back to it
+    meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *meeting, str(here), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(case, results, tmp_path):
+    alone, numbers = train(tmp_path, case, 1)
+    ranks = [torch.load(results / f"{case}-{rank}.pt") for rank in range(2)]
+    assert difference(*ranks) == 0, "the processes have drifted apart"
+    assert difference(alone, ranks[0]) < (1e-6 if case == "promptkd" else 1e-10)  # a prompt is kept in float32
+    assert difference(alone, weights(student().double())) > 1e-3
+    together = json.loads((results / f"{case}.json").read_text())
+    for name in NUMBERS:
+        assert together[name] == pytest.approx(numbers[name], rel=1e-5), name
+
+
+def test_all_processes_end_at_the_step_at_which_the_first_one_s_seconds_are_up(results):
+    first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
+    assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
+    assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_student_has_the_same_loss_and_gradients(tied, results):
+    plain = loss_and_gradients(student(tied=tied), lambda grad: grad)
+    for rank in range(2):
+        sharded = torch.load(results / f"sharded-{tied}-{rank}.pt")
+        assert difference(plain, sharded) < 1e-5
+
+
+def test_a_sharded_student_writes_what_a_whole_one_would(results):
+    """Also where one process has fewer rows to write, shorter ones, or none."""
+    writer = rollout(stop_ids=[2, *range(5, 15)]).follow(student(), words())
+    examples = ragged_examples(8, responses=False)
+    plain = loss_and_gradients(student(), lambda grad: grad)
+    for rank, (first, second) in enumerate([(examples[:5], examples[:2]), (examples[5:], [])]):
+        expected = writer.generate(first, Step(0)) + writer.generate(second, Step(1))
+        written, after = torch.load(results / f"written-{rank}.pt")
+        assert written == [(e.row, e.response) for e in expected]
+        assert difference(plain, after) < 1e-5, "it must be sharded again, and train"
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

@@ -1,0 +1,571 @@
+"""The loop: one loss however a step is cut, numbers that are what they say, and nothing trained that should not be.
+
+Runs on several processes are in test_distributed.py, interrupted ones in test_resume.py.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakes import BigramTeacher, ragged_examples, tiny, words
+from loop import arguments, difference, logged, rollout, same, student, teacher, trainer, weights
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from understudy.batch import Batch, Reduction
+from understudy.divergences import Divergence, ForwardKL, ReverseKL
+from understudy.method import Method
+from understudy.methods.gkd import GKD
+from understudy.methods.kd import KD
+from understudy.methods.seqkd import SeqKD
+from understudy.methods.sft import SFT
+from understudy.scores import Knowledge
+from understudy.step import Step
+from understudy.teachers.local import LocalTeacher
+from understudy.training.trainer import DistillationTrainer
+
+METHODS = {
+    "sft": lambda reduction: SFT(reduction),
+    "kd": lambda reduction: KD(sft_weight=0.3, reduction=reduction),
+    "gkd, its own responses": lambda reduction: GKD(reduction=reduction),
+    "gkd, mixed by step": lambda reduction: GKD(on_policy=0.5, reduction=reduction),
+    "gkd, mixed by example": lambda reduction: GKD(on_policy=0.5, mix="example", reduction=reduction),
+    "seqkd": lambda reduction: SeqKD(soft_weight=0.5, reduction=reduction),
+}
+CUTS = ((8, 1), (4, 2), (2, 4), (1, 8))
+
+
+def cut(folder, method, size, parts, double, **changed):
+    """Weights after three steps of eight examples, in `parts` micro-batches of `size`."""
+    models = [student(), tiny("llama", width=24, seed=2)]
+    pupil, judge = [model.double() for model in models] if double else models
+    made = trainer(
+        folder,
+        method,
+        pupil,
+        LocalTeacher(judge),
+        rollout(stop_ids=[2, *range(5, 15)]),
+        ragged_examples(24),
+        max_steps=3,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=parts,
+        **changed,
+    )
+    made.train()
+    assert len(logged(made)) == 3
+    return weights(made.model), logged(made)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_does_not_depend_on_how_it_is_accumulated(name, reduction, tmp_path):
+    """With AdamW, in float64: Adam divides by gradients as small as rounding, which float32 turns into whole steps."""
+    whole, *others = [cut(tmp_path, METHODS[name](reduction), *sizes, double=True) for sizes in CUTS]
+    assert difference(whole[0], weights(student().double())) > 1e-3
+    for changed, losses in others:
+        assert difference(whole[0], changed) < 1e-10
+        assert losses == pytest.approx(whole[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sft", "gkd, its own responses"])
+def test_a_step_in_float32_does_not_depend_on_how_it_is_accumulated(name, tmp_path):
+    """Plain gradient descent shows the gradients as they are."""
+    sgd = {"double": False, "optim": "sgd", "learning_rate": 0.1}
+    whole, *others = [cut(tmp_path, METHODS[name]("token"), *sizes, **sgd)[0] for sizes in CUTS]
+    assert difference(whole, weights(student())) > 1e-3
+    assert max(difference(whole, changed) for changed in others) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
+def test_one_step_is_what_autograd_says_of_the_formula(reduction, tmp_path):
+    examples = ragged_examples(8)
+    made = trainer(tmp_path, KD(reduction=reduction), examples=examples, max_steps=1, per_device_train_batch_size=2,
+                   gradient_accumulation_steps=4, optim="sgd", learning_rate=1.0, max_grad_norm=0)  # fmt: skip
+    made.train()
+    by_hand, judge = student(), teacher().model
+    divided = {"token": sum(len(e.response) for e in examples), "sequence": len(examples), "sum": len(examples)}
+    total = torch.zeros(())
+    for example in examples:
+        rows = slice(len(example.prompt) - 1, len(example) - 1)
+        ids = torch.tensor([example.prompt + example.response])
+        log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (judge, by_hand))
+        value = (log_p.exp() * (log_p - log_q)).sum()
+        total = total + value / (len(example.response) if reduction == "sequence" else 1)
+    total = total / divided[reduction]
+    total.backward()
+    assert logged(made) == pytest.approx([float(total.detach())], rel=1e-5)
+    expected = {name: p.detach() - p.grad for name, p in by_hand.named_parameters()}
+    assert difference(weights(made.model), expected) < 2e-6
+
+
+def test_an_epoch_s_last_incomplete_step_is_normalised_by_what_it_has(tmp_path):
+    """Eleven examples, four to a step: the third step has two micro-batches, one of a single example."""
+    runs = []
+    for size, parts in ((2, 2), (4, 1)):
+        made = trainer(tmp_path, KD(), student().double(), LocalTeacher(tiny("llama", width=24, seed=2).double()),
+                       examples=ragged_examples(11), num_train_epochs=2, max_steps=-1,
+                       per_device_train_batch_size=size, gradient_accumulation_steps=parts)  # fmt: skip
+        made.train()
+        assert made.state.global_step == 6
+        runs.append((weights(made.model), logged(made)))
+    assert difference(runs[0][0], runs[1][0]) < 1e-10
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
+
+
+def test_every_example_is_seen_once_in_an_epoch(tmp_path):
+    seen = []
+
+    @dataclass
+    class Watched(Method):
+        needs = Knowledge.NOTHING
+
+        def collect(self, examples, writers, step):
+            seen.append((step, [e.row for e in examples]))
+            return examples
+
+        def loss(self, student, teacher, batch):
+            return -student.chosen
+
+    trainer(tmp_path, Watched(), examples=ragged_examples(16), num_train_epochs=2, max_steps=-1, seed=5,
+            gradient_accumulation_steps=2).train()  # fmt: skip
+    assert [step for step, _ in seen] == [Step(number, 5, 4) for number in range(4)]
+    rows = [row for _, rows in seen for row in rows]
+    assert sorted(rows[:16]) == sorted(rows[16:]) == list(range(16))
+    assert rows[:16] != rows[16:]
+
+
+@pytest.mark.parametrize("method", [KD(), GKD()], ids=["kd", "gkd"])
+def test_logged_numbers_are_what_they_say(method, tmp_path):
+    examples = ragged_examples(8)
+    writer = rollout(stop_ids=[2, *range(5, 25)])
+    made = trainer(tmp_path, method, writer=writer, examples=examples, max_steps=1, per_device_train_batch_size=2,
+                   gradient_accumulation_steps=4)  # fmt: skip
+    if isinstance(method, GKD):
+        writer.follow(student(), words())
+        examples = writer.generate(examples, Step(0, made.args.seed))
+        writer.follow(made.model, words())
+        assert 0 < sum(e.truncated for e in examples) < 8
+    made.train()
+    line = made.state.log_history[0]
+    tokens = sum(len(e.response) for e in examples)
+    assert line["tokens"] == tokens
+    assert made.tokens_seen == tokens
+    assert line["response_length"] == tokens / 8
+    assert line["truncated"] == sum(e.truncated for e in examples) / 8
+    p, q = [], []
+    for example in examples:
+        rows, ids = slice(len(example.prompt) - 1, len(example) - 1), torch.tensor([example.prompt + example.response])
+        for model, said in ((teacher().model, p), (student(), q)):
+            said.append(model(ids).logits[0, rows].log_softmax(-1).detach())
+    p, q = torch.cat(p), torch.cat(q)
+    expected = {
+        "forward_kl": (p.exp() * (p - q)).sum(-1),
+        "reverse_kl": (q.exp() * (q - p)).sum(-1),
+        "student_entropy": -(q.exp() * q).sum(-1),
+        "teacher_entropy": -(p.exp() * p).sum(-1),
+    }
+    for name, values in expected.items():
+        assert line[name] == pytest.approx(float(values.mean()), rel=1e-4), name
+
+
+def test_a_log_line_counts_every_step_since_the_last(tmp_path):
+    every, pairs = (trainer(tmp_path, KD(), max_steps=4, logging_steps=n) for n in (1, 2))
+    every.train()
+    pairs.train()
+    one, two = logged(every, "tokens"), logged(pairs, "tokens")
+    assert two == [one[0] + one[1], one[2] + one[3]]
+    assert every.tokens_seen == pairs.tokens_seen == sum(one)
+
+
+def test_seconds_add_up_to_the_time_that_passed(tmp_path):
+    made = trainer(tmp_path, GKD(), max_steps=6, logging_steps=6)
+    start = time.perf_counter()
+    made.train()
+    passed = time.perf_counter() - start
+    line = made.state.log_history[0]
+    seconds = [line[f"seconds_{activity}"] for activity in ("generate", "score", "learn", "other")]
+    assert min(seconds) > 0
+    assert 0.6 * passed < sum(seconds) <= passed
+    assert line["tokens_per_second"] == pytest.approx(line["tokens"] / sum(seconds))
+
+
+def test_models_are_compared_on_logged_steps_only(tmp_path, monkeypatch):
+    from understudy.training import trainer as module
+
+    compared = []
+    monkeypatch.setattr(module, "compare", lambda *_: compared.append(made.state.global_step) or compare(*_))
+    from understudy.scores import compare
+
+    made = trainer(tmp_path, KD(), max_steps=7, logging_steps=3, logging_first_step=True)
+    made.train()
+    assert compared == [0, 2, 5]
+    assert len(logged(made, "forward_kl")) == 3
+
+
+def test_a_method_that_needs_no_distribution_is_not_compared(tmp_path):
+    made = trainer(tmp_path, SFT(), judge=BigramTeacher())
+    made.train()
+    assert not logged(made, "forward_kl")
+    assert not any(logged(made, "seconds_score"))
+
+
+@pytest.mark.parametrize("method", [KD(), GKD()], ids=["kd", "gkd"])
+def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(method, tmp_path):
+    examples = ragged_examples(7, seed=9)
+    made = trainer(tmp_path, method, options={"eval_dataset": examples})
+    first, second = made.evaluate(), made.evaluate()
+    assert {k: v for k, v in first.items() if "second" not in k} == {
+        k: v for k, v in second.items() if "second" not in k
+    }
+    written = method.collect(examples, made.writers, Step(0, made.args.seed))
+    total, units = 0.0, 0
+    for example in written:
+        batch = Batch.of([example], 0)
+        one = float(made._weighted_loss(made.model, batch, diagnose=False))
+        total, units = total + one, units + batch.units(method.reduction)
+    assert first["eval_loss"] == pytest.approx(total / units, rel=1e-5)
+    assert first["eval_tokens"] == sum(len(e.response) for e in written)
+
+
+def test_evaluation_draws_the_same_at_every_step(tmp_path):
+    """A student that does not change is worth the same all along."""
+    often = {"eval_strategy": "steps", "eval_steps": 1}
+    made = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, **often)
+    made.train()
+    assert len(set(logged(made, "eval_loss"))) == 1
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
+    losses = [
+        trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(7)}, per_device_eval_batch_size=n).evaluate()
+        for n in (1, 3, 8)
+    ]
+    assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], rel=1e-5)
+    assert losses[0]["eval_forward_kl"] == pytest.approx(losses[2]["eval_forward_kl"], rel=1e-5)
+
+
+@dataclass
+class Hoarding(Method):
+    """Trains on everything it ever collected, as methods with a replay buffer do."""
+
+    kept: list = field(default_factory=list)
+
+    def collect(self, examples, writers, step):
+        self.kept += examples
+        return self.kept[-6:]
+
+    def loss(self, student, teacher, batch):
+        return ForwardKL().between(teacher, student)
+
+    def state_dict(self):
+        return {"rows": torch.tensor([e.row for e in self.kept])}
+
+    def load_state_dict(self, state):
+        by_row = {e.row: e for e in reversed(self.kept)}  # the first of a row is training's
+        self.kept = [by_row[row] for row in state["rows"].tolist()]
+
+
+@pytest.mark.parametrize("make", [KD, GKD, Hoarding])
+def test_evaluation_does_not_disturb_training(make, tmp_path):
+    """Nor do its draws, its dropout mode, its counts, or what a method remembers."""
+    runs = []
+    for changed in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        model = student("gpt2")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+        options = {"eval_dataset": ragged_examples(5, seed=9)} if changed else {}
+        made = trainer(tmp_path, make(), model, options=options, logging_steps=2, **changed)
+        made.train()
+        runs.append((weights(made.model), logged(made), logged(made, "tokens"), made.tokens_seen))
+    assert len(logged(made, "eval_loss")) == 4
+    assert same(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+
+
+def test_evaluation_without_a_set_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer(tmp_path, KD()).evaluate()
+
+
+@dataclass
+class Broken(Method):
+    """A loss that stops being a number at the third micro-batch."""
+
+    value: float = math.nan
+    seen: int = 0
+
+    def loss(self, student, teacher, batch):
+        self.seen += 1
+        return -student.chosen * (self.value if self.seen == 3 else 1.0)
+
+
+@pytest.mark.parametrize(("value", "remedy"), [(math.nan, "a lower learning_rate$"), (math.inf, "jensen_shannon$")])
+def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(value, remedy, tmp_path):
+    made = trainer(tmp_path, Broken(value), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    after = []
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            after.append(weights(made.model))
+
+    made.add_callback(Remember())
+    with pytest.raises(
+        FloatingPointError, match=rf"the loss became (nan|inf) at step 1; nothing was updated.*{remedy}"
+    ):
+        made.train()
+    assert len(after) == 1
+    assert same(after[0], weights(made.model))
+
+
+@dataclass
+class Steep(Method):
+    """A loss that is a number with a gradient that is none."""
+
+    def loss(self, student, teacher, batch):
+        return (student.chosen - student.chosen.detach()).abs().sqrt() + 0 * student.chosen
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_weights_change(tmp_path):
+    made = trainer(tmp_path, Steep())
+    with pytest.raises(FloatingPointError, match="the gradient became nan at step 0"):
+        made.train()
+    assert same(weights(made.model), weights(student()))
+
+
+def test_several_gpus_without_a_process_each_are_refused(tmp_path):
+    given = arguments(tmp_path)
+    given._n_gpu = 2
+    with pytest.raises(ValueError, match="one process each: start with torchrun or accelerate launch"):
+        DistillationTrainer(student(), None, SFT(), processing_class=words(), args=given)
+
+
+def test_gradients_are_clipped_as_a_whole_step(tmp_path):
+    """Plain gradient descent with rate 1: the step is as long as the clipped gradient."""
+    made = trainer(tmp_path, SFT(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+                   optim="sgd", learning_rate=1.0, max_grad_norm=0.05)  # fmt: skip
+    before = weights(made.model)
+    made.train()
+    after = weights(made.model)
+    step = math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in before))
+    assert step == pytest.approx(0.05, rel=1e-3)
+    assert logged(made, "grad_norm")[0] > 0.05
+
+
+def test_bfloat16_autocast_trains(tmp_path):
+    made = trainer(tmp_path, KD(), max_steps=6, learning_rate=3e-2, bf16=True)
+    made.train()
+    losses = logged(made)
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    assert losses[-1] < 0.8 * losses[0]
+    plain = trainer(tmp_path, KD(), max_steps=1)
+    plain.train()
+    cast = trainer(tmp_path, KD(), max_steps=1, bf16=True)
+    cast.train()
+    assert logged(cast)[0] != logged(plain)[0]
+    assert logged(cast)[0] == pytest.approx(logged(plain)[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_checkpointing_trains_the_same(kind, tmp_path):
+    """Also with dropout, which GPT-2 has; a trainer sets its seed when it is made."""
+    runs = []
+    for checkpointing in (False, True):
+        made = trainer(tmp_path, GKD(), student(kind), gradient_checkpointing=checkpointing)
+        made.train()
+        runs.append(weights(made.model))
+    assert difference(*runs) < 1e-6
+    assert difference(runs[0], weights(student(kind))) > 1e-3
+
+
+def test_only_adapters_are_trained_and_load_back(tmp_path):
+    base = tmp_path / "base"
+    student().save_pretrained(base)
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    before = weights(model)
+    made = trainer(tmp_path / "run", GKD(), model, max_steps=3)
+    made.train()
+    after = weights(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    made.save_model(str(tmp_path / "adapters"))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "adapters")
+    ids = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(back(ids).logits, model.eval()(ids).logits)
+    assert (back(ids).logits - student()(ids).logits).abs().max() > 1e-4
+
+
+def test_tied_embeddings_stay_tied_and_learn_from_both_ends(tmp_path):
+    made = trainer(tmp_path, KD(), student(tied=True), max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0)
+    made.train()
+    assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
+    by_hand, judge = student(tied=True), teacher().model
+    batch = ragged_examples()
+    drawn = [batch[row] for row in rows_of_the_first_step(tmp_path)]
+    total = torch.zeros(())
+    for example in drawn:
+        rows, ids = slice(len(example.prompt) - 1, len(example) - 1), torch.tensor([example.prompt + example.response])
+        log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (judge, by_hand))
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+    (total / sum(len(e.response) for e in drawn)).backward()
+    expected = {name: p.detach() - p.grad for name, p in by_hand.named_parameters()}
+    assert difference(weights(made.model), expected) < 2e-6
+
+
+def rows_of_the_first_step(folder):
+    seen = []
+
+    class Watched(Method):
+        needs = Knowledge.NOTHING
+
+        def collect(self, examples, writers, step):
+            seen.extend(e.row for e in examples)
+            return examples
+
+        def loss(self, student, teacher, batch):
+            return -student.chosen
+
+    trainer(folder, Watched(), max_steps=1).train()
+    return seen
+
+
+@pytest.mark.parametrize("sizes", [(53, 64), (64, 53), (56, 64), (64, 56)])
+def test_vocabularies_padded_differently_train_as_unpadded_ones_would(sizes, tmp_path):
+    ours, theirs = sizes
+    padded = trainer(tmp_path, GKD(), widened(student(), ours), LocalTeacher(widened(teacher().model, theirs)))
+    plain = trainer(tmp_path, GKD())
+    padded.train()
+    plain.train()
+    assert logged(padded) == pytest.approx(logged(plain), rel=1e-4)
+    assert logged(padded, "forward_kl") == pytest.approx(logged(plain, "forward_kl"), rel=1e-4)
+    cut_head = padded.model.lm_head.weight[:53]
+    assert (cut_head - plain.model.lm_head.weight).abs().max() < 1e-4
+    assert torch.equal(padded.model.lm_head.weight[53:], widened(student(), ours).lm_head.weight[53:])
+
+
+def widened(model, vocabulary):
+    """The same model with large weights for tokens that no text has."""
+    wide = tiny("llama", vocabulary=vocabulary, width=model.config.hidden_size, seed=8)
+    own = model.state_dict()
+    state = {
+        name: torch.cat([own[name], 3 * value[len(own[name]) :]]) if value.shape != own[name].shape else own[name]
+        for name, value in wide.state_dict().items()
+    }
+    wide.load_state_dict(state)
+    return wide
+
+
+@dataclass
+class Preferring(Method):
+    """DPKD's kind: the teacher's response should be the likelier one, −log σ(mean log q_w − mean log q_l)."""
+
+    reduction: Reduction = "sequence"
+
+    @property
+    def authors(self):
+        return frozenset({"teacher", "student"})
+
+    def collect(self, examples, writers, step):
+        pairs = zip(writers.teacher.generate(examples, step), writers.student.generate(examples, step), strict=True)
+        return [replace(e, pair=number) for number, pair in enumerate(pairs) for e in pair]
+
+    def loss(self, student, teacher, batch):
+        means = batch.per_sequence(student.chosen) / batch.lengths
+        sign = torch.tensor([1.0 if e.author == "teacher" else -1.0 for e in batch.examples])
+        numbers = sorted({e.pair for e in batch.examples})
+        which = torch.tensor([numbers.index(e.pair) for e in batch.examples])
+        assert torch.bincount(which).tolist() == [2] * len(numbers), "a pair was torn apart"
+        margin = means.new_zeros(len(numbers)).index_add(0, which, sign * means)
+        return -torch.nn.functional.logsigmoid(margin)[which][batch.owner]
+
+
+def test_pairs_stay_together_however_a_step_is_cut(tmp_path):
+    whole, *others = [cut(tmp_path, Preferring(), *sizes, double=True) for sizes in CUTS]
+    for changed, losses in others:
+        assert difference(whole[0], changed) < 1e-10
+        assert losses == pytest.approx(whole[1], rel=1e-6)
+
+
+def test_examples_may_come_from_an_iterable_dataset(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(ragged_examples(16))
+
+    made = trainer(tmp_path, KD(), examples=Stream())
+    made.train()
+    assert len(logged(made)) == 4
+    assert made.tokens_seen == sum(len(e.response) for e in ragged_examples(16))
+
+
+def test_a_method_s_schedule_moves_once_per_optimizer_step(tmp_path):
+    steps = []
+
+    class Scheduled(Method):
+        needs = Knowledge.NOTHING
+
+        def advance(self, step):
+            steps.append(step.number)
+
+        def loss(self, student, teacher, batch):
+            return -student.chosen
+
+    trainer(tmp_path, Scheduled(), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4).train()
+    assert steps == [1, 2, 3]
+
+
+def test_a_method_may_train_something_of_its_own_first(tmp_path):
+    seen = []
+
+    class Prompting(Method):
+        def before_step(self, batches, student, teacher, step):
+            seen.append((step.number, len(batches), sum(len(b.examples) for b in batches), student, teacher))
+
+        def loss(self, student, teacher, batch):
+            return ReverseKL().between(teacher, student)
+
+    made = trainer(tmp_path, Prompting(), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    made.train()
+    assert seen == [(0, 3, 6, made.model, made.teacher), (1, 3, 6, made.model, made.teacher)]
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
+    made = trainer(tmp_path, GKD(), student(), LocalTeacher(student()), optim="sgd")
+    made.train()
+    assert logged(made) == pytest.approx([0] * 4, abs=1e-6)
+    assert max(logged(made, "forward_kl")) < 1e-5
+    assert difference(weights(made.model), weights(student())) < 1e-5
+
+
+def test_a_teacher_that_is_the_student_itself_is_refused(tmp_path):
+    model = student()
+    with pytest.raises(ValueError, match="the teacher is the student itself"):
+        trainer(tmp_path, KD(), model, LocalTeacher(model))
+
+
+def test_training_arguments_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = DistillationTrainer(student(), None, SFT(), processing_class=words(), train_dataset=ragged_examples())
+    assert isinstance(made.args, TrainingArguments)
+    assert made.writers == type(made.writers)()
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(temperature=2.0)])
+def test_a_teacher_without_a_model_teaches(divergence: Divergence, tmp_path):
+    made = trainer(tmp_path, KD(divergence), judge=BigramTeacher(), max_steps=25, learning_rate=3e-2)
+    made.train()
+    assert logged(made)[-1] < 0.7 * logged(made)[0]
+
+
+def test_log_lines_are_in_order_and_carry_the_step(tmp_path):
+    made = trainer(tmp_path, KD(), options={"eval_dataset": ragged_examples(3)}, eval_strategy="steps", eval_steps=2)
+    made.train()
+    steps = [line["step"] for line in made.state.log_history]
+    assert all(a <= b for a, b in pairwise(steps))
+    assert [line["step"] for line in made.state.log_history if "eval_loss" in line] == [2, 4]
+    assert SimpleNamespace(**made.state.log_history[0]).step == 1
