@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from understudy import Divergence, ForwardKL, JensenShannon, ReverseKL, fused_divergence
-from understudy.fused_linear.tiles import chunk_rows, tiling
+from understudy.fused_linear.tiles import rows_per_tile, tiling
 
 from .measure import Stopwatch, alternate, in_child, peak_mb, save, table
 
@@ -102,7 +102,7 @@ def contestant(name: str, which: str) -> Callable[[Task], Tensor]:
 def floor(task: Task) -> None:
     """The four products alone."""
     rows = len(task.hidden)
-    size = -(-rows // -(-rows // chunk_rows(len(task.weight))))
+    size = -(-rows // -(-rows // rows_per_tile(len(task.weight))))
     student, teacher = torch.empty(2, size, len(task.weight))
     grad_hidden, grad_weight = torch.empty_like(task.hidden), torch.zeros_like(task.weight)
     for start in range(0, rows, size):

@@ -26,7 +26,7 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, float]:
 
     import understudy
     from understudy.batch import Batch, Example
-    from understudy.scores import score
+    from understudy.models.forward import score
     from understudy.step import Step
     from understudy.teachers.local import LocalTeacher
 
@@ -42,7 +42,7 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, float]:
     plain = LocalTeacher(model(options.layers, options.width, options.width // 64))
     teacher = method.prepare(plain, None, 1e-3)
     ids = torch.randint(0, 50257, (options.batch, options.tokens)).tolist()
-    batch = Batch.of([Example(row[:32], row[32:], "student", i) for i, row in enumerate(ids)], 0)
+    batch = Batch.from_examples([Example(row[:32], row[32:], "student", i) for i, row in enumerate(ids)], 0)
     weights = method.weights(batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []

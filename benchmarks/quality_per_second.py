@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from understudy import GenerateRollout
 from understudy.demo import recipes
 from understudy.evaluation.evaluate import evaluate
-from understudy.models.student import all_stop_ids, load_model, load_tokenizer
+from understudy.models.load import all_stop_ids, load_model, load_tokenizer
 from understudy.recipe import Data, load
 from understudy.run.distill import distill, load_data
 

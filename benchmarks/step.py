@@ -1,4 +1,4 @@
-"""A whole on-policy step: this package's trainer, TRL's GKDTrainer and TRL's DistillationTrainer, in child processes.
+"""A whole on-policy step: this package's trainer, TRL's GKDTrainer and TRL's StudentTrainer, in child processes.
 
 What is timed: batch 8, prompts of 32 tokens, responses of exactly as many tokens as are asked for, JSD(0.5), AdamW,
 float32 without gradient checkpointing (TRL's faster setting); a Llama teacher of 6 layers of 256, a student of 2 layers
@@ -15,13 +15,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from understudy import GKD, DistillationTrainer, Example, GenerateRollout, JensenShannon, LocalTeacher
+from understudy import GKD, Example, GenerateRollout, JensenShannon, LocalTeacher, StudentTrainer
 
 from .measure import Stopwatch, in_child, peak_mb, save, table
 from .models import llama, prompts, words
 
 CASES = {"V = 50,257, 8 × 256 tokens": (50_257, 256, 2), "V = 4,096, 8 × 64 tokens": (4096, 64, 20)}
-NAMES = ["understudy, compiled", "understudy", "TRL DistillationTrainer", "TRL GKDTrainer"]
+NAMES = ["understudy, compiled", "understudy", "TRL StudentTrainer", "TRL GKDTrainer"]
 BATCH, PROMPT = 8, 32
 
 
@@ -62,7 +62,7 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
         data: Any = [Example(e.prompt, [4], row=e.row) for e in asked]
         method = GKD(divergence=JensenShannon(0.5), reduction="token")
         options = {"processing_class": tokenizer, "train_dataset": data, "args": args, "callbacks": [clock]}
-        made = DistillationTrainer(student, LocalTeacher(teacher), method, rollout, **options)
+        made = StudentTrainer(student, LocalTeacher(teacher), method, rollout, **options)
         made._pays_to_compile = lambda: "compiled" in name
         return made, clock
     from datasets import Dataset
@@ -81,7 +81,7 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
         made.generation_config.eos_token_id = None
         return made, clock
     from trl import DistillationConfig
-    from trl import DistillationTrainer as Theirs
+    from trl import StudentTrainer as Theirs
 
     config = DistillationConfig(
         **settings(folder, steps),

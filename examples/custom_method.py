@@ -30,12 +30,12 @@ class Interpolated(Method):
     def __post_init__(self) -> None:
         self.share = torch.tensor(self.start)  # t
 
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
         log_q, log_p = student.log_probs, teacher.log_probs  # (N, V); fine for small vocabularies
         target = ((1 - self.share) * log_q.detach() + self.share * log_p).log_softmax(-1)
         return ForwardKL()(target, log_q)
 
-    def advance(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.share = torch.tensor(self.start + (1 - self.start) * step.number / max(step.total, 1))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 
 from understudy.batch import Batch
-from understudy.fused_linear.loss import Dense
-from understudy.scores import Knowledge, Scores
-from understudy.teacher import Teacher
+from understudy.fused_linear.distributions import Dense
+from understudy.scores import Scores
+from understudy.teacher import Capability, Teacher
 
 
 class Ensemble(Teacher):
     """The mean of what several teachers say. They must share the tokenizer, and its vocabulary without padding."""
 
-    gives: ClassVar[Knowledge] = Knowledge.DISTRIBUTION
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN, Capability.TOP_K, Capability.FULL})
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = list(teachers)

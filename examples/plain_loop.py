@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from understudy.batch import Batch, Example
 from understudy.divergences import JensenShannon
+from understudy.models.forward import score
 from understudy.rollouts.generate import GenerateRollout
-from understudy.scores import score
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 
@@ -35,10 +35,12 @@ def main(steps: int = 60) -> list[float]:
     losses = []
     for number in range(steps):
         asked = [prompts[(16 * number + i) % len(prompts)] for i in range(16)]
-        batch = Batch.of(rollout.generate(asked, Step(number)), pad=0)  # what the student writes, as ids
+        batch = Batch.from_examples(rollout.generate(asked, Step(number)), pad=0)  # what the student writes, as ids
         judged = teacher.score(batch)  # what the teacher thinks of every token of it
-        weights = batch.weights("token") / batch.units("token")
-        loss = score(student, batch, lambda own: (weights * divergence.between(judged, own)).sum(), weights=weights)  # noqa: B023, called at once
+        weights = batch.weights("token") / batch.normalizer("token")
+        loss = score(
+            student, batch, lambda own: (weights * judged.divergence_to(own, divergence)).sum(), weights=weights
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -36,11 +36,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.batch import Author, Batch, Example
-from understudy.fused_linear.loss import Dense
+from understudy.fused_linear.distributions import Dense
 from understudy.rollout import Rollout
-from understudy.scores import Knowledge, Scores
+from understudy.scores import Scores
 from understudy.step import Step
-from understudy.teacher import Teacher
+from understudy.teacher import Capability, Teacher
 
 VOCABULARY = 53
 
@@ -176,7 +176,7 @@ def ragged_examples(
 class BigramTeacher(Teacher):
     """A teacher without a model: what comes next depends on the token before, by a random table."""
 
-    gives: ClassVar[Knowledge] = Knowledge.DISTRIBUTION
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN, Capability.TOP_K, Capability.FULL})
 
     def __init__(self, vocabulary: int = VOCABULARY, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

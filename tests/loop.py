@@ -18,7 +18,7 @@ from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.teacher import Teacher
 from understudy.teachers.local import LocalTeacher
-from understudy.training.trainer import DistillationTrainer
+from understudy.training.trainer import StudentTrainer
 
 
 def student(kind: str = "llama", **options: Any) -> Any:
@@ -60,9 +60,9 @@ def trainer(
     examples: Sequence[Example] | None = None,
     options: dict[str, Any] | None = None,
     **changed: Any,
-) -> DistillationTrainer:
+) -> StudentTrainer:
     """A trainer of `method`; `options` are the trainer's own arguments, `changed` those of TrainingArguments."""
-    return DistillationTrainer(
+    return StudentTrainer(
         student() if model is None else model,
         teacher() if judge is None else judge,
         method,
@@ -74,7 +74,7 @@ def trainer(
     )
 
 
-def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) -> list[DistillationTrainer]:
+def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) -> list[StudentTrainer]:
     """The same three steps in float64 twice: with all of a step's examples at once, and in four parts."""
     trained = []
     for size, parts in ((8, 1), (2, 4)):
@@ -103,7 +103,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def logged(trained: DistillationTrainer, name: str = "loss") -> list[float]:
+def logged(trained: StudentTrainer, name: str = "loss") -> list[float]:
     """What was logged under a name, line by line."""
     return [line[name] for line in trained.state.log_history if name in line]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fakes import ragged_examples
 
-from understudy.batch import Batch, Example, deal, groups
+from understudy.batch import Batch, Example, groups, micro_batches
 
 EOS = 2
 
@@ -17,26 +17,26 @@ def ids(count: int) -> list[int]:
 
 
 def test_predicts_marks_the_last_prompt_token_up_to_the_last_but_one_token():
-    batch = Batch.of([Example([5, 6, 7], [8, 9, EOS]), Example([5], [EOS])], pad=0)
+    batch = Batch.from_examples([Example([5, 6, 7], [8, 9, EOS]), Example([5], [EOS])], pad=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, EOS], [5, EOS, 0, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]
     assert batch.predicts.long().tolist() == [[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
     assert batch.tokens.tolist() == [8, 9, EOS, EOS]
-    assert batch.owner.tolist() == [0, 0, 0, 1]
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 1]
     assert batch.lengths.tolist() == [3, 1]
 
 
 def test_rows_that_predict_come_in_the_order_of_the_tokens():
     examples = [Example(ids(3), [20, 21, 22]), Example(ids(1), [30, 31]), Example(ids(5), [40])]
-    batch = Batch.of(examples, pad=0)
+    batch = Batch.from_examples(examples, pad=0)
     following = batch.input_ids.roll(-1, dims=1)
     assert following[batch.predicts].tolist() == batch.tokens.tolist() == [20, 21, 22, 30, 31, 40]
-    assert batch.predicts.nonzero()[:, 0].tolist() == batch.owner.tolist()
+    assert batch.predicts.nonzero()[:, 0].tolist() == batch.sequence_ids.tolist()
 
 
 def test_pad_equal_to_eos_keeps_the_first_eos_and_no_other():
     examples = [Example([5, EOS], [8, EOS]), Example([5, 6, 7], [8, 9, 10, EOS])]
-    same, other = Batch.of(examples, pad=EOS), Batch.of(examples, pad=0)
+    same, other = Batch.from_examples(examples, pad=EOS), Batch.from_examples(examples, pad=0)
     assert same.tokens.tolist() == [8, EOS, 8, 9, 10, EOS]
     for field in ("attention_mask", "predicts", "tokens", "owner", "lengths"):
         assert torch.equal(getattr(same, field), getattr(other, field))
@@ -45,21 +45,21 @@ def test_pad_equal_to_eos_keeps_the_first_eos_and_no_other():
 @pytest.mark.parametrize(("prompt", "response", "part"), [([], [1], "prompt"), ([1], [], "response")])
 def test_an_example_without_prompt_or_response_is_refused(prompt, response, part):
     with pytest.raises(ValueError, match=f"row 7 has an empty {part}"):
-        Batch.of([Example([1], [2]), Example(prompt, response, row=7)], pad=0)
+        Batch.from_examples([Example([1], [2]), Example(prompt, response, row=7)], pad=0)
 
 
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one example"):
-        Batch.of([], pad=0)
+        Batch.from_examples([], pad=0)
 
 
 @pytest.mark.parametrize("size", [1, 12, 30, 1000])
 def test_pieces_are_the_batches_of_sequences_of_like_length(size):
     examples = ragged_examples(9, seed=3)
-    batch = Batch.of(examples, pad=0)
-    pieces = batch.pieces(size)
+    batch = Batch.from_examples(examples, pad=0)
+    pieces = batch.split_by_length(size)
     for piece, places in pieces:
-        alone = Batch.of(piece.examples, pad=0)
+        alone = Batch.from_examples(piece.examples, pad=0)
         for field in ("input_ids", "attention_mask", "predicts", "tokens", "owner", "lengths"):
             assert torch.equal(getattr(piece, field), getattr(alone, field))
         assert torch.equal(batch.tokens[places], piece.tokens)
@@ -74,14 +74,14 @@ def test_pieces_are_the_batches_of_sequences_of_like_length(size):
 
 @pytest.mark.parametrize(("reduction", "expected"), [("sequence", 0.45), ("token", 0.525), ("sum", 2.1)])
 def test_three_reductions_of_one_example(reduction, expected):
-    batch = Batch.of([Example([1], ids(2)), Example([1, 1], ids(6))], pad=0)
+    batch = Batch.from_examples([Example([1], ids(2)), Example([1, 1], ids(6))], pad=0)
     values = torch.tensor([0.2, 0.4] + [0.6] * 6)
-    total = (batch.weights(reduction) * values).sum() / batch.units(reduction)
+    total = (batch.weights(reduction) * values).sum() / batch.normalizer(reduction)
     assert total.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_per_sequence_sums_the_tokens_of_each_sequence_and_is_differentiable():
-    batch = Batch.of([Example([1], ids(2)), Example([1], ids(1)), Example([1], ids(3))], pad=0)
+    batch = Batch.from_examples([Example([1], ids(2)), Example([1], ids(1)), Example([1], ids(3))], pad=0)
     values = torch.arange(6.0, dtype=torch.float64).requires_grad_()
     sums = batch.per_sequence(values)
     assert sums.tolist() == [1.0, 2.0, 12.0]
@@ -91,7 +91,7 @@ def test_per_sequence_sums_the_tokens_of_each_sequence_and_is_differentiable():
 
 
 def test_written_by_marks_the_tokens_of_an_author():
-    batch = Batch.of(
+    batch = Batch.from_examples(
         [Example([1], ids(2), author="student"), Example([1], ids(1)), Example([1], ids(1), "student")], pad=0
     )
     assert batch.written_by("student").tolist() == [True, True, False, True]
@@ -119,7 +119,7 @@ def padded(part: list[Example]) -> int:
 @pytest.mark.parametrize("seed", range(5))
 def test_dealing_gives_exactly_as_many_parts_and_loses_nothing(parts, seed):
     examples = random_examples(7 + 5 * seed, seed, pairs=seed)
-    dealt = deal(examples, parts)
+    dealt = micro_batches(examples, parts)
     assert len(dealt) == parts
     assert all(dealt)
     assert sorted(map(id, (e for part in dealt for e in part))) == sorted(map(id, examples))
@@ -127,7 +127,7 @@ def test_dealing_gives_exactly_as_many_parts_and_loses_nothing(parts, seed):
 
 @pytest.mark.parametrize("parts", [2, 5, 8])
 def test_dealing_keeps_pairs_together(parts):
-    dealt = deal(random_examples(3, seed=1, pairs=6), parts)
+    dealt = micro_batches(random_examples(3, seed=1, pairs=6), parts)
     pairs = {}
     for part, examples in enumerate(dealt):
         for example in examples:
@@ -149,22 +149,22 @@ def test_dealing_makes_the_largest_padded_part_as_small_as_any_cut_can(seed):
         return min(max(lengths[cut - 1] * (cut - start), smallest(cut, parts - 1)) for cut in cuts)
 
     for parts in (1, 2, 4, 6):
-        assert max(map(padded, deal(examples, parts))) == smallest(0, parts)
+        assert max(map(padded, micro_batches(examples, parts))) == smallest(0, parts)
 
 
 def test_dealing_puts_sequences_of_like_length_together():
-    dealt = deal(random_examples(24, seed=3), 6)
+    dealt = micro_batches(random_examples(24, seed=3), 6)
     for short, long in pairwise(dealt):
         assert max(map(len, short)) <= min(map(len, long))
 
 
 def test_no_part_is_empty_even_if_fewer_would_be_as_good():
-    dealt = deal([Example([1], ids(5)) for _ in range(4)], 3)  # two parts of two have the same largest part
+    dealt = micro_batches([Example([1], ids(5)) for _ in range(4)], 3)  # two parts of two have the same largest part
     assert sorted(len(part) for part in dealt) == [1, 1, 2]
 
 
 def test_examples_of_equal_length_are_dealt_evenly():
-    dealt = deal([Example(ids(4), ids(4)) for _ in range(24)], 6)
+    dealt = micro_batches([Example(ids(4), ids(4)) for _ in range(24)], 6)
     assert [len(part) for part in dealt] == [4] * 6
 
 
@@ -173,8 +173,8 @@ def test_dealing_more_parts_than_examples_is_refused_with_a_remedy():
     with pytest.raises(
         ValueError, match=r"1 examples .* cannot fill 2 micro-batches; lower gradient_accumulation_steps"
     ):
-        deal(pair, 2)
-    assert deal(pair, 1) == [pair]
+        micro_batches(pair, 2)
+    assert micro_batches(pair, 1) == [pair]
 
 
 def test_groups_keep_the_order_and_join_only_pairs():
@@ -192,9 +192,9 @@ def test_accumulating_over_any_deal_equals_the_whole_batch(reduction, parts):
     def summed(batch: Batch) -> torch.Tensor:
         return (batch.weights(reduction) * torch.cat([value[id(e)] for e in batch.examples])).sum()
 
-    whole = Batch.of(examples, pad=0)
-    batches = [Batch.of(part, pad=0) for part in deal(examples, parts)]
-    units = sum(batch.units(reduction) for batch in batches)
+    whole = Batch.from_examples(examples, pad=0)
+    batches = [Batch.from_examples(part, pad=0) for part in micro_batches(examples, parts)]
+    units = sum(batch.normalizer(reduction) for batch in batches)
     accumulated = sum(summed(batch) / units for batch in batches)
-    assert units == whole.units(reduction)
-    torch.testing.assert_close(accumulated, summed(whole) / whole.units(reduction), rtol=1e-6, atol=0)
+    assert units == whole.normalizer(reduction)
+    torch.testing.assert_close(accumulated, summed(whole) / whole.normalizer(reduction), rtol=1e-6, atol=0)

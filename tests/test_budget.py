@@ -16,7 +16,6 @@ from understudy.batch import Example
 from understudy.budget import Budget, Spending, amount, paced, spent
 from understudy.method import Method
 from understudy.methods.kd import KD
-from understudy.scores import Knowledge
 from understudy.training.callbacks import ShowProgress
 
 STEPS = 8
@@ -134,7 +133,7 @@ def test_the_last_step_is_logged_evaluated_and_saved_as_the_last_of_max_steps_is
 class Total(Method):
     """Remembers how long it was told that the run would be."""
 
-    needs = Knowledge.NOTHING
+    requires = frozenset()
 
     def __init__(self):
         self.before, self.after = [], []
@@ -143,10 +142,10 @@ class Total(Method):
         self.before.append(step.total)
         return examples
 
-    def loss(self, student, teacher, batch):
+    def loss(self, teacher, student, batch):
         return -student.chosen
 
-    def advance(self, step):
+    def after_step(self, step):
         self.after.append((step.number, step.total))
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from understudy.demo import TEACHER, recipes, run_demo
 from understudy.evaluation.evaluate import evaluate
-from understudy.models.student import all_stop_ids, load_model, load_tokenizer
+from understudy.models.load import all_stop_ids, load_model, load_tokenizer
 from understudy.playground.names import resolve
 from understudy.playground.ship import LIMIT
 from understudy.playground.vocabulary import tokenizer

@@ -37,7 +37,7 @@ def test_the_custom_method_moves_its_target_once_per_step_and_learns(tmp_path):
 
 
 def test_the_custom_method_s_limits_are_no_loss_and_forward_kl():
-    method, batch = example("custom_method").Interpolated(start=0.0), Batch.of(ragged_examples(4), 0)
+    method, batch = example("custom_method").Interpolated(start=0.0), Batch.from_examples(ragged_examples(4), 0)
     q, p = LocalTeacher(student()).score(batch), teacher().score(batch)
     torch.testing.assert_close(method.loss(q, p, batch), torch.zeros(len(batch.tokens)), atol=1e-5, rtol=0)
     method.advance(Step(5, total=5))
@@ -54,7 +54,7 @@ def test_the_custom_method_resumes_from_its_own_state():
 
 def test_the_custom_teacher_averages_probabilities_and_teaches(tmp_path):
     members = [LocalTeacher(tiny("llama", seed=seed)) for seed in (3, 4)]
-    ensemble, batch = example("custom_teacher").Ensemble(members), Batch.of(ragged_examples(4), 0)
+    ensemble, batch = example("custom_teacher").Ensemble(members), Batch.from_examples(ragged_examples(4), 0)
     mean = sum(member.score(batch).log_probs.exp() for member in members) / 2
     torch.testing.assert_close(ensemble.score(batch).log_probs.exp(), mean, atol=1e-6, rtol=0)
     made = trainer(tmp_path, KD(), judge=ensemble, max_steps=10)

@@ -503,7 +503,7 @@ def test_a_full_gpu(refused, home, monkeypatch):
     def train(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("understudy.training.trainer.DistillationTrainer.train", train)
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", train)
     assert refused("distill", recipe_of(home, {"method": "sft"})).startswith(
         "the GPU's memory is full: lower training."
     )
@@ -516,7 +516,7 @@ def test_a_bug_is_said_to_be_unexpected(bug, say, home, monkeypatch):
             (_,) = []
         raise {"KeyError": KeyError, "ValueError": ValueError, "RuntimeError": RuntimeError}[bug]("deep inside")
 
-    monkeypatch.setattr("understudy.training.trainer.DistillationTrainer.train", train)
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", train)
     code, _, err = say("distill", recipe_of(home, {"method": "sft"}))
     assert code == 2
     assert matches(r"^error: unexpected (Key|Value|Runtime)Error: .*--debug shows where", err)

@@ -24,7 +24,8 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from understudy.models.student import load_tokenizer, teacher_name
+from understudy.models.load import load_tokenizer
+from understudy.models.student import teacher_name
 from understudy.playground.names import is_playground
 from understudy.recipe import Recipe, RecipeError, load
 from understudy.run.distill import Run, build, training_arguments

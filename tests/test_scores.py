@@ -28,20 +28,24 @@ from transformers.masking_utils import flash_attention_mask
 from transformers.models.auto import CONFIG_MAPPING
 
 from understudy import scores
-from understudy.batch import Batch, Example, deal
+from understudy.batch import Batch, Example, micro_batches
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL
 from understudy.fused_linear import loss as projection
-from understudy.fused_linear.loss import Dense, Projected, TopK
-from understudy.scores import PACKABLE, Scores, can_pack, compare, is_projectable, opinion, parity, score
+from understudy.fused_linear.distributions import Dense, Projected, TopK
+from understudy.models.forward import score, score_no_grad
+from understudy.models.inputs import PACKABLE, can_pack
+from understudy.models.logits import is_linear_head
+from understudy.models.parity import logit_difference
+from understudy.scores import Scores, divergence_metrics
 
-BATCH = Batch.of(some_examples(), pad=0)
+BATCH = Batch.from_examples(some_examples(), pad=0)
 f64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(projection, "chunk_rows", lambda vocabulary: 4)
-    monkeypatch.setattr(scores, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(projection, "rows_per_tile", lambda vocabulary: 4)
+    monkeypatch.setattr(scores, "rows_per_tile", lambda vocabulary: 4)
 
 
 def teacher_scores(model: nn.Module, batch: Batch = BATCH, **options) -> Scores:
@@ -57,11 +61,11 @@ def loss_and_gradients(student, teacher, divergence, batch=BATCH, reduction=None
     rows = []
 
     def loss(mine: Scores) -> Tensor:
-        values = divergence.between(teacher, mine)
+        values = teacher.divergence_to(mine, divergence)
         rows.append(values.detach())
         if reduction is None:
             return (values * torch.linspace(-1, 2, len(values), dtype=values.dtype)).sum()
-        return (values * batch.weights(reduction)).sum() / batch.units(reduction)
+        return (values * batch.weights(reduction)).sum() / batch.normalizer(reduction)
 
     student.zero_grad(set_to_none=True)
     value = score(student, batch, loss, weights=weights, **options)
@@ -102,7 +106,7 @@ def test_projected_loss_equals_the_plain_one_in_value_and_every_gradient(kind, t
         weights = None if reduction is None else BATCH.weights(reduction)
         projected = loss_and_gradients(student, teacher_scores(teacher), divergence, BATCH, reduction, weights)
         plain = loss_and_gradients(
-            student, teacher_scores(teacher, project=False), divergence, BATCH, reduction, project=False
+            student, teacher_scores(teacher, fused=False), divergence, BATCH, reduction, fused=False
         )
         assert_same(projected, plain, **options)
     assert any(grad is not None and grad.abs().max() > 1e-3 for grad in plain[2].values())
@@ -122,7 +126,7 @@ def test_loss_equals_one_written_from_the_models_own_logits(kind):
         count += len(example.response)
     for project in (True, False):
         value = loss_and_gradients(
-            student, teacher_scores(teacher), ForwardKL(), BATCH, "token", BATCH.weights("token"), project=project
+            student, teacher_scores(teacher), ForwardKL(), BATCH, "token", BATCH.weights("token"), fused=project
         )[0]
         assert value.item() == pytest.approx(expected / count, rel=1e-6)
 
@@ -131,7 +135,7 @@ def test_loss_equals_one_written_from_the_models_own_logits(kind):
 def test_chunk_size_changes_nothing(rows, monkeypatch):
     student, teacher = tiny("llama").to(f64), teacher_scores(tiny("gpt2", seed=1).to(f64))
     one = loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH)
-    monkeypatch.setattr(projection, "chunk_rows", lambda vocabulary: rows)
+    monkeypatch.setattr(projection, "rows_per_tile", lambda vocabulary: rows)
     assert_same(loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH), one, rtol=1e-12, atol=1e-14)
 
 
@@ -141,7 +145,7 @@ def test_an_explicit_vocabulary_takes_padded_tokens_out_on_both_sides(kind, real
     student, teacher = tiny(kind).to(f64), tiny(kind, vocabulary=60, seed=1).to(f64)
     cut = teacher_scores(teacher, vocabulary=real)
     one = loss_and_gradients(student, cut, ReverseKL(), BATCH, vocabulary=real)
-    other = loss_and_gradients(student, cut, ReverseKL(), BATCH, vocabulary=real, project=False)
+    other = loss_and_gradients(student, cut, ReverseKL(), BATCH, vocabulary=real, fused=False)
     assert_same(one, other, rtol=1e-10, atol=1e-12)
     head = student.get_output_embeddings().weight.grad
     assert (head[:real] != 0).any(-1).all()
@@ -164,7 +168,7 @@ def test_a_frozen_head_gets_no_gradient(project, monkeypatch):
     made = []
     walk = projection._walk
     monkeypatch.setattr(projection, "_walk", lambda *a: made.append(walk(*a)) or made[-1])
-    loss_and_gradients(student, teacher, ForwardKL(), BATCH, "token", project=project)
+    loss_and_gradients(student, teacher, ForwardKL(), BATCH, "token", fused=project)
     assert student.get_output_embeddings().weight.grad is None
     assert all(weight is None for _, (_, weight, _) in made)
     assert len(made) == project
@@ -175,7 +179,7 @@ def test_bfloat16_autocast_agrees_within_its_precision():
     exact = loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH, "token", BATCH.weights("token"))
     with torch.autocast("cpu", torch.bfloat16):
         one = loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH, "token", BATCH.weights("token"))
-        other = loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH, "token", project=False)
+        other = loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH, "token", fused=False)
     assert one[1].dtype == torch.float32
     assert one[2]["lm_head.weight"].dtype == torch.float32
     for name, wanted in exact[2].items():
@@ -186,10 +190,10 @@ def test_bfloat16_autocast_agrees_within_its_precision():
 
 def test_bfloat16_weights_agree_within_their_precision():
     student, teacher = tiny("qwen3").bfloat16(), teacher_scores(tiny("qwen3", seed=1).bfloat16())
-    exact = loss_and_gradients(copy.deepcopy(student).double(), teacher, ForwardKL(), BATCH, "sequence", project=False)
+    exact = loss_and_gradients(copy.deepcopy(student).double(), teacher, ForwardKL(), BATCH, "sequence", fused=False)
     one = loss_and_gradients(student, teacher, ForwardKL(), BATCH, "sequence", BATCH.weights("sequence"))
     one = (*one[:2], {name: grad.clone() for name, grad in one[2].items()})
-    other = loss_and_gradients(student, teacher, ForwardKL(), BATCH, "sequence", project=False)
+    other = loss_and_gradients(student, teacher, ForwardKL(), BATCH, "sequence", fused=False)
     for name, wanted in exact[2].items():
         ours, plain = ((result[2][name].double() - wanted).norm() / wanted.norm() for result in (one, other))
         assert ours < max(0.03, 2 * plain), name
@@ -201,7 +205,7 @@ def test_log_probabilities_of_the_written_tokens_equal_the_plain_ones():
     grads = []
     for project in (True, False):
         student.zero_grad(set_to_none=True)
-        score(student, BATCH, lambda s: (s.chosen * torch.arange(len(s.tokens))).sum(), project=project).backward()
+        score(student, BATCH, lambda s: (s.chosen * torch.arange(len(s.tokens))).sum(), fused=project).backward()
         grads.append({name: p.grad for name, p in student.named_parameters()})
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-10, atol=1e-11)
@@ -216,11 +220,11 @@ def test_a_top_k_teacher_gives_both_paths_the_same():
     full = teacher_scores(tiny("llama", seed=1).to(f64))
     top = Scores(BATCH.tokens, TopK(*full.log_probs.topk(7)))
     one = loss_and_gradients(student, top, JensenShannon(0.5), BATCH)
-    other = loss_and_gradients(student, top, JensenShannon(0.5), BATCH, project=False)
+    other = loss_and_gradients(student, top, JensenShannon(0.5), BATCH, fused=False)
     assert_same(one, other, rtol=1e-9, atol=1e-11)
     for project in (True, False):
         with pytest.raises(ValueError, match="cannot be softened"):
-            loss_and_gradients(student, top, ForwardKL(temperature=2.0), BATCH, project=project)
+            loss_and_gradients(student, top, ForwardKL(temperature=2.0), BATCH, fused=project)
 
 
 class Largest(TorchDispatchMode):
@@ -234,7 +238,7 @@ class Largest(TorchDispatchMode):
 
 def test_the_vocabulary_never_meets_all_rows():
     student, teacher = tiny("llama", vocabulary=4000, width=8), tiny("llama", vocabulary=4000, width=8, seed=1)
-    batch = Batch.of([Example([5] * 8, [7] * 40) for _ in range(4)], pad=0)
+    batch = Batch.from_examples([Example([5] * 8, [7] * 40) for _ in range(4)], pad=0)
     with Largest() as largest:
         loss_and_gradients(student, teacher_scores(teacher, batch), ForwardKL(), batch, "token", batch.weights("token"))
     assert largest.size <= 4000 * 8  # the head itself, a chunk of four rows being smaller
@@ -247,7 +251,7 @@ def test_the_vocabulary_never_meets_all_rows():
 def loss_with(
     model: nn.Module, teacher: nn.Module, examples: list[Example], pad: int = 0, reduction="sequence", **options
 ):
-    batch = Batch.of(examples, pad)
+    batch = Batch.from_examples(examples, pad)
     return loss_and_gradients(model, teacher_scores(teacher, batch), ForwardKL(), batch, reduction, **options)[0]
 
 
@@ -284,8 +288,8 @@ def test_exactly_the_response_tokens_count(where, counts):
         if not mask.any():
             continue
         kept = teacher_scores(teacher)
-        before = loss_and_gradients(student, kept, ForwardKL(), BATCH, "sum", project=False)[0]
-        after = loss_and_gradients(Perturbed(student, mask), kept, ForwardKL(), BATCH, "sum", project=False)[0]
+        before = loss_and_gradients(student, kept, ForwardKL(), BATCH, "sum", fused=False)[0]
+        after = loss_and_gradients(Perturbed(student, mask), kept, ForwardKL(), BATCH, "sum", fused=False)[0]
         assert (before != after) == counts
 
 
@@ -294,9 +298,9 @@ def test_exactly_the_response_tokens_count(where, counts):
 def test_padding_changes_nothing_in_content_or_amount(project, reduction):
     student, teacher = tiny("llama").to(f64), tiny("llama", seed=1).to(f64)
     examples = some_examples()
-    losses = [loss_with(student, teacher, examples, pad, reduction, project=project) for pad in (0, 2, 17)]
+    losses = [loss_with(student, teacher, examples, pad, reduction, fused=project) for pad in (0, 2, 17)]
     assert losses[0] == losses[1] == losses[2]
-    alone = [loss_with(student, teacher, [e], 0, reduction, project=project) for e in examples]
+    alone = [loss_with(student, teacher, [e], 0, reduction, fused=project) for e in examples]
     share = [len(e.response) / 14 if reduction == "token" else 1 / 3 for e in examples]
     assert sum(len(e.response) for e in examples) == 14
     combined = sum(a * s for a, s in zip(alone, share, strict=True))
@@ -309,13 +313,16 @@ def test_gradients_accumulated_over_micro_batches_equal_those_of_the_whole(reduc
     student, teacher = tiny("llama").to(f64), tiny("llama", seed=1).to(f64)
     _, _, whole = loss_and_gradients(student, teacher_scores(teacher), ForwardKL(), BATCH, reduction)
     whole = {name: grad.clone() for name, grad in whole.items()}
-    batches = [Batch.of(part, pad=0) for part in deal(BATCH.examples, parts)]
-    units = sum(batch.units(reduction) for batch in batches)
+    batches = [Batch.from_examples(part, pad=0) for part in micro_batches(BATCH.examples, parts)]
+    units = sum(batch.normalizer(reduction) for batch in batches)
     student.zero_grad()
     for batch in batches:
         kept, weights = teacher_scores(teacher, batch), batch.weights(reduction)
         loss = score(
-            student, batch, lambda s, k=kept, w=weights: (ForwardKL().between(k, s) * w).sum() / units, weights=weights
+            student,
+            batch,
+            lambda s, k=kept, w=weights: (k.divergence_to(s, ForwardKL()) * w).sum() / units,
+            weights=weights,
         )
         loss.backward()
     for name, parameter in student.named_parameters():
@@ -324,7 +331,9 @@ def test_gradients_accumulated_over_micro_batches_equal_those_of_the_whole(reduc
 
 # Padding left out
 
-RAGGED = Batch.of(ragged_examples(5), pad=ragged_examples(5)[0].response[0])  # padded with a token that is in use
+RAGGED = Batch.from_examples(
+    ragged_examples(5), pad=ragged_examples(5)[0].response[0]
+)  # padded with a token that is in use
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # attention that transformers writes out takes its softmax in float32
 PACKS = [kind for kind in KINDS if kind != "opt"]  # whose masks do not look at position ids
 
@@ -394,7 +403,7 @@ def test_a_family_that_may_be_packed_gives_the_same_values_and_gradients(family,
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", PACKS)
 def test_padding_left_out_changes_nothing_on_either_path(kind, tied, project, monkeypatch):
-    packed, padded, read = packed_and_padded(tiny(kind, tied=tied).to(f64), monkeypatch, True, project=project)
+    packed, padded, read = packed_and_padded(tiny(kind, tied=tied).to(f64), monkeypatch, True, fused=project)
     assert_same(packed, padded, **CLOSE)
     assert read[:2] == (1, sum(map(len, RAGGED.examples)))
 
@@ -407,7 +416,7 @@ def test_a_soft_prompt_stands_before_every_packed_sequence(kind, force, project,
     prefix = torch.randn(4, 16, dtype=f64).requires_grad_()
     prefix.register_hook(lambda gradient: gradients.append(gradient.clone()))
     model.register_forward_pre_hook(lambda *a: shapes.append(a[2]["inputs_embeds"].shape), with_kwargs=True)
-    packed, padded, _ = packed_and_padded(model, monkeypatch, force, prefix=prefix, project=project)
+    packed, padded, _ = packed_and_padded(model, monkeypatch, force, soft_prompt=prefix, fused=project)
     assert_same(packed, padded, **CLOSE)
     torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
     assert shapes[1][:2] == (1, sum(map(len, RAGGED.examples)) + 4 * 5)
@@ -421,9 +430,9 @@ def test_packed_sequences_do_not_see_each_other_because_positions_begin_anew(att
     model.config._attn_implementation = attention
     first, *others = ragged_examples(5)
     changed = Example([5, *first.prompt], first.response)
-    before, after = (Batch.of([one, *others], pad=0) for one in (first, changed))
-    ours = before.owner > 0
-    one, other = opinion(model, before).log_probs, opinion(model, after).log_probs
+    before, after = (Batch.from_examples([one, *others], pad=0) for one in (first, changed))
+    ours = before.sequence_ids > 0
+    one, other = score_no_grad(model, before).log_probs, score_no_grad(model, after).log_probs
     torch.testing.assert_close(one[ours], other[ours], rtol=1e-12, atol=1e-12)
     assert (one[~ours] - other[~ours]).abs().amax(-1).min() > 1e-3
 
@@ -506,10 +515,10 @@ def test_a_model_without_a_configuration_is_padded():
 def test_flex_attention_reads_packed_sequences_as_sdpa_reads_padded_ones():
     torch.compiler.reset()  # one shape at a time: its second compilation, for any shape, fails on some processors
     model = tiny("llama")
-    padded = opinion(model, RAGGED).log_probs
+    padded = score_no_grad(model, RAGGED).log_probs
     model.config._attn_implementation = "flex_attention"
     assert can_pack(model)
-    torch.testing.assert_close(opinion(model, RAGGED).log_probs, padded, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score_no_grad(model, RAGGED).log_probs, padded, rtol=1e-4, atol=1e-5)
 
 
 # Standing in for the head
@@ -560,12 +569,12 @@ def test_a_teacher_run_inside_while_sharing_the_configuration_is_refused_not_mis
     student = tiny("granite")
     teacher = type(student)(student.config)
     with pytest.raises(RuntimeError, match="score the teacher before the student"):
-        score(student, BATCH, lambda s: ForwardKL().between(teacher_scores(teacher, project=project), s).sum())
+        score(student, BATCH, lambda s: teacher_scores(teacher, fused=project).divergence_to(s, ForwardKL()).sum())
     assert student.config.logits_scaling == 2.5
     own = type(student)(copy.deepcopy(student.config)).eval()
-    inside = score(student, BATCH, lambda s: ForwardKL().between(teacher_scores(own, project=project), s).sum())
+    inside = score(student, BATCH, lambda s: teacher_scores(own, fused=project).divergence_to(s, ForwardKL()).sum())
     before = teacher_scores(own)
-    torch.testing.assert_close(inside, score(student, BATCH, lambda s: ForwardKL().between(before, s).sum()))
+    torch.testing.assert_close(inside, score(student, BATCH, lambda s: before.divergence_to(s, ForwardKL()).sum()))
 
 
 def test_the_same_model_may_be_its_own_teacher_with_its_adapters_off():
@@ -577,7 +586,7 @@ def test_the_same_model_may_be_its_own_teacher_with_its_adapters_off():
         with student.disable_adapter():
             inside = teacher_scores(student)
         torch.testing.assert_close(inside.log_probs, kept.log_probs)
-        return ForwardKL().between(inside, mine).sum()
+        return inside.divergence_to(mine, ForwardKL()).sum()
 
     assert score(student, BATCH, loss) > 1e-3
 
@@ -589,8 +598,8 @@ def test_the_same_model_may_be_its_own_teacher_with_its_adapters_off():
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_holds_for_every_known_model(kind, tied):
     model = tiny(kind, tied=tied)
-    assert parity(model) < 1e-6
-    assert parity(model.train()) < 1e-6
+    assert logit_difference(model) < 1e-6
+    assert logit_difference(model.train()) < 1e-6
     assert model.training
 
 
@@ -599,7 +608,7 @@ def test_parity_holds_for_a_model_that_multiplies_where_granite_divides():
     config.pop("model_type")
     model = HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**config)).eval()
     assert model.config.logits_scaling == 2.5
-    assert parity(model) < 1e-6
+    assert logit_difference(model) < 1e-6
 
 
 class Squashed(LlamaForCausalLM):
@@ -624,7 +633,7 @@ def test_parity_tells_an_unknown_transformation_of_the_logits(kind, size):
     model = kind(tiny("llama").config).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(size)
-    assert parity(model) > 0.01
+    assert logit_difference(model) > 0.01
 
 
 def test_a_head_that_is_no_plain_linear_layer_takes_the_plain_path():
@@ -639,9 +648,9 @@ def test_a_head_that_is_no_plain_linear_layer_takes_the_plain_path():
 
     model = tiny("llama")
     model.lm_head = Doubling(model.lm_head)
-    assert not is_projectable(model.get_output_embeddings())
-    assert not is_projectable(None)
-    assert parity(model) == math.inf
+    assert not is_linear_head(model.get_output_embeddings())
+    assert not is_linear_head(None)
+    assert logit_difference(model) == math.inf
     kinds = []
     score(model, BATCH, lambda s: kinds.append(type(s.source)) or s.chosen.sum())
     assert kinds == [Dense]
@@ -658,7 +667,7 @@ def test_compare_gives_divergences_and_entropies(top):
         values, support = teacher.log_probs.topk(6)
         teacher = Scores(BATCH.tokens, TopK(values, support))
         p, q = (torch.cat([x.gather(-1, support), 1 - x.gather(-1, support).sum(-1, keepdim=True)], -1) for x in (p, q))
-    seen = compare(teacher, student)
+    seen = divergence_metrics(teacher, student)
     torch.testing.assert_close(seen["forward_kl"], (p * (p / q).log()).sum(-1))
     torch.testing.assert_close(seen["reverse_kl"], (q * (q / p).log()).sum(-1))
     torch.testing.assert_close(seen["student_entropy"], -(q * q.log()).sum(-1))
@@ -667,8 +676,8 @@ def test_compare_gives_divergences_and_entropies(top):
 
 def test_compare_takes_vocabularies_of_different_size():
     student, teacher = teacher_scores(tiny("llama")), teacher_scores(tiny("llama", vocabulary=60, seed=1))
-    seen = compare(teacher, student)
-    expected = ForwardKL()(teacher.source.log_probs()[:, :VOCABULARY].log_softmax(-1), student.log_probs)
+    seen = divergence_metrics(teacher, student)
+    expected = ForwardKL()(teacher.distribution.log_probs()[:, :VOCABULARY].log_softmax(-1), student.log_probs)
     torch.testing.assert_close(seen["forward_kl"], expected)
     assert isinstance(teacher.source, Projected)
 
@@ -690,7 +699,7 @@ def test_a_model_in_distributed_data_parallel_has_the_same_gradients(kind, one_p
     alone = (*alone[:2], {name: grad.clone() for name, grad in alone[2].items()})
     wrapped = nn.parallel.DistributedDataParallel(student)
     together = loss_and_gradients(
-        wrapped, teacher, ForwardKL(), BATCH, "token", BATCH.weights("token"), head_of=student
+        wrapped, teacher, ForwardKL(), BATCH, "token", BATCH.weights("token"), unwrapped=student
     )
     assert_same(together, alone, rtol=1e-6, atol=1e-7)
 
@@ -711,19 +720,19 @@ def tabular(first: list[float], second: list[list[float]]) -> Tabular:
 
 
 EVERY_RESPONSE = [Example([PROMPT], [a, b], author="student") for a, b in itertools.product(range(3), repeat=2)]
-WORLD = Batch.of(EVERY_RESPONSE, pad=0)
+WORLD = Batch.from_examples(EVERY_RESPONSE, pad=0)
 CHANCE_Q = torch.tensor([Q1[a] * Q2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
 CHANCE_P = torch.tensor([P1[a] * P2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
 
 
 def expected_loss(divergence, reduction: str, student: Tabular, teacher: Tabular) -> Tensor:
     """E over the student's responses of a response's loss; responses are data, the divergence is differentiated."""
-    kept = teacher_scores(teacher, WORLD, project=False)
+    kept = teacher_scores(teacher, WORLD, fused=False)
 
     def per_response(mine: Scores) -> Tensor:
-        return WORLD.per_sequence(WORLD.weights(reduction) * divergence.between(kept, mine))
+        return WORLD.per_sequence(WORLD.weights(reduction) * kept.divergence_to(mine, divergence))
 
-    return (CHANCE_Q * score(student, WORLD, per_response, project=False)).sum()
+    return (CHANCE_Q * score(student, WORLD, per_response, fused=False)).sum()
 
 
 @pytest.mark.parametrize(("divergence", "mean"), [(ForwardKL(), 0.334096), (ReverseKL(), 0.312208)])
@@ -757,13 +766,13 @@ def test_sampling_is_not_differentiated_so_the_first_step_has_the_gradient_of_it
 def test_policy_gradient_of_the_log_ratio_is_in_expectation_the_reverse_kl_gradient(centred):
     """With the advantage log p(v) − log q(v) of sampled tokens alone; a constant in it changes nothing."""
     student, teacher = tabular(Q1, Q2), tabular(P1, P2)
-    kept = teacher_scores(teacher, WORLD, project=False)
+    kept = teacher_scores(teacher, WORLD, fused=False)
 
     def surrogate(mine: Scores) -> Tensor:
         advantage = (kept.chosen - mine.chosen).detach() - (0 if centred else 1)
         return WORLD.per_sequence(-advantage * mine.chosen)
 
-    (CHANCE_Q * score(student, WORLD, surrogate, project=False)).sum().backward()
+    (CHANCE_Q * score(student, WORLD, surrogate, fused=False)).sum().backward()
     estimated = student.logits.grad.clone()
     student.logits.grad = None
     expected_loss(ReverseKL(), "sum", student, teacher).backward()
@@ -773,13 +782,13 @@ def test_policy_gradient_of_the_log_ratio_is_in_expectation_the_reverse_kl_gradi
 
 def test_policy_gradient_with_reward_to_go_is_in_expectation_the_gradient_of_the_sequences_divergence():
     student, teacher = tabular(Q1, Q2), tabular(P1, P2)
-    kept = teacher_scores(teacher, WORLD, project=False)
+    kept = teacher_scores(teacher, WORLD, fused=False)
 
     def surrogate(mine: Scores) -> Tensor:
         reward = (kept.chosen - mine.chosen).detach().view(-1, 2)
         to_go = reward.flip(-1).cumsum(-1).flip(-1).flatten()
         return WORLD.per_sequence(-(to_go - 1) * mine.chosen)
 
-    (CHANCE_Q * score(student, WORLD, surrogate, project=False)).sum().backward()
+    (CHANCE_Q * score(student, WORLD, surrogate, fused=False)).sum().backward()
     first = student.logits.grad[student.rows[PROMPT,]]
     assert first.tolist() == pytest.approx([-0.319804, 0.110602, 0.209202], abs=1e-6)

@@ -1,13 +1,13 @@
-"""understudy: teach a small language model to play the big one's part.
+"""understudy: distil a large language model (teacher) into a small one (student).
 
-The public names. They are imported when first used, so that the command line answers at once.
+The public names, imported when first used, so that the command line starts at once.
 """
 
 import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from .batch import Batch, Example, deal
+    from .batch import Batch, Example, micro_batches
     from .budget import Budget
     from .data.examples import Examples, load_examples
     from .divergences import (
@@ -28,20 +28,21 @@ if typing.TYPE_CHECKING:
     from .methods.promptkd import PromptKD
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
+    from .models.forward import score
     from .recipe import Recipe, load
     from .rollout import Rollout, Writers
     from .rollouts.generate import GenerateRollout
     from .run.distill import distill
-    from .scores import Knowledge, Scores, score
+    from .scores import Scores
     from .step import Step
-    from .teacher import Teacher
+    from .teacher import Capability, Teacher
     from .teachers.local import LocalTeacher
-    from .training.trainer import DistillationTrainer
+    from .training.trainer import StudentTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "batch": ("Batch", "Example", "deal"),
+    "batch": ("Batch", "Example", "micro_batches"),
     "budget": ("Budget",),
     "data.examples": ("Examples", "load_examples"),
     "divergences": (
@@ -62,15 +63,16 @@ _HOMES = {
     "methods.seqkd": ("SeqKD",),
     "methods.sft": ("SFT",),
     "fused_linear.loss": ("fused_divergence",),
+    "models.forward": ("score",),
     "recipe": ("Recipe", "load"),
     "rollout": ("Rollout", "Writers"),
     "rollouts.generate": ("GenerateRollout",),
     "run.distill": ("distill",),
-    "scores": ("Knowledge", "Scores", "score"),
+    "scores": ("Scores",),
     "step": ("Step",),
-    "teacher": ("Teacher",),
+    "teacher": ("Capability", "Teacher"),
     "teachers.local": ("LocalTeacher",),
-    "training.trainer": ("DistillationTrainer",),
+    "training.trainer": ("StudentTrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,9 +1,9 @@
-"""Examples, the ragged things a method trains on, and Batch, the tensors a model reads.
+"""Example: a prompt and a response as token ids. Batch: examples as the tensors that a model reads.
 
-The one idea: everything before the model is ragged lists of token ids, everything after it is one row per
-response token. Padding happens once, here; masks come from lengths, never from comparing ids with a padding id.
+Before the model everything is a ragged list of token ids; after it there is one row per trained response token. Padding
+happens once, in `Batch.from_examples`; masks come from lengths, never from comparing ids with a padding id.
 
-Shapes: B sequences, T positions, N response tokens in the whole batch.
+Shapes: B sequences, T positions, N trained response tokens in the whole batch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Author = Literal["dataset", "student", "teacher", "corpus"]
-Reduction = Literal["sequence", "token", "sum"]
+Reduction = Literal["sequence", "token", "sum", "pair"]
 
 
 @dataclass(frozen=True)
@@ -23,60 +23,69 @@ class Example:
 
     prompt: list[int]
     response: list[int]
-    author: Author = "dataset"
+    author: Author = "dataset"  # who generated the response
     row: int = -1  # the dataset row that the prompt comes from
     pair: int = -1  # examples that are compared with each other share this number and one micro-batch
-    truncated: bool = False  # did the response run out of room before it ended?
-    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the dataset's row
-    rewards: Mapping[str, float] = field(default_factory=dict, compare=False)  # what the response is worth, by name
-    advantage: float = 0.0  # its reward over that of others
+    truncated: bool = False  # was the response cut off by a length limit?
+    trained: Sequence[bool] | None = None  # which response tokens are trained on; None: all. The others are only read
+    teacher_prompt: list[int] | None = None  # what the teacher reads in place of `prompt`
+    streams: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by name, a number per response token
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # further model inputs
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the dataset row
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    @property
+    def trained_tokens(self) -> list[int]:
+        """The places in the response, counted from 0, of the tokens that are trained on."""
+        if self.trained is None:
+            return list(range(len(self.response)))
+        return [place for place, is_trained in enumerate(self.trained) if is_trained]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Examples as tensors, padded on the right.
 
-    `predicts` marks the positions whose next token belongs to a response: the last prompt token (it predicts the
-    response's first token) up to the last but one token of the sequence. `tokens` and `owner` come in that order.
+    `predicts` marks the positions whose next token is trained on: of a response that is trained on as a whole, the last
+    prompt token (it predicts the response's first token) up to the last but one token of the sequence. `tokens`,
+    `sequence_ids` and every stream are in that order.
     """
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T)
     predicts: Tensor  # (B, T) bool
-    tokens: Tensor  # (N,) the response tokens, sequence after sequence
-    owner: Tensor  # (N,) the sequence that each response token belongs to
-    lengths: Tensor  # (B,) response tokens per sequence
+    tokens: Tensor  # (N,) the trained response tokens, sequence after sequence
+    sequence_ids: Tensor  # (N,) the sequence that each of them belongs to
+    lengths: Tensor  # (B,) trained response tokens per sequence
     examples: tuple[Example, ...]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> "Batch":
+    def from_examples(cls, examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> "Batch":
         """Pad `examples` to their longest with the id `pad` (which may equal the end-of-sequence id).
 
         Raises:
-            ValueError: for no examples, and for an example without a prompt token or without a response token.
+            ValueError: for no examples, and for an example that has no prompt token, no trained response token, or a
+                `trained` mask of another length than its response.
         """
         if not examples:
             raise ValueError("a batch needs at least one example")
         for example in examples:
-            if not example.prompt or not example.response:
-                part = "prompt" if not example.prompt else "response"
-                raise ValueError(f"the example of row {example.row} has an empty {part}; every example needs both")
+            _check(example)
         width = max(map(len, examples))
         input_ids = torch.tensor([[*e.prompt, *e.response] + [pad] * (width - len(e)) for e in examples])
-        position = torch.arange(width)
-        start = torch.tensor([[len(e.prompt)] for e in examples])
-        stop = torch.tensor([[len(e)] for e in examples])
-        lengths = (stop - start)[:, 0]
-        predicts = (start - 1 <= position) & (position < stop - 1)
+        predicts = torch.zeros(len(examples), width, dtype=torch.bool)
+        for sequence, example in enumerate(examples):
+            predicts[sequence, [len(example.prompt) - 1 + place for place in example.trained_tokens]] = True
+        lengths = predicts.sum(-1)
+        end = torch.tensor([[len(e)] for e in examples])
         return cls(
             input_ids=input_ids.to(device),
-            attention_mask=(position < stop).long().to(device),
+            attention_mask=(torch.arange(width) < end).long().to(device),
             predicts=predicts.to(device),
-            tokens=torch.tensor([token for e in examples for token in e.response]).to(device),
-            owner=torch.arange(len(examples)).repeat_interleave(lengths).to(device),
+            tokens=input_ids.roll(-1, dims=1)[predicts].to(device),
+            sequence_ids=torch.arange(len(examples)).repeat_interleave(lengths).to(device),
             lengths=lengths.to(device),
             examples=tuple(examples),
         )
@@ -85,70 +94,117 @@ class Batch:
         """The same batch with its tensors on `device`."""
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
-    def pieces(self, size: int) -> list[tuple["Batch", Tensor]]:
-        """The sequences, shortest first, in batches of like length that are no wider than they need to be.
+    def as_read_by_teacher(self) -> "Batch":
+        """The same N rows behind the teacher's prompts, where examples have one of their own."""
+        if all(example.teacher_prompt is None for example in self.examples):
+            return self
+        examples = [
+            example if example.teacher_prompt is None else replace(example, prompt=example.teacher_prompt)
+            for example in self.examples
+        ]
+        return Batch.from_examples(
+            examples, pad=0, device=self.input_ids.device
+        )  # masks come from lengths: any id will do
 
-        Each has at least `size` padded tokens, as far as there are any, and comes with the places (n,) that its
-        response tokens have among the N here.
+    def split_by_length(self, size: int) -> list[tuple["Batch", Tensor]]:
+        """The sequences, shortest first, in batches of similar length that are no wider than they need to be.
+
+        Each has at least `size` padded tokens, as far as there are any, and comes with the indices (n,) that its rows
+        have among the N of this batch.
         """
         ends = self.lengths.cumsum(0).tolist()
         runs: list[list[int]] = []
-        for row in sorted(range(len(self.examples)), key=lambda row: len(self.examples[row])):
+        for sequence in sorted(range(len(self.examples)), key=lambda i: len(self.examples[i])):
             if not runs or len(runs[-1]) * len(self.examples[runs[-1][-1]]) >= size:
                 runs.append([])
-            runs[-1].append(row)
-        pieces = []
-        for rows in runs:
-            examples = tuple(self.examples[row] for row in rows)
+            runs[-1].append(sequence)
+        parts = []
+        for run in runs:
+            examples = tuple(self.examples[i] for i in run)
             width = max(map(len, examples))
-            places = [place for row in rows for place in range(ends[row] - len(self.examples[row].response), ends[row])]
-            at = torch.tensor(places, device=self.tokens.device)
-            lengths = self.lengths[rows]
-            owner = torch.arange(len(rows), device=lengths.device).repeat_interleave(lengths)
-            ids, mask, predicts = (x[rows, :width] for x in (self.input_ids, self.attention_mask, self.predicts))
-            pieces.append((Batch(ids, mask, predicts, self.tokens[at], owner, lengths, examples), at))
-        return pieces
+            lengths = self.lengths[run]
+            starts = [ends[i] - length for i, length in zip(run, lengths.tolist(), strict=True)]
+            indices = [n for i, start in zip(run, starts, strict=True) for n in range(start, ends[i])]
+            index = torch.tensor(indices, device=self.tokens.device)
+            sequence_ids = torch.arange(len(run), device=lengths.device).repeat_interleave(lengths)
+            ids, mask, predicts = (x[run, :width] for x in (self.input_ids, self.attention_mask, self.predicts))
+            parts.append((Batch(ids, mask, predicts, self.tokens[index], sequence_ids, lengths, examples), index))
+        return parts
+
+    def stream(self, name: str) -> Tensor:
+        """(N,) the examples' stream of that name, at the trained response tokens; float32.
+
+        Raises:
+            ValueError: if an example does not have it, or not one number per response token.
+        """
+        values: list[float] = []
+        for example in self.examples:
+            numbers = example.streams.get(name)
+            if numbers is None or len(numbers) != len(example.response):
+                has = "none" if numbers is None else f"{len(numbers)} numbers for {len(example.response)} tokens"
+                raise ValueError(
+                    f'the method reads the stream "{name}", a number per response token, and the example of row '
+                    f"{example.row} has {has}"
+                )
+            values += [numbers[place] for place in example.trained_tokens]
+        return torch.tensor(values, device=self.tokens.device)
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sum token values (N,) into sequence values (B,)."""
-        return values.new_zeros(len(self.examples)).index_add(0, self.owner, values)
+        return values.new_zeros(len(self.examples)).index_add(0, self.sequence_ids, values)
 
     def written_by(self, author: Author) -> Tensor:
-        """(N,) bool: does this response token belong to a response of `author`?"""
-        return torch.tensor([e.author == author for e in self.examples], device=self.owner.device)[self.owner]
+        """(N,) bool: does this token belong to a response of `author`?"""
+        return torch.tensor([e.author == author for e in self.examples], device=self.tokens.device)[self.sequence_ids]
 
     def weights(self, reduction: Reduction) -> Tensor:
-        """(N,) what each token counts in Σ weight · value, before division by `units(reduction)`.
+        """(N,) the weight of each token in Σ weight · value, before division by `normalizer(reduction)`.
 
         With D_bt the value of token t of sequence b:
 
             sequence   (1/B) Σ_b (1/|y_b|) Σ_t D_bt      the GKD paper's (Eq. 2)
             token      Σ_bt D_bt / Σ_b |y_b|
             sum        (1/B) Σ_b Σ_t D_bt                the divergence between whole sequences
+            pair       Σ / number of pairs               for losses that compare the responses of a pair
         """
         if reduction == "sequence":
-            return self.lengths.reciprocal()[self.owner]
+            return self.lengths.reciprocal()[self.sequence_ids]
         return torch.ones(len(self.tokens), device=self.tokens.device)
 
-    def units(self, reduction: Reduction) -> int:
-        """What the weighted sum is divided by: the batch's tokens for `token`, its sequences otherwise."""
+    def normalizer(self, reduction: Reduction) -> int:
+        """What the weighted sum is divided by: the batch's tokens, its pairs, or its sequences."""
+        if reduction == "pair":
+            return len({example.pair for example in self.examples if example.pair >= 0})
         return len(self.tokens) if reduction == "token" else len(self.examples)
 
 
+def _check(example: Example) -> None:
+    if not example.prompt or not example.response:
+        part = "prompt" if not example.prompt else "response"
+        raise ValueError(f"the example of row {example.row} has an empty {part}; every example needs both")
+    if example.trained is not None and len(example.trained) != len(example.response):
+        raise ValueError(
+            f"the example of row {example.row} has {len(example.response)} response tokens and says of "
+            f"{len(example.trained)} whether they are trained on"
+        )
+    if not example.trained_tokens:
+        raise ValueError(f"the example of row {example.row} has no response token to train on: leave the row out")
+
+
 def groups(examples: Iterable[Example]) -> list[list[Example]]:
-    """The examples in lists that must not be separated: those of one pair together, every other one alone."""
-    together: dict[tuple[str, int], list[Example]] = {}
+    """The examples in lists that must not be separated: the examples of a pair together, every other one by itself."""
+    by_key: dict[tuple[str, int], list[Example]] = {}
     for index, example in enumerate(examples):
         key = ("pair", example.pair) if example.pair >= 0 else ("single", index)
-        together.setdefault(key, []).append(example)
-    return list(together.values())
+        by_key.setdefault(key, []).append(example)
+    return list(by_key.values())
 
 
-def deal(examples: Sequence[Example], parts: int) -> list[list[Example]]:
-    """Deal examples into exactly `parts` micro-batches, none empty, the largest as small as it can be.
+def micro_batches(examples: Sequence[Example], parts: int) -> list[list[Example]]:
+    """Split examples into exactly `parts` micro-batches, none empty, the largest as small as possible.
 
-    Groups are sorted by length and cut into consecutive runs, so that a micro-batch holds sequences of like length and
-    little padding; the cuts make the largest padded size (sequences × longest), which is the peak of memory, minimal.
+    Groups are sorted by length and cut into consecutive runs, so that a micro-batch holds sequences of similar length
+    and little padding; the cuts minimise the largest padded size (sequences × longest), which is the peak of memory.
 
     Raises:
         ValueError: if there are fewer groups than parts.
@@ -170,7 +226,7 @@ def deal(examples: Sequence[Example], parts: int) -> list[list[Example]]:
 
 
 def _runs(ordered: list[list[Example]], parts: int, limit: int) -> list[list[Example]]:
-    """Groups, shortest first, in runs as long as the padded size `limit` lets them be, but at least `parts` runs."""
+    """Groups, shortest first, in runs as long as the padded size `limit` allows, but at least `parts` runs."""
     runs: list[list[Example]] = []
     for index, group in enumerate(ordered):
         full = not runs or (len(runs[-1]) + len(group)) * _longest(group) > limit

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .compare.experiment import Trial, judge, result
 from .compare.statistics import Result
-from .models.student import load_model, load_tokenizer
+from .models.load import load_model, load_tokenizer
 from .recipe import load
 from .report import write_report
 from .run.distill import distill, load_data

@@ -1,20 +1,20 @@
-"""How far a student q is from its teacher p: one value per row of log-probabilities.
+"""Divergences between a teacher p and a student q: forward and reverse KL, JSD, total variation, skew KL, αβ.
 
-The one idea: every divergence here has the form D(p, q) = Σ_v f(p_v, q_v), so it is two elementwise functions,
+Every divergence has the form D(p, q) = Σ_v f(p_v, q_v) and is defined by two elementwise functions,
 
-    value    f(p_v, q_v)
-    pull     h_v = q_v ∂f/∂q_v
+    value         f(p_v, q_v)
+    grad_log_q    h_v = q_v ∂f/∂q_v
 
 and its gradient with respect to the student's logits z (q = softmax z) is
 
     ∂D/∂z_v = h_v − q_v Σ_u h_u.
 
-Summation, chunking over the vocabulary projection, top-K teachers and temperature are written once, elsewhere or in the
-base class. The teacher always comes first and is a constant: gradients reach the student only.
+Summation, chunking over the vocabulary projection, top-K teachers and temperature are written once, in fused_linear/ or
+in the base class. The teacher always comes first and is a constant: gradients reach the student only.
 
 Conventions: natural logarithms; 0 · log 0 = 0; a token with log-probability −inf on both sides contributes 0 and has
-gradient 0. Where only the supports differ, the value is what the formula says (a KL is infinite) while every pull
-stays finite. Shapes: N rows, V events.
+gradient 0. Where only the supports differ, the value is what the formula says (a KL is infinite) while every
+`grad_log_q` stays finite. Shapes: N rows, V events.
 """
 
 from abc import ABC, abstractmethod
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STEEPEST = 1e4  # nats; the log-ratio inside a pull is cut here, so that a forbidden token gives a finite gradient
-_LARGEST = 1e30  # what is left of an infinite pull, small enough to be summed over a vocabulary in float32
+_STEEPEST = 1e4  # nats; the log-ratio inside a gradient is cut here, so that a forbidden token gives a finite gradient
+_LARGEST = 1e30  # what is left of an infinite gradient, small enough to be summed over a vocabulary in float32
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Divergence(ABC):
         """f(p_v, q_v), elementwise, of log-probabilities of any one shape."""
 
     @abstractmethod
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """h_v = q_v ∂f/∂q_v, elementwise: the derivative of Σ f with respect to log q_v."""
 
     @property
@@ -72,10 +72,6 @@ class Divergence(ABC):
             log_p, log_q = ((x / self.temperature).log_softmax(-1) for x in (log_p, log_q))
         return self.factor * _Sum.apply(log_p, log_q, self)
 
-    def between(self, teacher: Any, student: Any) -> Tensor:
-        """The divergence at every response token, (N,), of two `Scores` of one batch: teacher first, as above."""
-        return student.divergence_from(teacher, self)
-
 
 class _Sum(torch.autograd.Function):
     """Σ_v f with the closed-form gradient, so that a divergence has one derivative wherever it is computed."""
@@ -89,28 +85,28 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
-        return None, upstream[..., None] * ctx.divergence.pull(*ctx.saved_tensors), None
+        return None, upstream[..., None] * ctx.divergence.grad_log_q(*ctx.saved_tensors), None
 
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """KL(p‖q) = Σ p log(p/q), pull −p. Covers every mode of the teacher (word-level KD; GKD §2)."""
+    """KL(p‖q) = Σ p log(p/q), h = −p. Covers every mode of the teacher (word-level KD; GKD §2)."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _times_log_ratio(log_p, log_q)
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return -log_p.exp()
 
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(q‖p) = Σ q log(q/p), pull q (log(q/p) + 1). Seeks one mode of the teacher (MiniLLM; GKD §2)."""
+    """KL(q‖p) = Σ q log(q/p), h = q (log(q/p) + 1). Seeks one mode of the teacher (MiniLLM; GKD §2)."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _times_log_ratio(log_q, log_p)
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q.exp() * (_log_ratio(log_q, log_p).clamp(max=_STEEPEST) + 1)
 
 
@@ -118,7 +114,7 @@ class ReverseKL(Divergence):
 class JensenShannon(Divergence):
     """Generalized JSD (GKD, Agarwal et al. 2024, Eq. 1). **β weights the teacher**, in the mixture and in front:
 
-        JSD_β(p‖q) = β KL(p‖m) + (1−β) KL(q‖m),   m = βp + (1−β)q,   pull (1−β) q log(q/m)
+        JSD_β(p‖q) = β KL(p‖m) + (1−β) KL(q‖m),   m = βp + (1−β)q,   h = (1−β) q log(q/m)
 
     Small β covers the teacher's modes, β near 1 seeks one. The formula tends to 0 at both ends, with JSD_β/β → KL(p‖q)
     and JSD_β/(1−β) → KL(q‖p); β = 0 and β = 1 *mean* those two KLs, as in other libraries, so the value jumps there.
@@ -144,26 +140,26 @@ class JensenShannon(Divergence):
         p_to_m, q_to_m = _log_ratios_to_mixture(log_p, log_q, self.beta)
         return (self.beta * self._scale) * log_p.exp() * p_to_m + ((1 - self.beta) * self._scale) * log_q.exp() * q_to_m
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
-            return (ForwardKL() if self.beta == 0 else ReverseKL()).pull(log_p, log_q)
+            return (ForwardKL() if self.beta == 0 else ReverseKL()).grad_log_q(log_p, log_q)
         return ((1 - self.beta) * self._scale) * log_q.exp() * _log_ratios_to_mixture(log_p, log_q, self.beta)[1]
 
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """TVD(p, q) = ½ Σ |p − q|, pull ½ q sign(q − p), with sign 0 at q = p. Lies in [0, 1] (f-distill, GKD §2)."""
+    """TVD(p, q) = ½ Σ |p − q|, h = ½ q sign(q − p), with sign 0 at q = p. Lies in [0, 1] (f-distill, GKD §2)."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 0.5 * (log_p.exp() - log_q.exp()).abs()
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 0.5 * log_q.exp() * (log_q - log_p).nan_to_num(0.0).sign()
 
 
 @dataclass(frozen=True)
 class SkewKL(Divergence):
-    """KL(p‖m) with m = αp + (1−α)q, pull −(1−α) p q/m. At most −log α (DistiLLM, Ko et al. 2024, Eq. 4)."""
+    """KL(p‖m) with m = αp + (1−α)q, h = −(1−α) p q/m. At most −log α (DistiLLM, Ko et al. 2024, Eq. 4)."""
 
     alpha: float = 0.1
 
@@ -176,15 +172,15 @@ class SkewKL(Divergence):
             return ForwardKL().value(log_p, log_q)
         return log_p.exp() * _log_ratios_to_mixture(log_p, log_q, self.alpha)[0]
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.alpha == 0:
-            return ForwardKL().pull(log_p, log_q)
+            return ForwardKL().grad_log_q(log_p, log_q)
         return (self.alpha - 1) * log_p.exp() * _log_ratios_to_mixture(log_p, log_q, self.alpha)[1].exp()
 
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(q‖m) with m = (1−α)p + αq, pull q (log(q/m) + 1 − αq/m). At most −log α (DistiLLM, Eq. 5).
+    """KL(q‖m) with m = (1−α)p + αq, h = q (log(q/m) + 1 − αq/m). At most −log α (DistiLLM, Eq. 5).
 
     The mixture's q is differentiated too; DistiLLM-2's script holds it constant.
     """
@@ -200,9 +196,9 @@ class SkewReverseKL(Divergence):
             return ReverseKL().value(log_p, log_q)
         return log_q.exp() * _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha)[1]
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.alpha == 0:
-            return ReverseKL().pull(log_p, log_q)
+            return ReverseKL().grad_log_q(log_p, log_q)
         q_to_m = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha)[1]
         return log_q.exp() * (q_to_m + 1 - self.alpha * q_to_m.exp())
 
@@ -211,7 +207,7 @@ class SkewReverseKL(Divergence):
 class AlphaBeta(Divergence):
     """The αβ-divergence (ABKD, Wang et al., ICML 2025):
 
-        D(p‖q) = −1/(αβ) Σ [ p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β) ],    pull q^β (q^α − p^α)/α
+        D(p‖q) = −1/(αβ) Σ [ p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β) ],    h = q^β (q^α − p^α)/α
 
     with its limits where a denominator vanishes:
 
@@ -221,7 +217,7 @@ class AlphaBeta(Divergence):
         α = β = 0   ½ Σ (log p − log q)²
 
     (½, ½) is 2 Σ(√p−√q)², (1, 1) is ½‖p−q‖², (2, −1) is ½χ². All cases are one, with the difference quotient
-    G(t) = q^(α+β) ((p/q)^t − 1)/t, which is smooth in t through 0: the value is (G(α+β) − G(α))/β, the pull −G(α).
+    G(t) = q^(α+β) ((p/q)^t − 1)/t, which is smooth in t through 0: the value is (G(α+β) − G(α))/β, and h = −G(α).
     """
 
     alpha: float = 0.5
@@ -237,7 +233,7 @@ class AlphaBeta(Divergence):
         # no element is negative, so where two infinities meet the larger one is positive
         return torch.where((log_p == -torch.inf) & (log_q == -torch.inf), 0, value.nan_to_num(torch.inf, torch.inf))
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         a, b = self.alpha, self.beta
         near = log_p.clamp(log_q - _STEEPEST, log_q + _STEEPEST)
         return -_growth(near, log_q, a + b, a).nan_to_num(0.0).clamp(-_LARGEST, _LARGEST)

@@ -1,36 +1,56 @@
 """A distillation method: what to train on, and what to minimise.
 
-Everything else (models, batching, distribution, resuming, logging) is written once, elsewhere, for all of them.
+Everything else (models, batching, distribution, resume, logging) is written once, elsewhere, for all of them.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .batch import Author, Batch, Example, Reduction
+from .divergences import Divergence
 from .rollout import Writers
-from .scores import Knowledge, Scores
+from .scores import Scores
 from .step import Step
+from .teacher import Capability, Teacher
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a run gives to its method before training."""
+
+    teacher: Teacher | None
+    tokenizer: Any
+    vocabulary: int  # the number of real tokens, where models pad theirs beyond them
+    learning_rate: float
+    corpus: Sequence[Example] = ()  # plain texts with one token as the prompt, for methods that use a corpus
+
+
+def for_divergence(divergence: Divergence) -> frozenset[Capability]:
+    """What a teacher must provide for a divergence: its top tokens, or all of them where both sides are softened."""
+    return frozenset({Capability.TOP_K if divergence.temperature == 1.0 else Capability.FULL})
 
 
 class Method(ABC):
     """Subclass this once per paper, as a dataclass whose fields are the paper's hyperparameters and defaults.
 
-    A subclass is final: no method inherits from another; what two share is a divergence or a function. It is found by
-    its file's name in `understudy.methods`.
+    A subclass is final: no method inherits from another; what two share is a divergence or a function. A recipe
+    names it by its file in `understudy.methods`, or as `my_module:MyMethod`.
     """
 
-    paper: ClassVar[str]  # authors, year, where to read it
+    paper: ClassVar[str] = ""  # authors, year, where to read it
+    late_weights: ClassVar[bool] = False  # do the rows' weights follow from the loss? See `Scores`
+    uses_corpus: ClassVar[bool] = False  # does it train on the recipe's corpus as well?
     reduction: Reduction = "token"  # what the mean of the loss is over; see `Batch.weights`
-    corpus: Sequence[Example] | None = None  # plain texts, given by the run to methods that begin with an empty one
 
     @property
-    def needs(self) -> Knowledge:
-        """What the teacher must be able to tell."""
-        return Knowledge.DISTRIBUTION
+    def requires(self) -> frozenset[Capability]:
+        """What the teacher must provide."""
+        return frozenset({Capability.TOP_K})
 
     @property
     def authors(self) -> frozenset[Author]:
@@ -38,48 +58,39 @@ class Method(ABC):
         return frozenset({"dataset"})
 
     @property
-    def context(self) -> int:
-        """How many positions of the teacher's window the method takes for itself."""
+    def teacher_prefix_tokens(self) -> int:
+        """How many positions of the teacher's context window the method uses in front of every prompt."""
         return 0
 
-    @property
-    def watched(self) -> tuple[str, ...]:
-        """The names of what `observe` returns, the same on every process."""
-        return ()
-
-    def prepare(self, teacher: Any, tokenizer: Any, learning_rate: float) -> Any:
-        """The teacher whose scores `loss` is to see, given the run's; called once, before training."""
-        return teacher
+    def setup(self, context: MethodContext) -> Teacher | None:
+        """Prepare for a run; called once, before training. Returns the teacher whose scores `loss` is given."""
+        return context.teacher
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        """The examples to train on at this step, given those drawn from the dataset. Default: these.
+        """The examples to train on at this step, given those of the dataset. Default: these.
 
-        Called once per optimizer step on every process. Whatever is decided at random must be decided by `step`.
+        Called once per optimizer step on every process. Random decisions must come from `step`. Responses are generated
+        by `writers.student(examples, step)` and `writers.teacher(examples, step)`.
         """
         return examples
 
-    def weights(self, batch: Batch) -> Tensor:
-        """(N,) what each response token's value counts in the step's sum."""
-        return batch.weights(self.reduction)
-
-    def units(self, batch: Batch) -> int:
-        """What the sums of all of a step's micro-batches are divided by, together."""
-        return batch.units(self.reduction)
-
     @abstractmethod
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
-        """One value per response token, (N,), which the loop weighs by `weights`; or values of any other shape, which
-        it only sums. Differentiable in the student."""
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
+        """One value per response token, (N,), which is multiplied by `batch.weights(reduction)`; or values of any other
+        shape, which are only summed. The sum over a step is divided by its `batch.normalizer(reduction)`.
 
-    def observe(self, student: Scores, teacher: Scores, batch: Batch) -> dict[str, Tensor]:
-        """Values to watch, besides the loss, by their names in `watched`; their means are logged. Without gradients."""
+        Differentiable in the student. `teacher` is None for methods that require nothing of a teacher.
+        """
+
+    def metrics(self, teacher: Scores, student: Scores, batch: Batch) -> dict[str, Tensor]:
+        """Values to log besides the loss, by name; their means are logged. Called without gradients."""
         return {}
 
-    def before_step(self, batches: list[Batch], student: Any, teacher: Any, step: Step) -> None:
+    def before_step(self, batches: list[Batch], teacher: Any, student: Any, step: Step) -> None:
         """Train what the method itself owns, on the micro-batches that the student is about to see."""
 
-    def advance(self, step: Step) -> None:
-        """Move schedules on; called once after each optimizer step."""
+    def after_step(self, step: Step) -> None:
+        """Advance schedules; called once after each optimizer step."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must be saved for an exact resume."""

@@ -1,8 +1,7 @@
-"""A reward: what a response is worth, by Python functions, by a reward model, or by both.
+"""Rewards of responses: Python functions, reward models, or both, and the advantages computed from them.
 
-The one idea: a reward is a number read off texts, without any gradient. What a method learns from is the advantage, the
-reward less that of the other responses to the same prompt, which changes the variance of a policy gradient and not its
-expectation.
+A reward is a number computed from texts, without any gradient. Methods learn from the advantage, the reward less the
+mean of the other responses to the same prompt, which changes the variance of a policy gradient and not its expectation.
 """
 
 import importlib
@@ -33,21 +32,21 @@ class Reward:
     """
 
     def __init__(self, functions: Mapping[Scorer, float] | Sequence[Scorer], normalize: bool = False) -> None:
-        weighed = functions if isinstance(functions, Mapping) else dict.fromkeys(functions, 1.0)
-        if not weighed:
+        weighted = functions if isinstance(functions, Mapping) else dict.fromkeys(functions, 1.0)
+        if not weighted:
             raise ValueError("a reward needs at least one function or a model")
-        self.functions = {_name(function): (function, float(weight)) for function, weight in weighed.items()}
-        if len(self.functions) < len(weighed):
+        self.functions = {_name(function): (function, float(weight)) for function, weight in weighted.items()}
+        if len(self.functions) < len(weighted):
             raise ValueError("two of the reward's functions have the same name, by which they are logged: rename one")
         self.normalize = normalize
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is logged: the whole, and its parts if there are several."""
+        """The logged metrics: the sum, and its parts if there are several."""
         return ("reward", *(f"reward_{name}" for name in self.functions if len(self.functions) > 1))
 
-    def judge(self, examples: Sequence[Example], tokenizer: Any) -> list[Example]:
-        """The examples with their `rewards` and `advantage`.
+    def score(self, examples: Sequence[Example], tokenizer: Any) -> list[Example]:
+        """The examples with the streams `reward`, its parts and `advantage`, each constant over a response.
 
         Raises:
             ValueError: if a function returns something else than a finite number for every response.
@@ -60,11 +59,12 @@ class Reward:
             for name, (function, _) in self.functions.items()
         }
         totals = [sum(w * parts[name][i] for name, (_, w) in self.functions.items()) for i in range(len(examples))]
-        values = {"reward": totals, **{f"reward_{name}": part for name, part in parts.items()}}
-        gained = advantages(totals, [e.row for e in examples], self.normalize)
+        several = {f"reward_{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
+        values = {"reward": totals, **several}
+        values["advantage"] = advantages(totals, [e.row for e in examples], self.normalize)
         return [
-            replace(example, rewards={name: values[name][i] for name in self.names}, advantage=gained[i])
-            for i, example in enumerate(examples)
+            replace(e, streams={**e.streams, **{name: [v[i]] * len(e.response) for name, v in values.items()}})
+            for i, e in enumerate(examples)
         ]
 
 
@@ -80,7 +80,7 @@ def advantages(rewards: Sequence[float], rows: Sequence[int], normalize: bool = 
         groups[row].append(index)
     if all(len(group) == 1 for group in groups.values()):
         groups = {0: list(range(len(rewards)))}
-    gained = [0.0] * len(rewards)
+    result = [0.0] * len(rewards)
     for group in groups.values():
         if len(group) == 1:
             continue
@@ -88,8 +88,8 @@ def advantages(rewards: Sequence[float], rows: Sequence[int], normalize: bool = 
         deviation = math.sqrt(sum((rewards[i] - mean) ** 2 for i in group) / (len(group) - 1))
         scale = len(group) / (len(group) - 1) / ((deviation + 1e-8) if normalize else 1.0)
         for i in group:
-            gained[i] = (rewards[i] - mean) * scale
-    return gained
+            result[i] = (rewards[i] - mean) * scale
+    return result
 
 
 class RewardModel:
@@ -118,7 +118,7 @@ class RewardModel:
 
     @cached_property
     def model(self) -> Any:
-        """Loaded when first used, beside a GPU if there is one."""
+        """Loaded when first used, on a GPU if there is one."""
         from transformers import AutoModelForSequenceClassification
 
         model = AutoModelForSequenceClassification.from_pretrained(self.name)

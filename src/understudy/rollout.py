@@ -1,7 +1,7 @@
 """A rollout: something that writes responses to prompts for a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,15 @@ class Writers:
     _teacher: Rollout | None = None
 
     @property
-    def student(self) -> Rollout:
+    def student(self) -> Callable[..., list[Example]]:
         if self._student is None:
             raise ValueError("this method trains on the student's own responses: give it a rollout, such as generate")
-        return self._student
+        return self._student.generate
 
     @property
-    def teacher(self) -> Rollout:
+    def teacher(self) -> Callable[..., list[Example]]:
         if self._teacher is None:
             raise ValueError(
                 "this method trains on the teacher's responses: give it a rollout and a teacher that can write"
             )
-        return self._teacher
+        return self._teacher.generate

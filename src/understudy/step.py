@@ -1,8 +1,7 @@
-"""Where a run is, and the randomness that belongs there.
+"""The optimizer step, and random numbers keyed by (seed, step, name).
 
-The one idea: every draw is a function of (seed, step, names), never of a generator that somebody advanced before. So a
-resumed run repeats the uninterrupted one, all processes agree on what they must agree on, and a response does not
-depend on the batch or the process it was written in.
+No random number depends on a generator's earlier use. So a resumed run repeats the uninterrupted one, all processes
+agree on what they must agree on, and a response does not depend on the batch or the process that generated it.
 """
 
 import hashlib
@@ -21,11 +20,11 @@ class Step:
     total: int = 0  # steps of the whole run, 0 if unknown
 
     def uniform(self, *names: str | int) -> float:
-        """One draw from [0, 1) that belongs to this step and these names."""
+        """A random number in [0, 1) keyed by this step and the names."""
         return self._digest(names) / 2**64
 
     def stream(self, count: int, *names: str | int) -> Tensor:
-        """(count,) float64 draws from [0, 1) that belong to this step and these names."""
+        """(count,) float64 random numbers in [0, 1) keyed by this step and the names."""
         generator = torch.Generator().manual_seed(self._digest(names) >> 1)
         return torch.rand(count, generator=generator, dtype=torch.float64)
 

@@ -7,7 +7,7 @@ from fakes import VOCABULARY, BigramTeacher, ragged_examples, tiny
 from understudy.batch import Batch
 from understudy.divergences import ForwardKL
 from understudy.method import Method
-from understudy.scores import Knowledge
+from understudy.teacher import Capability
 from understudy.teachers.local import LocalTeacher
 
 TEACHERS = {
@@ -31,11 +31,11 @@ def examples():
 
 
 def log_probs(teacher, examples, pad=0):
-    return teacher.score(Batch.of(examples, pad)).log_probs
+    return teacher.score(Batch.from_examples(examples, pad)).log_probs
 
 
 def test_scores_have_one_row_per_response_token_in_the_batch_s_order(teacher, examples):
-    batch = Batch.of(examples, 0)
+    batch = Batch.from_examples(examples, 0)
     scores = teacher.score(batch)
     assert torch.equal(scores.tokens, batch.tokens)
     assert scores.log_probs.shape == (len(batch.tokens), VOCABULARY)
@@ -50,7 +50,7 @@ def test_every_row_is_a_distribution(teacher, examples):
 
 
 def test_the_chosen_are_the_log_probabilities_of_the_tokens(teacher, examples):
-    scores = teacher.score(Batch.of(examples, 0))
+    scores = teacher.score(Batch.from_examples(examples, 0))
     assert scores.chosen.shape == scores.tokens.shape
     torch.testing.assert_close(scores.chosen, scores.log_probs.gather(-1, scores.tokens[:, None])[:, 0])
 
@@ -73,18 +73,18 @@ def test_it_says_the_same_twice(teacher, examples):
 
 
 def test_no_gradient_comes_back(teacher, examples):
-    scores = teacher.score(Batch.of(examples, 0))
+    scores = teacher.score(Batch.from_examples(examples, 0))
     assert not scores.log_probs.requires_grad
     assert not scores.chosen.requires_grad
 
 
 def test_it_is_at_no_distance_from_itself(teacher, examples):
-    scores = teacher.score(Batch.of(examples, 0))
-    assert ForwardKL().between(scores, scores).abs().max() < 1e-5
+    scores = teacher.score(Batch.from_examples(examples, 0))
+    assert scores.divergence_to(scores, ForwardKL()).abs().max() < 1e-5
 
 
 def test_it_says_how_much_it_gives(teacher):
-    assert Knowledge.CHOSEN <= teacher.gives <= Knowledge.MODEL
+    assert Capability.CHOSEN <= teacher.gives <= Capability.MODEL
     assert (
-        Method.needs.fget(None) is Knowledge.DISTRIBUTION
+        Method.needs.fget(None) is Capability.DISTRIBUTION
     )  # so everything above serves a method that declares nothing

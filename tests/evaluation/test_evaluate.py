@@ -160,7 +160,7 @@ def test_the_distance_to_a_teacher_is_what_the_definitions_say(home):
         sums["student_entropy"] -= (log_q.exp() * log_q).sum().item()
         sums["teacher_entropy"] -= (log_p.exp() * log_p).sum().item()
     assert found == pytest.approx({name: total / 9 for name, total in sums.items()}, rel=1e-4)
-    assert len(Batch.of(examples, 0).tokens) == 9
+    assert len(Batch.from_examples(examples, 0).tokens) == 9
 
 
 def test_the_differences_at_every_position_are_what_their_definitions_say(home):
@@ -327,7 +327,7 @@ def test_a_model_with_logits_of_its_own_is_measured_by_them():
     made = Halved(tiny("llama").config).eval()
     made.load_state_dict(tiny("llama").state_dict())
     answers = some_examples()
-    batch = Batch.of(answers, 0)
+    batch = Batch.from_examples(answers, 0)
     found = distance(made, LocalTeacher(tiny("llama", seed=1)), answers, VOCABULARY)
     logits = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()

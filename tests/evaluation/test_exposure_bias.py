@@ -6,11 +6,11 @@ from fakes import VOCABULARY, Tabular, tiny, words
 
 from understudy.batch import Example
 from understudy.evaluation.exposure_bias import exposure_bias
-from understudy.fused_linear.loss import Dense
+from understudy.fused_linear.distributions import Dense
 from understudy.rollouts.generate import GenerateRollout
-from understudy.scores import Knowledge, Scores
+from understudy.scores import Scores
 from understudy.step import Step
-from understudy.teacher import Teacher
+from understudy.teacher import Capability, Teacher
 from understudy.teachers.local import LocalTeacher
 
 # Two steps over three symbols: the first distribution, and the second after each symbol. The prompt is symbol 0.
@@ -38,7 +38,7 @@ class Table(Tabular):
 
 
 class Tables(Teacher):
-    gives = Knowledge.DISTRIBUTION
+    provides = frozenset({Capability.CHOSEN, Capability.TOP_K, Capability.FULL})
 
     def __init__(self, model):
         self.model = model

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
 from understudy.fused_linear import loss as projection
 from understudy.fused_linear import tiles as tile
-from understudy.fused_linear.distributions import Dense, Head, Projected, TopK
-from understudy.fused_linear.loss import chosen_rule, divergence_rule, fused_divergence, project
-from understudy.fused_linear.tiles import Transform
+from understudy.fused_linear.distributions import Dense, Projected, TopK
+from understudy.fused_linear.head import Head, Transform
+from understudy.fused_linear.loss import chosen_log_prob, divergence_loss, fused_divergence, row_values
 
 N, V, D = 23, 31, 7
 DIVERGENCES = [
@@ -69,7 +69,7 @@ def leaves(source: Projected) -> list[Tensor]:
 
 @pytest.fixture(params=[1, 4, 100], ids=lambda rows: f"{rows} rows a chunk")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(projection, "chunk_rows", lambda vocabulary: request.param)
+    monkeypatch.setattr(projection, "rows_per_tile", lambda vocabulary: request.param)
 
 
 def upstream(kind: str) -> tuple[Tensor | None, Tensor]:
@@ -108,7 +108,7 @@ UPSTREAMS = [
 def test_value_and_gradients_equal_autograd_through_all_logits(divergence, kind, chunk):
     student, teacher = random_source(seed=1, scale=0.8, softcap=4.0), random_source(width=5, seed=2)
     announced, true = upstream(kind)
-    values = project(student, divergence_rule(divergence, teacher), announced, divergence.temperature)
+    values = row_values(student, divergence_loss(divergence, teacher), announced, divergence.temperature)
     expected = divergence(teacher.log_probs().detach(), student.log_probs())
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-13)
     found = torch.autograd.grad((values * true).sum(), leaves(student), retain_graph=True)
@@ -122,7 +122,7 @@ def test_log_probability_of_chosen_tokens_equals_autograd(chunk):
     student = random_source(bias=False, scale=0.5)
     tokens = torch.randint(V, (N,), generator=generator())
     true = upstream("another")[1]
-    values = project(student, chosen_rule(tokens), None)
+    values = row_values(student, chosen_log_prob(tokens), None)
     expected = student.log_probs().gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=0)
     found = torch.autograd.grad((values * true).sum(), leaves(student))
@@ -149,14 +149,14 @@ def test_only_gradients_that_are_asked_for_are_made(monkeypatch):
     made = []
     walk = projection._walk
     monkeypatch.setattr(projection, "_walk", lambda *a: made.append(walk(*a)) or made[-1])
-    values = project(student, divergence_rule(ForwardKL(), random_source(seed=3)))
+    values = row_values(student, divergence_loss(ForwardKL(), random_source(seed=3)))
     values.sum().backward()
     [(_, (hidden, weight, bias))] = made
     assert hidden is not None
     assert weight is None
     assert bias is None
     with torch.no_grad():
-        project(student, divergence_rule(ForwardKL(), random_source(seed=3)))
+        row_values(student, divergence_loss(ForwardKL(), random_source(seed=3)))
     assert made[1][1] == [None, None, None]
 
 
@@ -167,7 +167,7 @@ def test_a_second_pass_is_made_only_if_the_weights_were_not_those_announced(kind
     walk = projection._walk
     monkeypatch.setattr(projection, "_walk", lambda *a: made.append(a) or walk(*a))
     announced, true = upstream(kind)
-    (project(student, divergence_rule(ForwardKL(), random_source(seed=3)), announced) * true).sum().backward()
+    (row_values(student, divergence_loss(ForwardKL(), random_source(seed=3)), announced) * true).sum().backward()
     assert len(made) == passes
 
 
@@ -188,7 +188,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("top", [False, True])
 def test_no_tensor_over_all_rows_and_the_vocabulary_is_ever_made(kind, top, monkeypatch):
     rows, vocabulary, width, size = 300, 500, 4, 8
-    monkeypatch.setattr(projection, "chunk_rows", lambda vocabulary: size)
+    monkeypatch.setattr(projection, "rows_per_tile", lambda vocabulary: size)
     student, teacher = (
         Projected(
             torch.randn(rows, width, requires_grad=True), Head(torch.randn(vocabulary, width, requires_grad=True))
@@ -200,7 +200,7 @@ def test_no_tensor_over_all_rows_and_the_vocabulary_is_ever_made(kind, top, monk
     announced = torch.rand(rows)
     true = announced if kind == "announced" else announced.flip(0)
     with Largest() as largest:
-        (project(student, divergence_rule(JensenShannon(0.5), source), announced) * true).sum().backward()
+        (row_values(student, divergence_loss(JensenShannon(0.5), source), announced) * true).sum().backward()
     assert size * vocabulary <= largest.size < rows * vocabulary / 10
     with Largest() as plain:
         student.log_probs()
@@ -231,7 +231,7 @@ def test_only_long_runs_on_machines_with_a_compiler_are_compiled(monkeypatch):
 
 def test_gradients_are_the_same_when_they_are_asked_for_again():
     student = random_source(seed=1)
-    total = project(student, divergence_rule(ReverseKL(), random_source(seed=2))).sum()
+    total = row_values(student, divergence_loss(ReverseKL(), random_source(seed=2))).sum()
     first = torch.autograd.grad(total, leaves(student), retain_graph=True)
     kept = [grad.clone() for grad in first]
     for one, other in zip(torch.autograd.grad(2 * total, leaves(student)), kept, strict=True):
@@ -293,14 +293,14 @@ def test_fused_equals_plain(divergence, masked, compiled, chunk):
 def test_compiled_rules_equal_the_plain_ones(kind):
     student, log_p = random_source(seed=1), random_source(seed=2).log_probs().detach()
     rules = {
-        "top k": divergence_rule(JensenShannon(0.3), top_k(log_p, 5)),
-        "dense": divergence_rule(JensenShannon(0.3), Dense(log_p)),
-        "chosen": chosen_rule(torch.randint(V, (N,), generator=generator())),
+        "top k": divergence_loss(JensenShannon(0.3), top_k(log_p, 5)),
+        "dense": divergence_loss(JensenShannon(0.3), Dense(log_p)),
+        "chosen": chosen_log_prob(torch.randint(V, (N,), generator=generator())),
     }[kind]
     found = []
     for compiled in (False, True):
         with tile.tiling(compiled=compiled):
-            values = project(student, rules)
+            values = row_values(student, rules)
             found.append([values, *torch.autograd.grad(values.sum(), leaves(student))])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
@@ -408,7 +408,7 @@ def test_half_precision_heads_are_as_near_to_the_truth_as_autograd_is(dtype):
     plain = torch.autograd.grad(
         (ForwardKL()(teacher.log_probs(), student.log_probs()) * weights).sum() / 37, leaves(student)
     )
-    values = project(student, divergence_rule(ForwardKL(), teacher), weights)
+    values = row_values(student, divergence_loss(ForwardKL(), teacher), weights)
     assert values.dtype == torch.float32
     torch.testing.assert_close(values.double(), exact, rtol=0.02, atol=0.02)
     found = torch.autograd.grad((values * weights).sum() / 37, leaves(student))
@@ -421,8 +421,8 @@ def test_half_precision_heads_are_as_near_to_the_truth_as_autograd_is(dtype):
 
 def test_the_common_factor_of_half_precision_gradients_is_not_rounded():
     student, teacher = random_source(seed=1, dtype=torch.bfloat16), random_source(seed=2, dtype=torch.bfloat16)
-    (one,) = torch.autograd.grad(project(student, divergence_rule(ForwardKL(), teacher)).sum(), student.hidden)
-    values = project(student, divergence_rule(ForwardKL(), teacher))
+    (one,) = torch.autograd.grad(row_values(student, divergence_loss(ForwardKL(), teacher)).sum(), student.hidden)
+    values = row_values(student, divergence_loss(ForwardKL(), teacher))
     (found,) = torch.autograd.grad(values.sum() * 1.00586, student.hidden)  # three quarters of a step of bfloat16
     assert torch.equal(found, (one.double() * 1.00586).bfloat16())
     assert not torch.equal(found, one * torch.tensor(1.00586).bfloat16())
@@ -431,18 +431,20 @@ def test_the_common_factor_of_half_precision_gradients_is_not_rounded():
 def test_a_loss_scale_beyond_float16_does_not_overflow():
     student, teacher = random_source(seed=1, dtype=torch.float16), random_source(seed=2, dtype=torch.float16)
     weights = torch.full((N,), 1 / 512)
-    values = project(student, divergence_rule(ForwardKL(), teacher), weights)
+    values = row_values(student, divergence_loss(ForwardKL(), teacher), weights)
     (grad,) = torch.autograd.grad((values * weights).sum() * 131072 / 64, student.hidden)
-    (wanted,) = torch.autograd.grad(project(student, divergence_rule(ForwardKL(), teacher)).sum() * 4, student.hidden)
+    (wanted,) = torch.autograd.grad(
+        row_values(student, divergence_loss(ForwardKL(), teacher)).sum() * 4, student.hidden
+    )
     torch.testing.assert_close(grad, wanted, rtol=2e-3, atol=1e-4)
 
 
 def test_hidden_rows_wider_than_the_head_are_narrowed_and_their_gradient_widened():
     student = random_source(seed=1, dtype=torch.bfloat16)
     wide = Projected(student.hidden.detach().float().requires_grad_(), student.head)
-    rule = divergence_rule(ForwardKL(), random_source(seed=2))
-    (grad,) = torch.autograd.grad(project(wide, rule).sum(), wide.hidden)
-    (expected,) = torch.autograd.grad(project(student, rule).sum(), student.hidden)
+    rule = divergence_loss(ForwardKL(), random_source(seed=2))
+    (grad,) = torch.autograd.grad(row_values(wide, rule).sum(), wide.hidden)
+    (expected,) = torch.autograd.grad(row_values(student, rule).sum(), student.hidden)
     assert grad.dtype == torch.float32
     assert torch.equal(grad, expected.float())
 
@@ -479,7 +481,7 @@ def test_top_k_teacher_is_a_full_teacher_over_merged_events(divergence, k, chunk
     log_p = random_source(seed=2).log_probs().detach()
     teacher = top_k(log_p, k)
     expected = divergence(merged(log_p, teacher.support), merged(student.log_probs(), teacher.support))
-    values = project(student, divergence_rule(divergence, teacher))
+    values = row_values(student, divergence_loss(divergence, teacher))
     torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11)
     true = upstream("another")[1]
     found = torch.autograd.grad((values * true).sum(), leaves(student))
@@ -494,7 +496,7 @@ def test_knowing_more_tokens_never_lowers_a_divergence_and_ends_at_the_full_one(
     full = divergence(log_p, student.log_probs())
     before = torch.zeros_like(full)
     for k in range(1, V + 1):
-        value = project(student, divergence_rule(divergence, top_k(log_p, k)))
+        value = row_values(student, divergence_loss(divergence, top_k(log_p, k)))
         assert (value >= before - 1e-12).all()
         assert (value <= full + 1e-12).all()
         before = value
@@ -510,7 +512,7 @@ def test_a_support_of_the_whole_vocabulary_is_the_full_teacher(divergence, dtype
     plain = divergence(teacher.log_probs(), teacher.merge(student.log_probs()))
     expected = divergence(log_p, student.log_probs())
     wanted = torch.autograd.grad(expected.sum(), leaves(student))
-    for values in (project(student, divergence_rule(divergence, teacher)), plain):
+    for values in (row_values(student, divergence_loss(divergence, teacher)), plain):
         # the αβ family's powers below 1 lift the remaining event's rounding
         near = 2e-5 if dtype == torch.float32 else 1e-11
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=near)

@@ -10,14 +10,14 @@ from loop import difference, logged, trainer, weights, whole_and_accumulated
 
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
-from understudy.fused_linear.loss import Dense
+from understudy.fused_linear.distributions import Dense
 from understudy.methods.dpkd import DPKD
 from understudy.rollout import Rollout, Writers
 from understudy.scores import Scores
 from understudy.step import Step
 
 F64 = torch.float64
-PAIR = Batch.of([Example([1], [3, 4, 5], "teacher", pair=0), Example([1], [6, 7], "student", pair=0)], 0)
+PAIR = Batch.from_examples([Example([1], [3, 4, 5], "teacher", pair=0), Example([1], [6, 7], "student", pair=0)], 0)
 LOG_P = torch.tensor([0.6, 0.5, 0.8, 0.1, 0.2], dtype=F64).log()
 LOG_Q = torch.tensor([0.3, 0.4, 0.7, 0.4, 0.5], dtype=F64).log()
 
@@ -50,7 +50,7 @@ def test_a_student_like_its_teacher_loses_log_two_on_every_pair(beta, normalized
 
 
 def test_a_pair_of_the_same_answer_teaches_nothing():
-    batch = Batch.of([Example([1], [3, 4], "teacher", pair=0), Example([1], [3, 4], "student", pair=0)], 0)
+    batch = Batch.from_examples([Example([1], [3, 4], "teacher", pair=0), Example([1], [3, 4], "student", pair=0)], 0)
     log_q = torch.tensor([0.3, 0.4], dtype=F64).log().requires_grad_()
     value = pair_loss(DPKD(), torch.cat([log_q, log_q]), torch.cat([LOG_P[:2], LOG_P[:2]]), batch)
     value.backward()
@@ -107,7 +107,7 @@ def test_the_expected_gradient_by_enumeration(beta, loss, gradient):
 
 def tokenwise(rows_q, rows_p, **options):
     count = len(rows_q)
-    batch = Batch.of([Example([1], [0] * count, "teacher")], 0)
+    batch = Batch.from_examples([Example([1], [0] * count, "teacher")], 0)
     said = [Scores(batch.tokens, Dense(torch.tensor(rows, dtype=F64).log())) for rows in (rows_q, rows_p)]
     return DPKD(level="token", **options).loss(*said, batch)
 
@@ -120,7 +120,7 @@ def test_the_token_level_agrees_with_its_worked_values():
 
 
 def test_agreeing_argmaxes_give_exactly_log_two_and_no_gradient():
-    batch = Batch.of([Example([1], [0], "teacher")], 0)
+    batch = Batch.from_examples([Example([1], [0], "teacher")], 0)
     log_q = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64).log().requires_grad_()
     said = [Scores(batch.tokens, Dense(x)) for x in (log_q, torch.tensor([[0.8, 0.1, 0.1]], dtype=F64).log())]
     value = DPKD(level="token").loss(*said, batch)
@@ -157,7 +157,7 @@ def test_other_preferences_follow_their_formulas():
     assert float(free) == pytest.approx(float(-sigma(0.2 * (q_t - q_s)).log()))
 
 
-SINGLE = Batch.of([Example([1], [3], "teacher", pair=0), Example([1], [6], "student", pair=0)], 0)
+SINGLE = Batch.from_examples([Example([1], [3], "teacher", pair=0), Example([1], [6], "student", pair=0)], 0)
 
 
 def collected(method, step=0, rows=3):
@@ -205,14 +205,14 @@ def test_as_many_texts_of_a_corpus_as_prompts_join_a_step():
 
 
 def test_the_corpus_adds_its_weighted_negative_log_likelihood():
-    batch = Batch.of([*PAIR.examples, Example([1], [8, 9], "corpus")], 0)
+    batch = Batch.from_examples([*PAIR.examples, Example([1], [8, 9], "corpus")], 0)
     texts = torch.tensor([0.5, 0.25], dtype=F64).log()
     log_q, log_p = torch.cat([LOG_Q, texts]), torch.cat([LOG_P, texts])
     said = [Scores(batch.tokens, Dense(_only(x, batch))) for x in (log_q, log_p)]
     pair, text = DPKD(lm_weight=0.5).loss(*said, batch)
     assert float(pair) == pytest.approx(0.771023, abs=1e-6)
     assert float(text) == pytest.approx(-0.5 * float(texts.mean()))
-    assert DPKD().units(batch) == 1
+    assert DPKD().normalizer(batch) == 1
     mixed = DPKD(sft_weight=0.25).loss(*said, batch)[0]
     assert float(mixed) == pytest.approx(0.75 * 0.771023 - 0.25 * float(LOG_Q[:3].mean()), abs=1e-6)
 

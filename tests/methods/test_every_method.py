@@ -15,11 +15,11 @@ from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
+from understudy.models.forward import score
 from understudy.rollout import Writers
-from understudy.scores import Knowledge, score
 from understudy.step import Step
-from understudy.teacher import Teacher
-from understudy.training.trainer import DistillationTrainer
+from understudy.teacher import Capability, Teacher
+from understudy.training.trainer import StudentTrainer
 
 EXAMPLES = ragged_examples(8)
 PROMPTS = ragged_examples(8, responses=False)
@@ -117,8 +117,8 @@ def test_no_example_is_lost_or_asked_twice():
 
 
 def gradient(method, examples, judge):
-    model, batch = student(), Batch.of(examples, 0)
-    said = judge.score(batch) if method.needs > Knowledge.NOTHING else None
+    model, batch = student(), Batch.from_examples(examples, 0)
+    said = judge.score(batch) if method.needs > Capability.NOTHING else None
     score(
         model, batch, lambda scores: method.loss(scores, said, batch).sum(), weights=torch.ones(len(batch.tokens))
     ).backward()
@@ -140,7 +140,7 @@ def test_a_gradient_on_sampled_ids_is_that_on_the_same_ids_as_data(divergence):
 
 def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
     model, examples = student(), EXAMPLES
-    batch = Batch.of(examples, 0)
+    batch = Batch.from_examples(examples, 0)
     ours = score(
         model, batch, lambda scores: SFT().loss(scores, None, batch).mean(), weights=torch.ones(len(batch.tokens))
     )
@@ -154,7 +154,7 @@ def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_kd_mixes_in_the_labels_by_weight(share):
-    model, judge, batch = student(), teacher(), Batch.of(EXAMPLES, 0)
+    model, judge, batch = student(), teacher(), Batch.from_examples(EXAMPLES, 0)
     values = {}
     for name, method in {"mixed": KD(sft_weight=share), "kd": KD(), "sft": SFT()}.items():
         values[name] = score(model, batch, lambda s, m=method: m.loss(s, judge.score(batch), batch).sum()).detach()
@@ -165,8 +165,8 @@ def test_seqkd_trains_on_the_teacher_s_answers_alone():
     written = collected(SeqKD(), EXAMPLES, Step(0), teacher=ScriptedRollout(author="teacher"), student=Forbidden())
     assert {e.author for e in written} == {"teacher"}
     assert SeqKD().authors == {"teacher"}
-    assert SeqKD().needs is Knowledge.NOTHING
-    assert SeqKD(soft_weight=0.5).needs is Knowledge.DISTRIBUTION
+    assert SeqKD().needs is Capability.NOTHING
+    assert SeqKD(soft_weight=0.5).needs is Capability.DISTRIBUTION
 
 
 def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
@@ -191,7 +191,7 @@ def test_a_writer_that_is_not_there_is_missed_with_a_remedy(who, sentence):
 
 
 def test_sft_needs_no_teacher(tmp_path):
-    made = DistillationTrainer(
+    made = StudentTrainer(
         student(), None, SFT(), processing_class=words(), args=arguments(tmp_path), train_dataset=EXAMPLES
     )
     before = weights(made.model)
@@ -202,7 +202,7 @@ def test_sft_needs_no_teacher(tmp_path):
 class Terse(Teacher):
     """Gives the log-probability of the tokens that are there, and nothing else."""
 
-    gives = Knowledge.CHOSEN
+    provides = frozenset({Capability.CHOSEN})
 
     def score(self, batch):
         raise AssertionError("refused before it is asked")
@@ -219,9 +219,9 @@ def test_a_teacher_that_tells_too_little_is_refused_with_a_sentence(tmp_path):
 
 def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
     class Inside(Method):
-        needs = Knowledge.MODEL
+        requires = frozenset({Capability.MODEL})
 
-        def loss(self, student, teacher, batch):
+        def loss(self, teacher, student, batch):
             return student.chosen
 
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
 
 def test_a_missing_teacher_is_refused_with_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="KD needs a teacher that gives distribution, and there is no teacher"):
-        DistillationTrainer(student(), None, KD(), processing_class=words(), args=arguments(tmp_path))
+        StudentTrainer(student(), None, KD(), processing_class=words(), args=arguments(tmp_path))
 
 
 @pytest.mark.parametrize("method", [KD(), GKD(), SeqKD(soft_weight=0.5)], ids=["kd", "gkd", "seqkd"])

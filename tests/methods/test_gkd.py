@@ -9,7 +9,7 @@ from loop import logged, rollout, same, student, trainer, weights
 
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
-from understudy.fused_linear.loss import Dense
+from understudy.fused_linear.distributions import Dense
 from understudy.methods.gkd import GKD
 from understudy.reward import Reward
 from understudy.scores import Scores
@@ -30,7 +30,7 @@ def expected_loss(method, logits, reward=R):
     q = log_q.detach().exp()
     baseline = float(q @ reward)
     examples = [Example([1], [v], "student", advantage=float(reward[v]) - baseline) for v in range(3)]
-    batch = Batch.of(examples, 0)
+    batch = Batch.from_examples(examples, 0)
     said = Scores(batch.tokens, Dense(log_q.expand(3, 3)))
     taught = Scores(batch.tokens, Dense(P.log().expand(3, 3)))
     return (q * method.loss(said, taught, batch)).sum()
@@ -115,7 +115,7 @@ def test_projected_and_plain_losses_have_the_same_gradients(tmp_path):
     for project in (True, False):
         made = trainer(tmp_path, GKD(divergence=ForwardKL(), distillation=0.3, reward=Reward([short])), student())
         made._project = project
-        made._weighted_loss(made.model, Batch.of(examples, 0), diagnose=False).backward()
+        made._weighted_loss(made.model, Batch.from_examples(examples, 0), diagnose=False).backward()
         gradients.append([p.grad.clone() for p in made.model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -12,14 +12,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon, ReverseKL
-from understudy.fused_linear.loss import Dense
+from understudy.fused_linear.distributions import Dense
 from understudy.methods.promptkd import PromptKD, _recompute_layers, _toward
-from understudy.scores import Scores, score
+from understudy.models.forward import score
+from understudy.scores import Scores
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 
 HARD = [5, 6, 7]
-BATCH = Batch.of(some_examples(), 0)
+BATCH = Batch.from_examples(some_examples(), 0)
 
 
 def prompted(kind="llama", **options):
@@ -35,7 +36,7 @@ def prompted(kind="llama", **options):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt", "phi", "gemma2", "cohere"])
 def test_a_prompt_of_real_tokens_is_the_teacher_on_the_prefixed_text(kind):
     _, judge = prompted(kind)
-    longer = Batch.of([replace(e, prompt=HARD + e.prompt) for e in some_examples()], 0)
+    longer = Batch.from_examples([replace(e, prompt=HARD + e.prompt) for e in some_examples()], 0)
     assert_close = torch.testing.assert_close
     assert_close(judge.score(BATCH).log_probs, judge.plain.score(longer).log_probs, rtol=1e-4, atol=1e-4)
 
@@ -56,7 +57,7 @@ def test_a_prompt_reaches_every_position_and_a_token_only_later_ones():
     assert ((judge.score(BATCH).log_probs - before).abs().amax(-1) > 1e-6).all()
     example = some_examples()[0]
     other = replace(example, response=[*example.response[:2], example.response[2] + 1, *example.response[3:]])
-    first, second = (judge.score(Batch.of([e], 0)).log_probs for e in (example, other))
+    first, second = (judge.score(Batch.from_examples([e], 0)).log_probs for e in (example, other))
     torch.testing.assert_close(first[:3], second[:3])
     assert not torch.allclose(first[3:], second[3:])
 

@@ -16,16 +16,8 @@ from transformers import (
     set_seed,
 )
 
-from understudy.models.student import (
-    all_stop_ids,
-    check_tokenizers,
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_student,
-    student_config,
-    window_of,
-)
+from understudy.models.load import all_stop_ids, check_tokenizers, check_vocabulary, load_config, load_model, window_of
+from understudy.models.student import load_student, student_config
 from understudy.recipe import RecipeError, parse
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 4]])

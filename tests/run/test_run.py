@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from understudy.data.examples import DataError
 from understudy.recipe import Data, RecipeError, load, parse
 from understudy.run.distill import Interrupted, build, distill, load_data, training_arguments
-from understudy.training.trainer import DistillationTrainer
+from understudy.training.trainer import StudentTrainer
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 4]])
 
@@ -179,14 +179,14 @@ class Stop(TrainerCallback):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Every run is interrupted after its first step."""
-    original = DistillationTrainer.train
+    original = StudentTrainer.train
 
     def train(self, *args, **kwargs):
         self.callback_handler.callbacks.insert(0, Stop())
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "train", train)
+        patch.setattr(StudentTrainer, "train", train)
         yield patch
 
 
@@ -226,7 +226,7 @@ def test_bf16_may_be_left_to_the_machine(monkeypatch, capabilities, expected):
 
 
 def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interrupted):
-    interrupted.setattr(DistillationTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupted.setattr(StudentTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(home)
     first = json.loads((home / "run" / "before.json").read_text())["own_samples"]

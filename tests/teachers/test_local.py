@@ -7,11 +7,12 @@ from torch import nn
 
 from understudy.batch import Batch
 from understudy.divergences import ForwardKL
-from understudy.scores import Knowledge, opinion, score
+from understudy.models.forward import score, score_no_grad
+from understudy.teacher import Capability
 from understudy.teachers import TEACHERS
 from understudy.teachers.local import LocalTeacher
 
-BATCH = Batch.of(ragged_examples(6), 0)
+BATCH = Batch.from_examples(ragged_examples(6), 0)
 KINDS = ["llama", "gpt2", "qwen3", "opt", "phi", "gemma2", "granite", "cohere", "cohere2", "llama+lora"]
 
 
@@ -24,7 +25,7 @@ def test_it_says_what_the_model_s_own_logits_say(kind):
 
 
 def test_a_live_model_gives_everything():
-    assert LocalTeacher(tiny("llama")).gives is Knowledge.MODEL
+    assert LocalTeacher(tiny("llama")).gives is Capability.MODEL
     assert TEACHERS.get("local") is LocalTeacher
 
 
@@ -42,14 +43,14 @@ def test_its_parameters_are_frozen_and_get_no_gradient():
     teacher = LocalTeacher(tiny("llama", seed=2))
     student = tiny("llama", seed=1)
     said = teacher.score(BATCH)
-    score(student, BATCH, lambda scores: ForwardKL().between(said, scores).sum()).backward()
+    score(student, BATCH, lambda scores: said.divergence_to(scores, ForwardKL()).sum()).backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
     assert all(p.grad is not None for p in student.parameters())
 
 
 def test_reading_in_pieces_says_the_same_in_the_same_order(monkeypatch):
-    teacher, batch = LocalTeacher(tiny("llama").double()), Batch.of(ragged_examples(9, seed=3), pad=0)
-    whole = opinion(teacher.model, batch)
+    teacher, batch = LocalTeacher(tiny("llama").double()), Batch.from_examples(ragged_examples(9, seed=3), pad=0)
+    whole = score_no_grad(teacher.model, batch)
     calls = []
     teacher.model.register_forward_pre_hook(lambda *_: calls.append(1))
     monkeypatch.setattr("understudy.teachers.local._PIECE", 20)
@@ -63,8 +64,8 @@ def test_only_hidden_states_are_kept_of_a_forward():
     """N rows of width D, whatever the vocabulary; the vocabulary is projected where the loss is computed."""
     teacher = LocalTeacher(tiny("llama"))
     said = teacher.score(BATCH)
-    assert said.source.hidden.shape == (len(BATCH.tokens), 16)
-    assert said.source.head.weight.data_ptr() == teacher.model.lm_head.weight.data_ptr()
+    assert said.distribution.hidden.shape == (len(BATCH.tokens), 16)
+    assert said.distribution.head.weight.data_ptr() == teacher.model.lm_head.weight.data_ptr()
 
 
 def test_a_padded_vocabulary_s_rest_takes_no_part():

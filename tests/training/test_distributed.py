@@ -25,7 +25,7 @@ from understudy.methods.kd import KD
 from understudy.methods.promptkd import PromptKD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
-from understudy.scores import score
+from understudy.models.forward import score
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 
@@ -83,7 +83,7 @@ def train_for_seconds(folder):
     return {"steps": made.state.global_step, "seconds": made.spending.seconds, "rates": logged(made, "learning_rate")}
 
 
-SHARDED = Batch.of(ragged_examples(6), 0)
+SHARDED = Batch.from_examples(ragged_examples(6), 0)
 
 
 def loss_and_gradients(model, whole):
@@ -91,7 +91,7 @@ def loss_and_gradients(model, whole):
     said = judge.score(SHARDED)
     divergence = JensenShannon()
     loss = score(
-        model, SHARDED, lambda own: divergence.between(said, own).sum(), weights=torch.ones(len(SHARDED.tokens))
+        model, SHARDED, lambda own: said.divergence_to(own, divergence).sum(), weights=torch.ones(len(SHARDED.tokens))
     )
     loss.backward()
     return {"loss": loss.detach(), **{name: whole(p.grad) for name, p in model.named_parameters()}}

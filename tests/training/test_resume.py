@@ -209,12 +209,12 @@ class Ramp(Method):
 
     share: float = 0.1
 
-    def loss(self, student, teacher, batch):
+    def loss(self, teacher, student, batch):
         log_q, log_p = student.log_probs, teacher.log_probs
         target = ((1 - self.share) * log_q.detach() + self.share * log_p).log_softmax(-1)
         return ForwardKL()(target, log_q)
 
-    def advance(self, step):
+    def after_step(self, step):
         self.share += 0.3 * (1 - self.share)
 
     def state_dict(self):

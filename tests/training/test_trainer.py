@@ -23,10 +23,9 @@ from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
-from understudy.scores import Knowledge
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
-from understudy.training.trainer import DistillationTrainer
+from understudy.training.trainer import StudentTrainer
 
 METHODS = {
     "sft": lambda reduction: SFT(reduction),
@@ -121,13 +120,13 @@ def test_every_example_is_seen_once_in_an_epoch(tmp_path):
 
     @dataclass
     class Watched(Method):
-        needs = Knowledge.NOTHING
+        requires = frozenset()
 
         def collect(self, examples, writers, step):
             seen.append((step, [e.row for e in examples]))
             return examples
 
-        def loss(self, student, teacher, batch):
+        def loss(self, teacher, student, batch):
             return -student.chosen
 
     trainer(tmp_path, Watched(), examples=ragged_examples(16), num_train_epochs=2, max_steps=-1, seed=5,
@@ -197,8 +196,8 @@ def test_models_are_compared_on_logged_steps_only(tmp_path, monkeypatch):
     from understudy.training import trainer as module
 
     compared = []
-    monkeypatch.setattr(module, "compare", lambda *_: compared.append(made.state.global_step) or compare(*_))
-    from understudy.scores import compare
+    monkeypatch.setattr(module, "compare", lambda *_: compared.append(made.state.global_step) or divergence_metrics(*_))
+    from understudy.scores import divergence_metrics
 
     made = trainer(tmp_path, KD(), max_steps=7, logging_steps=3, logging_first_step=True)
     made.train()
@@ -224,9 +223,9 @@ def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(metho
     written = method.collect(examples, made.writers, Step(0, made.args.seed))
     total, units = 0.0, 0
     for example in written:
-        batch = Batch.of([example], 0)
+        batch = Batch.from_examples([example], 0)
         one = float(made._weighted_loss(made.model, batch, diagnose=False))
-        total, units = total + one, units + batch.units(method.reduction)
+        total, units = total + one, units + batch.normalizer(method.reduction)
     assert first["eval_loss"] == pytest.approx(total / units, rel=1e-5)
     assert first["eval_tokens"] == sum(len(e.response) for e in written)
 
@@ -258,8 +257,8 @@ class Hoarding(Method):
         self.kept += examples
         return self.kept[-6:]
 
-    def loss(self, student, teacher, batch):
-        return ForwardKL().between(teacher, student)
+    def loss(self, teacher, student, batch):
+        return teacher.divergence_to(student, ForwardKL())
 
     def state_dict(self):
         return {"rows": torch.tensor([e.row for e in self.kept])}
@@ -299,7 +298,7 @@ class Broken(Method):
     value: float = math.nan
     seen: int = 0
 
-    def loss(self, student, teacher, batch):
+    def loss(self, teacher, student, batch):
         self.seen += 1
         return -student.chosen * (self.value if self.seen == 3 else 1.0)
 
@@ -326,7 +325,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(value, reme
 class Steep(Method):
     """A loss that is a number with a gradient that is none."""
 
-    def loss(self, student, teacher, batch):
+    def loss(self, teacher, student, batch):
         return (student.chosen - student.chosen.detach()).abs().sqrt() + 0 * student.chosen
 
 
@@ -341,7 +340,7 @@ def test_several_gpus_without_a_process_each_are_refused(tmp_path):
     given = arguments(tmp_path)
     given._n_gpu = 2
     with pytest.raises(ValueError, match="one process each: start with torchrun or accelerate launch"):
-        DistillationTrainer(student(), None, SFT(), processing_class=words(), args=given)
+        StudentTrainer(student(), None, SFT(), processing_class=words(), args=given)
 
 
 def test_gradients_are_clipped_as_a_whole_step(tmp_path):
@@ -422,13 +421,13 @@ def rows_of_the_first_step(folder):
     seen = []
 
     class Watched(Method):
-        needs = Knowledge.NOTHING
+        requires = frozenset()
 
         def collect(self, examples, writers, step):
             seen.extend(e.row for e in examples)
             return examples
 
-        def loss(self, student, teacher, batch):
+        def loss(self, teacher, student, batch):
             return -student.chosen
 
     trainer(folder, Watched(), max_steps=1).train()
@@ -475,14 +474,14 @@ class Preferring(Method):
         pairs = zip(writers.teacher.generate(examples, step), writers.student.generate(examples, step), strict=True)
         return [replace(e, pair=number) for number, pair in enumerate(pairs) for e in pair]
 
-    def loss(self, student, teacher, batch):
+    def loss(self, teacher, student, batch):
         means = batch.per_sequence(student.chosen) / batch.lengths
         sign = torch.tensor([1.0 if e.author == "teacher" else -1.0 for e in batch.examples])
         numbers = sorted({e.pair for e in batch.examples})
         which = torch.tensor([numbers.index(e.pair) for e in batch.examples])
         assert torch.bincount(which).tolist() == [2] * len(numbers), "a pair was torn apart"
         margin = means.new_zeros(len(numbers)).index_add(0, which, sign * means)
-        return -torch.nn.functional.logsigmoid(margin)[which][batch.owner]
+        return -torch.nn.functional.logsigmoid(margin)[which][batch.sequence_ids]
 
 
 def test_pairs_stay_together_however_a_step_is_cut(tmp_path):
@@ -507,12 +506,12 @@ def test_a_method_s_schedule_moves_once_per_optimizer_step(tmp_path):
     steps = []
 
     class Scheduled(Method):
-        needs = Knowledge.NOTHING
+        requires = frozenset()
 
-        def advance(self, step):
+        def after_step(self, step):
             steps.append(step.number)
 
-        def loss(self, student, teacher, batch):
+        def loss(self, teacher, student, batch):
             return -student.chosen
 
     trainer(tmp_path, Scheduled(), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4).train()
@@ -526,8 +525,8 @@ def test_a_method_may_train_something_of_its_own_first(tmp_path):
         def before_step(self, batches, student, teacher, step):
             seen.append((step.number, len(batches), sum(len(b.examples) for b in batches), student, teacher))
 
-        def loss(self, student, teacher, batch):
-            return ReverseKL().between(teacher, student)
+        def loss(self, teacher, student, batch):
+            return teacher.divergence_to(student, ReverseKL())
 
     made = trainer(tmp_path, Prompting(), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     made.train()
@@ -550,7 +549,7 @@ def test_a_teacher_that_is_the_student_itself_is_refused(tmp_path):
 
 def test_training_arguments_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = DistillationTrainer(student(), None, SFT(), processing_class=words(), train_dataset=ragged_examples())
+    made = StudentTrainer(student(), None, SFT(), processing_class=words(), train_dataset=ragged_examples())
     assert isinstance(made.args, TrainingArguments)
     assert made.writers == type(made.writers)()
 

@@ -25,14 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
-from ..models.student import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
-from ..playground.names import resolve
+from ..models.load import all_stop_ids, load_config, load_model, load_tokenizer, window_of
 from ..recipe import Recipe, RecipeError, load
 from ..recipe_yaml import value_of
 from ..rollouts import ROLLOUTS
 from ..rollouts.generate import GenerateRollout
 from ..run.distill import distill, load_data
 from ..run.folder import write
+from ..teachers import TEACHERS
 from ..teachers.local import LocalTeacher
 from . import statistics as comparison
 from .statistics import Result
@@ -203,7 +203,7 @@ def _sweep(entered: Sequence[Contestant]) -> dict[str, Any] | None:
 
 def _references(recipes: Sequence[Recipe]) -> dict[str, str]:
     """The models beside which the students are seen: the teacher and the warm start, if there is one for all."""
-    teachers = {teacher_name(recipe) for recipe in recipes} - {None}
+    teachers = {recipe.build("teacher", TEACHERS).model_name for recipe in recipes if recipe.teacher} - {None}
     starts = {recipe.student.model for recipe in recipes}
     found = {"teacher": teachers, "warm start": starts}
     return {name: str(next(iter(models))) for name, models in found.items() if len(models) == 1 and None not in models}
@@ -283,7 +283,7 @@ def judge(model: str, recipe: Recipe, folder: Path, trial: Trial) -> None:
         found[name] = {"metrics": judged.metrics, "scores": None if None in right else [float(r) for r in right]}
     if trial.exposure and trial.teacher is not None and trial.teacher != model:
         some = replace(examples, examples=examples.examples[: trial.exposure], rows=examples.rows[: trial.exposure])
-        teacher = LocalTeacher(resolve(trial.teacher), vocabulary=len(tokenizer), dtype="float32")
+        teacher = LocalTeacher(trial.teacher, dtype="float32")
         kept = {"seed": trial.seed, "output": folder / "answers-exposure.jsonl"}
         rollout = GenerateRollout(longest, stop_ids=stops, batch_size=size)
         judged = evaluate(loaded, tokenizer, some, rollout, teacher, exposure=True, **kept)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..batch import Batch, Example
-from ..fused_linear.distributions import Dense, TopK
-from ..fused_linear.tiles import chunk_rows
-from ..scores import Scores, can_project, compare, score
+from ..fused_linear.distributions import Dense, TopK, over_shared_vocabulary
+from ..fused_linear.tiles import rows_per_tile
+from ..models.forward import score
+from ..models.parity import can_fuse
+from ..scores import Scores, divergence_metrics
 from ..teacher import Teacher
 
 TOP = 10  # the tokens that `top_10_overlap` is about
@@ -79,21 +81,21 @@ def compared(
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Batches of the examples, shortest first, each with the `differences` of its N response tokens."""
     device = model.get_input_embeddings().weight.device
-    projects = can_project(model)
+    projects = can_fuse(model)
     was_training = model.training
     model.eval()
     try:
         ordered = sorted(examples, key=len)
         for start in range(0, len(ordered), batch_size):
-            batch = Batch.of(ordered[start : start + batch_size], 0, device)
-            taught = teacher.score(batch)
+            batch = Batch.from_examples(ordered[start : start + batch_size], 0, device)
+            taught = teacher.score(batch).cut(vocabulary)
             found: list[dict[str, Tensor]] = []
 
             def look(student: Scores, taught: Scores = taught, found: list[dict[str, Tensor]] = found) -> Tensor:
                 found.append(differences(taught, student))
                 return student.tokens.float()
 
-            score(model, batch, look, vocabulary=vocabulary, project=projects)
+            score(model, batch, look, vocabulary=vocabulary, fused=projects)
             yield batch, found[0]
     finally:
         model.train(was_training)
@@ -109,17 +111,17 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
 
     A teacher that is known by its top tokens only does not tell the latter three.
     """
-    if isinstance(teacher.source, TopK) or isinstance(student.source, TopK):
-        return compare(teacher, student)
-    vocabulary = min(teacher.source.vocabulary, student.source.vocabulary)
-    p, q = teacher.source.cut(vocabulary), student.source.cut(vocabulary)
-    size = chunk_rows(vocabulary)
+    if isinstance(teacher.distribution, TopK) or isinstance(student.distribution, TopK):
+        return divergence_metrics(teacher, student)
+    p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
+    vocabulary = q.vocabulary
+    size = rows_per_tile(vocabulary)
     chunks = []
     for start in range(0, len(student.tokens), size):
         rows = slice(start, start + size)
         tokens, log_q = student.tokens[rows], q.log_probs(rows)
         log_p = p.log_probs(rows).to(log_q.device, log_q.dtype)
-        found = compare(Scores(tokens, Dense(log_p)), Scores(tokens, Dense(log_q)))
+        found = divergence_metrics(Scores(tokens, Dense(log_p)), Scores(tokens, Dense(log_q)))
         theirs, ours = (x.topk(min(TOP, vocabulary)).indices for x in (log_p, log_q))
         found["teacher_surprise"] = -log_p.gather(-1, tokens.to(log_p.device)[:, None])[:, 0]
         found["agreement"] = (theirs[:, 0] == ours[:, 0]).float()
@@ -131,4 +133,4 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
 def positions(batch: Batch) -> Tensor:
     """(N,) where in its response each response token stands, counted from 0."""
     first = batch.lengths.cumsum(0) - batch.lengths
-    return torch.arange(len(batch.tokens), device=batch.owner.device) - first[batch.owner]
+    return torch.arange(len(batch.tokens), device=batch.sequence_ids.device) - first[batch.sequence_ids]

@@ -21,8 +21,8 @@ from ..data.formats import Row
 from ..metrics.exact_match import exact_match
 from ..metrics.final_answer import final_answer, is_correct
 from ..rollout import Rollout
-from ..scores import COMPARED, Knowledge
-from ..teacher import Teacher
+from ..scores import DIVERGENCE_METRICS
+from ..teacher import Capability, Teacher
 from .distance import distances
 from .exposure_bias import exposure_bias
 from .responses import Answer, Pace, Written, write_answers
@@ -124,7 +124,7 @@ def distance(
 ) -> dict[str, float]:
     """The means over all response tokens of what `scores.compare` says of model and teacher."""
     means = distances(model, teacher, examples, vocabulary, batch_size).means()
-    return {name: means[name] for name in COMPARED}
+    return {name: means[name] for name in DIVERGENCE_METRICS}
 
 
 def _check(
@@ -151,7 +151,7 @@ def _check(
     settings = [getattr(rollout, name, value) for name, value in _UNALTERED.items()]
     if len(seeds) > 1 and settings[0] == 0:
         raise ValueError("greedy answers do not depend on the seed: give one seed, or a temperature above 0")
-    if exposure and (teacher is None or teacher.gives < Knowledge.MODEL):
+    if exposure and (teacher is None or Capability.MODEL not in teacher.provides):
         raise ValueError("exposure bias needs a teacher that can write: give a local one")
     if exposure and settings != list(_UNALTERED.values()):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ..models.student import (
+from ..models.load import (
     all_stop_ids,
     check_tokenizers,
     check_vocabulary,
@@ -66,8 +66,8 @@ def judge(question: Question, progress: Progress | None = None) -> Evaluation:
     options: dict[str, Any] = {"metrics": question.metrics, "exposure": question.exposure, "output": question.output}
     if question.teacher is not None:
         with loading("model", question.teacher):
-            options["teacher"] = LocalTeacher(resolve(question.teacher), vocabulary=len(tokenizer))
-        options["teacher"].beside(device)
+            options["teacher"] = LocalTeacher(resolve(question.teacher))
+        options["teacher"].to(device)
     rollout.stop_ids = all_stop_ids(tokenizer, student)
     if question.at_once is None:
         options["at_once"] = 64 if device.type == "cpu" else 256

@@ -59,7 +59,7 @@ def exposure_bias(
         """(prompts, L) the mean KL summed up to each position, and (L,) the samples alive."""
         sums, alive = torch.zeros(2, len(rows), length, dtype=torch.float64)
         for batch, values in compared(model, teacher, samples, vocabulary, batch_size):
-            prompt = torch.tensor([place[e.row] for e in batch.examples])[batch.owner.cpu()]
+            prompt = torch.tensor([place[e.row] for e in batch.examples])[batch.sequence_ids.cpu()]
             where = (prompt, positions(batch).cpu())
             kl = values["forward_kl"].double().cpu()
             sums.index_put_(where, kl, accumulate=True)

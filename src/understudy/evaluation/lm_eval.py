@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..models.student import load_model, load_tokenizer
+from ..models.load import load_model, load_tokenizer
 from ..registry import UnknownName, did_you_mean
 from .evaluate import Evaluation
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..fused_linear.tiles import Compiled
-from ..scores import without_adapters
+from ..fused_linear.compiling import CompiledFunction
+from ..models.adapters import without_adapters
 from .kv_cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
 
 _STEP = 32  # a compiled forward looks at a multiple of so many positions
@@ -97,4 +97,4 @@ def _look(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]
     return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-_compiled = Compiled(_look, "the model cannot be compiled here, which makes writing slower")
+_compiled = CompiledFunction(_look, "the model cannot be compiled here, which makes writing slower")

@@ -10,23 +10,23 @@ With a reward r the same samples serve reinforcement learning as well (Eq. 5): m
 by −(1−α) (r − r̄) Σ_t log q(y_t) + α D per response: the reward is differentiated through the policy (score function, r̄
 the mean reward of the other responses to the prompt), the divergence is not differentiated through sampling.
 
-The student learns on its own responses, where its mistakes are. Sampling is not differentiated: the responses are ids.
-Prerequisite (the paper's, too): a student that already writes sensible text, so warm it up with `sft` first.
+The student is trained on its own responses, where its mistakes are. Sampling is not differentiated: responses are ids.
+As in the paper the student must generate sensible text already: warm it up with `sft` first.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, JensenShannon
-from ..method import Method
+from ..method import Method, MethodContext, for_divergence
 from ..reward import Reward
 from ..rollout import Writers
 from ..scores import Scores
 from ..step import Step
+from ..teacher import Capability, Teacher
 
 
 @dataclass
@@ -36,7 +36,7 @@ class GKD(Method):
     paper: ClassVar[str] = "Agarwal et al., ICLR 2024, https://arxiv.org/abs/2306.13649"
 
     on_policy: float = 1.0  # λ, the share of training on the student's own responses
-    mix: Literal["step", "example"] = "step"  # is λ's coin thrown for a whole step (the paper) or for each example?
+    mix: Literal["step", "example"] = "step"  # is λ's coin tossed for a whole step (the paper) or for each example?
     divergence: Divergence = field(default_factory=JensenShannon)
     reduction: Reduction = "sequence"
     distillation: float = 1.0  # α, of the divergence; 1 − α is the reward's
@@ -56,31 +56,31 @@ class GKD(Method):
 
     @property
     def authors(self) -> frozenset[Author]:
-        wanted: dict[Author, bool] = {"dataset": self.on_policy < 1, "student": self.on_policy > 0}
-        return frozenset(author for author, is_wanted in wanted.items() if is_wanted)
+        uses: dict[Author, bool] = {"dataset": self.on_policy < 1, "student": self.on_policy > 0}
+        return frozenset(author for author, is_used in uses.items() if is_used)
 
     @property
-    def watched(self) -> tuple[str, ...]:
-        return () if self.reward is None else self.reward.names
+    def requires(self) -> frozenset[Capability]:
+        return for_divergence(self.divergence)
 
-    def prepare(self, teacher: Any, tokenizer: Any, learning_rate: float) -> Any:
-        self._tokenizer = tokenizer
-        return teacher
+    def setup(self, context: MethodContext) -> Teacher | None:
+        self._tokenizer = context.tokenizer
+        return context.teacher
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        def own(example: Example) -> bool:
+        def is_on_policy(example: Example) -> bool:
             names = ("on_policy",) if self.mix == "step" else ("on_policy", example.row)
             return step.uniform(*names) < self.on_policy
 
-        kept = [e for e in examples if not own(e)]
-        asked = [e for e in examples if own(e)]
-        # Under a sharded student all processes write together: one that has nothing to ask must not stay away.
-        writes = asked or (self.mix == "example" and self.on_policy > 0)
-        written = writers.student.generate(asked, step) if writes else []
-        return kept + (written if self.reward is None else self.reward.judge(written, self._tokenizer))
+        fixed = [e for e in examples if not is_on_policy(e)]
+        prompts = [e for e in examples if is_on_policy(e)]
+        # Under a sharded student all processes generate together, also one that has no prompts at this step.
+        generates = prompts or (self.mix == "example" and self.on_policy > 0)
+        responses = writers.student(prompts, step) if generates else []
+        return fixed + (responses if self.reward is None else self.reward.score(responses, self._tokenizer))
 
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
-        value = self.divergence.between(teacher, student)
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
+        value = teacher.divergence_to(student, self.divergence)
         if self.distillation == 1:
             return value
         return self.distillation * value + (1 - self.distillation) * self._policy_loss(student, batch)
@@ -88,10 +88,10 @@ class GKD(Method):
     @staticmethod
     def _policy_loss(student: Scores, batch: Batch) -> Tensor:
         """(N,) −|y| (r − r̄) log q(y_t), whose means over tokens are −(r − r̄) log q(y)."""
-        advantage = torch.tensor([e.advantage for e in batch.examples], device=batch.owner.device)
-        factor = (advantage * batch.lengths)[batch.owner]
-        weights = None if student.weights is None else student.weights * factor
-        return -factor * replace(student, weights=weights).chosen
+        factor = batch.stream("advantage") * batch.lengths[batch.sequence_ids]
+        return -factor * student.reweighted(factor).chosen
 
-    def observe(self, student: Scores, teacher: Scores, batch: Batch) -> dict[str, Tensor]:
-        return {name: torch.tensor([e.rewards[name] for e in batch.examples]) for name in self.watched}
+    def metrics(self, teacher: Scores, student: Scores, batch: Batch) -> dict[str, Tensor]:
+        """The rewards of the responses, whole and in parts."""
+        names = () if self.reward is None else self.reward.names
+        return {name: batch.per_sequence(batch.stream(name)) / batch.lengths for name in names}

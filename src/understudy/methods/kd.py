@@ -2,7 +2,7 @@
 
     L = E_{(x,y)~data} [ (1−ρ) D(p‖q)(y|x) − ρ log q(y|x) ]
 
-The student sees the teacher's whole distribution, but only at the dataset's prefixes, never at its own.
+The student is trained on the teacher's whole distribution, but only at prefixes from the dataset, never at its own.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..batch import Batch, Reduction
 from ..divergences import Divergence, ForwardKL
-from ..method import Method
+from ..method import Method, for_divergence
 from ..scores import Scores
+from ..teacher import Capability
 
 
 @dataclass
@@ -32,6 +33,10 @@ class KD(Method):
                 f"kd needs sft_weight in [0, 1), not {self.sft_weight}; for labels alone use the method sft"
             )
 
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
-        loss = self.divergence.between(teacher, student)
+    @property
+    def requires(self) -> frozenset[Capability]:
+        return for_divergence(self.divergence)
+
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
+        loss = teacher.divergence_to(student, self.divergence)
         return (1 - self.sft_weight) * loss - self.sft_weight * student.chosen if self.sft_weight else loss

@@ -1,6 +1,6 @@
 """PromptKD (Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842): a teacher that adapts to its student.
 
-A few soft prompt tokens P before the frozen teacher's input are all that is trained of it. With y ~ sg[q](·|x) a step
+A few soft prompt tokens P in front of the teacher's input are trained; the teacher is frozen. With y ~ sg[q](·|x) a step
 
     updates P on   KL(p_P ‖ sg q) + c_k KL(p_P ‖ sg p),    c_k = c_0 (1 − k/K)             (p_P is the prompted teacher)
     updates q on   KL(q ‖ sg p_P)                           with the prompt just updated.
@@ -26,11 +26,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
-from ..method import Method
+from ..method import Method, MethodContext
+from ..models.forward import score, score_no_grad
+from ..models.parity import can_fuse
 from ..rollout import Writers
-from ..scores import Knowledge, Scores, can_project, opinion, score
+from ..scores import Scores
 from ..step import Step
-from ..teacher import Teacher
+from ..teacher import Capability, Teacher
 
 logger = logging.getLogger(__name__)
 Direction = Literal["prompted_first", "prompted_last"]
@@ -43,7 +45,7 @@ class PromptKD(Method):
     paper: ClassVar[str] = "Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842"
 
     prompt_tokens: int = 7  # m
-    prompt: str = "Suppose you are a student."  # its tokens' embeddings, repeated or cut to m, are where P begins
+    prompt: str = "Suppose you are a student."  # its tokens' embeddings, repeated or cut to m, initialise P
     initialize: Literal["text", "random", "pad"] = "text"
     regularization: float = 1.0  # c_0
     guidance: Direction = "prompted_first"  # KL(p_P‖q), or KL(q‖p_P) with prompted_last
@@ -61,35 +63,37 @@ class PromptKD(Method):
         if self.prompt_tokens < 0:
             raise ValueError(f"promptkd needs prompt_tokens of at least 0, not {self.prompt_tokens}")
         self._teacher: Any = None  # the PromptedTeacher, once there is one
-        self._student_projects: bool | None = None
+        self._student_fused: bool | None = None
 
     @property
-    def needs(self) -> Knowledge:
-        return Knowledge.MODEL
+    def requires(self) -> frozenset[Capability]:
+        return frozenset({Capability.MODEL, Capability.FULL})
 
     @property
     def authors(self) -> frozenset[Author]:
         return frozenset({"student"})
 
     @property
-    def context(self) -> int:
+    def teacher_prefix_tokens(self) -> int:
         return self.prompt_tokens
 
-    def prepare(self, teacher: Any, tokenizer: Any, learning_rate: float) -> "PromptedTeacher":
+    def setup(self, context: MethodContext) -> "PromptedTeacher":
+        teacher: Any = context.teacher
         embeddings = teacher.model.get_input_embeddings().weight
-        self._teacher = PromptedTeacher(teacher, nn.Parameter(self._initial(embeddings, tokenizer)), self.checkpointing)
+        prompt = nn.Parameter(self._initial_prompt(embeddings, context.tokenizer))
+        self._teacher = PromptedTeacher(teacher, prompt, self.checkpointing)
         self._optimizer = torch.optim.AdamW(
             [self._teacher.prompt],
-            lr=self.prompt_lr or learning_rate,
+            lr=self.prompt_lr or context.learning_rate,
             weight_decay=self.prompt_weight_decay,
         )
         self._rate = self._optimizer.param_groups[0]["lr"]
-        self._tokenizer = tokenizer
+        self._tokenizer, self._vocabulary = context.tokenizer, context.vocabulary
         added, size = self._teacher.prompt.numel(), sum(p.numel() for p in teacher.model.parameters())
         logger.info("the soft prompt adds %s parameters, %.2g %% of the teacher's %s", added, 100 * added / size, size)
         return self._teacher
 
-    def _initial(self, embeddings: Tensor, tokenizer: Any) -> Tensor:
+    def _initial_prompt(self, embeddings: Tensor, tokenizer: Any) -> Tensor:
         """(m, D) in float32."""
         if self.initialize == "random":
             generator = torch.Generator().manual_seed(0)
@@ -101,60 +105,60 @@ class PromptKD(Method):
         return embeddings.detach()[torch.tensor(ids, dtype=torch.long, device=embeddings.device)].float().clone()
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        return writers.student.generate(examples, step)
+        return writers.student(examples, step)
 
     def coefficient(self, k: int, total: int) -> float:
         """c_k of optimizer step k, counted from 1: linear from c_0 to 0 at the run's last step."""
         return self.regularization * max(0.0, 1 - k / total) if total else self.regularization
 
-    def before_step(self, batches: list[Batch], student: Any, teacher: Any, step: Step) -> None:
+    def before_step(self, batches: list[Batch], teacher: Any, student: Any, step: Step) -> None:
         """Update the prompt, with the student frozen, on the micro-batches that the student is about to see."""
         if not self.prompt_tokens:
             return
         prompt = self._teacher.prompt
         coefficient = self.coefficient(step.number + 1, step.total)
         prompt.grad = torch.zeros_like(prompt)
-        units = 0
+        normalizer = 0
         for batch in batches:
             self._add_gradient(batch, student, coefficient)
-            units += batch.units(self.reduction)
+            normalizer += batch.normalizer(self.reduction)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = torch.tensor(float(units), device=prompt.device)
+            count = torch.tensor(float(normalizer), device=prompt.device)
             torch.distributed.all_reduce(prompt.grad)
             torch.distributed.all_reduce(count)
-            units = float(count)
-        prompt.grad /= units
+            normalizer = float(count)
+        prompt.grad /= normalizer
         nn.utils.clip_grad_norm_([prompt], self.prompt_clip)
-        warmth = min(1.0, (step.number + 1) / self.prompt_warmup) if self.prompt_warmup else 1.0
-        self._optimizer.param_groups[0]["lr"] = self._rate * warmth
+        warmup = min(1.0, (step.number + 1) / self.prompt_warmup) if self.prompt_warmup else 1.0
+        self._optimizer.param_groups[0]["lr"] = self._rate * warmup
         self._optimizer.step()
 
     def _add_gradient(self, batch: Batch, student: Any, coefficient: float) -> Tensor:
         """Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] over the batch's tokens; the prompt's gradient grows by its own."""
-        wanted = self._student_says(student, batch)
-        plain = self._teacher.plain.score(batch) if coefficient else None
+        student_scores = self._student_scores(student, batch)
+        plain = self._teacher.plain.score(batch).cut(self._vocabulary) if coefficient else None
         weights = batch.weights(self.reduction)
 
         def loss(prompted: Scores) -> Tensor:
-            value = _toward(wanted, prompted, self.guidance)
+            value = _kl(student_scores, prompted, self.guidance)
             if plain is not None:
-                value = value + coefficient * _toward(plain, prompted, self.anchor)
+                value = value + coefficient * _kl(plain, prompted, self.anchor)
             return (weights.to(value.device) * value).sum()
 
-        return self._teacher.backward(batch, loss, weights, self.teacher_dropout)
+        return self._teacher.backward(batch, loss, weights, self._vocabulary, self.teacher_dropout)
 
-    def _student_says(self, student: Any, batch: Batch) -> Scores:
+    def _student_scores(self, student: Any, batch: Batch) -> Scores:
         """The student's Scores as constants, without dropout."""
-        if self._student_projects is None:
-            self._student_projects = can_project(student)
+        if self._student_fused is None:
+            self._student_fused = can_fuse(student)
         was_training = student.training
         student.eval()
-        said = opinion(student, batch, vocabulary=self._teacher.plain.vocabulary, project=self._student_projects)
+        scores = score_no_grad(student, batch, vocabulary=self._vocabulary, fused=self._student_fused)
         student.train(was_training)
-        return said
+        return scores
 
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
-        return self.divergence.between(teacher, student)
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
+        return teacher.divergence_to(student, self.divergence)
 
     def state_dict(self) -> dict[str, Tensor]:
         if self._teacher is None:
@@ -205,7 +209,7 @@ class PromptKD(Method):
 class PromptedTeacher(Teacher):
     """A frozen local teacher behind a soft prompt."""
 
-    gives: ClassVar[Knowledge] = Knowledge.MODEL
+    provides: ClassVar[frozenset[Capability]] = frozenset(Capability)
 
     def __init__(self, plain: Any, prompt: nn.Parameter, checkpointing: bool) -> None:
         self.plain, self.prompt, self.model = plain, prompt, plain.model
@@ -213,25 +217,25 @@ class PromptedTeacher(Teacher):
             _recompute_layers(self.model)
 
     def score(self, batch: Batch) -> Scores:
-        return opinion(self.model, self._fitting(batch), prefix=self.prompt.detach(), **self._how())
+        batch = self._checked(batch)
+        return score_no_grad(self.model, batch, soft_prompt=self.prompt.detach(), fused=self.plain.fused)
 
-    def _how(self) -> dict[str, Any]:
-        """As the plain teacher is scored."""
-        return {"vocabulary": self.plain.vocabulary, "project": self.plain.projects}
-
-    def backward(self, batch: Batch, then: Any, weights: Tensor, dropout: bool) -> Tensor:
-        """What `then` makes of the prompted teacher's Scores, as a constant; the prompt's gradient grows by its own."""
-        batch = self._fitting(batch)
+    def backward(self, batch: Batch, then: Any, weights: Tensor, vocabulary: int, dropout: bool) -> Tensor:
+        """`then` of the prompted teacher's Scores, as a constant; its gradient is added to the prompt's."""
+        batch = self._checked(batch)
         weights = weights.to(batch.input_ids.device)
         self.model.train(dropout)  # until the backward pass is over, which may run layers again
         try:
-            loss = score(self.model, batch, then, weights=weights, prefix=self.prompt, **self._how())
+            options = {"vocabulary": vocabulary, "weights": weights, "fused": self.plain.fused}
+            loss = score(self.model, batch, then, soft_prompt=self.prompt, **options)
             loss.backward()
             return loss.detach()
         finally:
             self.model.eval()
 
-    def _fitting(self, batch: Batch) -> Batch:
+    def _checked(self, batch: Batch) -> Batch:
+        """The batch as the teacher reads it, on its device; refused where it does not fit behind the prompt."""
+        batch = batch.as_read_by_teacher()
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         width = batch.input_ids.shape[1] + len(self.prompt)
         if window is not None and width > window:
@@ -254,6 +258,6 @@ def _recompute_layers(model: Any) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _toward(target: Scores, prompted: Scores, direction: Direction) -> Tensor:
-    """(N,) KL(prompted‖target), or KL(target‖prompted); the prompted teacher is what is trained, the student's role."""
-    return (ReverseKL() if direction == "prompted_first" else ForwardKL()).between(target, prompted)
+def _kl(target: Scores, prompted: Scores, direction: Direction) -> Tensor:
+    """(N,) KL(prompted‖target), or KL(target‖prompted); the prompted teacher is the one that is trained."""
+    return target.divergence_to(prompted, ReverseKL() if direction == "prompted_first" else ForwardKL())

@@ -2,9 +2,9 @@
 
     L = −E_{x~data, y~p(·|x)} log q(y|x)
 
-The teacher answers every prompt once and the student imitates the answers: the forward KL between whole sequences, up
-to a constant. The scripts that MiniLLM and PromptKD call SeqKD add the teacher's distribution on these answers:
-`soft_weight=0.5` is that hybrid.
+The teacher generates a response to every prompt once and the student imitates the responses: the forward KL between
+whole sequences, up to a constant. The scripts that MiniLLM and PromptKD call SeqKD add the teacher's distribution on
+these responses: `soft_weight=0.5` is that hybrid.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,14 @@ from ..batch import Author, Batch, Example, Reduction
 from ..divergences import ForwardKL
 from ..method import Method
 from ..rollout import Writers
-from ..scores import Knowledge, Scores
+from ..scores import Scores
 from ..step import Step
+from ..teacher import Capability
 
 
 @dataclass
 class SeqKD(Method):
-    """Imitation of the teacher's answers; `soft_weight` mixes in KL(p‖q) on them."""
+    """Maximum likelihood of the teacher's responses; `soft_weight` mixes in KL(p‖q) on them."""
 
     paper: ClassVar[str] = "Kim and Rush, EMNLP 2016, https://arxiv.org/abs/1606.07947"
 
@@ -34,18 +35,18 @@ class SeqKD(Method):
             raise ValueError(f"seqkd needs soft_weight between 0 and 1, not {self.soft_weight}")
 
     @property
-    def needs(self) -> Knowledge:
-        return Knowledge.DISTRIBUTION if self.soft_weight else Knowledge.NOTHING
+    def requires(self) -> frozenset[Capability]:
+        return frozenset({Capability.TOP_K} if self.soft_weight else ())
 
     @property
     def authors(self) -> frozenset[Author]:
         return frozenset({"teacher"})
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        return writers.teacher.generate(examples, step)
+        return writers.teacher(examples, step)
 
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
         hard = -student.chosen
         if not self.soft_weight:
             return hard
-        return (1 - self.soft_weight) * hard + self.soft_weight * ForwardKL().between(teacher, student)
+        return (1 - self.soft_weight) * hard + self.soft_weight * teacher.divergence_to(student, ForwardKL())

@@ -12,20 +12,21 @@ from torch import Tensor
 
 from ..batch import Batch, Reduction
 from ..method import Method
-from ..scores import Knowledge, Scores
+from ..scores import Scores
+from ..teacher import Capability
 
 
 @dataclass
 class SFT(Method):
-    """Maximum likelihood; needs no teacher."""
+    """Maximum likelihood of the dataset's responses; needs no teacher."""
 
     paper: ClassVar[str] = "the baseline of MiniLLM (Gu et al., ICLR 2024), https://arxiv.org/abs/2306.08543"
 
     reduction: Reduction = "token"
 
     @property
-    def needs(self) -> Knowledge:
-        return Knowledge.NOTHING
+    def requires(self) -> frozenset[Capability]:
+        return frozenset()
 
-    def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
+    def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
         return -student.chosen

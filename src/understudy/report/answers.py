@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from ..batch import Batch, Example
-from ..models.student import all_stop_ids, check_tokenizers, load_config, load_model, load_tokenizer, window_of
+from ..models.forward import score_no_grad
+from ..models.load import all_stop_ids, check_tokenizers, load_config, load_model, load_tokenizer, window_of
+from ..models.parity import can_fuse
 from ..recipe import Recipe, load
 from ..rollouts.generate import GenerateRollout
 from ..run.distill import load_data
-from ..scores import Scores, can_project, compare, opinion
+from ..scores import Scores, divergence_metrics
 from ..step import Step
 from .content import finite, reference_folders, reference_models
 from .folders import RunFolder, dig, read_lines
@@ -123,11 +125,11 @@ def disagreement(student: Any, teacher: Any, answer: Example, tokenizer: Any) ->
     `reverse_kl` of the whole distributions there, and `likeliest` and `likeliest_p`, the teacher's own choice. A
     character of several tokens is one piece, whose numbers are sums: the chain rule's.
     """
-    batch = Batch.of([answer], 0, student.get_input_embeddings().weight.device)
+    batch = Batch.from_examples([answer], 0, student.get_input_embeddings().weight.device)
     size = len(tokenizer)
-    p: Scores = opinion(teacher, batch, vocabulary=size, project=can_project(teacher))
-    q: Scores = opinion(student, batch, vocabulary=size, project=can_project(student))
-    apart = {name: values.tolist() for name, values in compare(p, q).items() if name.endswith("kl")}
+    p: Scores = score_no_grad(teacher, batch, vocabulary=size, fused=can_fuse(teacher))
+    q: Scores = score_no_grad(student, batch, vocabulary=size, fused=can_fuse(student))
+    apart = {name: values.tolist() for name, values in divergence_metrics(p, q).items() if name.endswith("kl")}
     top = p.log_probs.max(-1)
     chosen = {"student": q.chosen.tolist(), "teacher": p.chosen.tolist(), **apart}
     pieces: list[dict[str, Any]] = []

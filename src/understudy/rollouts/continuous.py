@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching import cb_logits_processors as 
 
 from ..batch import Author
 from ..generation.sampling import SamplingRollout, writing
-from ..scores import without_adapters
+from ..models.adapters import without_adapters
 
 NEEDS = (5, 23)  # of transformers, the first whose logits processors are known to work as this one does
 _SERVED = {"full_attention", "sliding_attention"}  # the kinds of layers that have a paged cache

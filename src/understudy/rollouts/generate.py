@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..fused_linear.tiles import current
+from ..fused_linear.tiles import current_tiling
 from ..generation.decoder import CompiledDecoder, Decoder
 from ..generation.sampling import SamplingRollout, writing
 
@@ -61,7 +61,7 @@ class GenerateRollout(SamplingRollout):
         return [_to_its_end(row, stop) for row in written[:, : position + 1].tolist()]
 
     def _compiles(self) -> bool:
-        return current().compiled if self.compiled is None else self.compiled
+        return current_tiling().compiled if self.compiled is None else self.compiled
 
 
 def _to_its_end(tokens: list[int], stop: set[int]) -> list[int]:

@@ -13,7 +13,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
@@ -33,30 +33,26 @@ from ..evaluation.evaluate import distance, evaluate
 from ..generation.response_cache import KeptAnswers
 from ..method import Method
 from ..methods import METHODS
-from ..models.student import (
+from ..models.load import (
     all_stop_ids,
     check_tokenizers,
     check_vocabulary,
     load_config,
-    load_student,
     load_tokenizer,
     loading,
-    student_config,
-    teacher_name,
-    tokenizer_name,
     window_of,
 )
-from ..playground.names import is_playground, resolve, rows
+from ..models.student import load_student, student_config, tokenizer_name
+from ..playground.names import is_playground, rows
 from ..recipe import Data, Recipe, RecipeError, checked
 from ..registry import did_you_mean
 from ..reward import Reward, RewardModel, function
 from ..rollouts import ROLLOUTS
-from ..scores import Knowledge
 from ..step import Step
-from ..teacher import Teacher
-from ..teachers import TEACHERS
+from ..teacher import Capability, Teacher
+from ..teachers import TEACHERS, check_provides
 from ..training.callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
-from ..training.trainer import DistillationTrainer, last_checkpoint
+from ..training.trainer import StudentTrainer, last_checkpoint
 from .folder import check_unchanged, claim, write
 from .summary import summarize
 
@@ -72,7 +68,7 @@ class Run:
     """Everything that a recipe describes, ready to train."""
 
     recipe: Recipe
-    trainer: DistillationTrainer
+    trainer: StudentTrainer
     teacher: Teacher | None  # as the recipe describes it; a method may train with it in a changed form
     tokenizer: Any
     folder: Path
@@ -127,51 +123,60 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     """Build what a recipe describes. Mistakes are looked for in the order of what finding them costs."""
     method: Method = recipe.build("method", METHODS, **_reward(recipe))
     rollout = recipe.build("rollout", ROLLOUTS)
-    wanted = method.needs > Knowledge.NOTHING or "teacher" in method.authors
-    if wanted and recipe.teacher is None:
+    uses_teacher = bool(method.requires) or "teacher" in method.authors
+    if uses_teacher and recipe.teacher is None:
         message = f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
         raise recipe.complaint("method", message)
-    if recipe.teacher is not None:
-        recipe.check("teacher", TEACHERS, vocabulary=0)
+    teacher: Teacher | None = None if recipe.teacher is None else recipe.build("teacher", TEACHERS)
+    with recipe.locating("teacher"):
+        try:
+            check_provides(teacher, method.requires, recipe.method[0])
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
 
     # From here on files are read, or fetched from the hub; weights come last.
-    name = teacher_name(recipe)
+    name = None if teacher is None else teacher.model_name
     with recipe.locating("student"):
-        tokenizer = load_tokenizer(tokenizer_name(recipe))
+        tokenizer = load_tokenizer(tokenizer_name(recipe, None if teacher is None else teacher.tokenizer_name))
         config = student_config(recipe, name)
         check_vocabulary(tokenizer, config, "the student has")
     configs = [config]
+    if teacher is not None and teacher.tokenizer_name is not None:
+        with recipe.locating("teacher"):
+            check_tokenizers(tokenizer, load_tokenizer(teacher.tokenizer_name))
     if name is not None:
         with recipe.locating("teacher"):
-            check_tokenizers(tokenizer, load_tokenizer(name))
-            if wanted:
+            if uses_teacher:
                 configs.append(load_config(name))
                 check_vocabulary(tokenizer, configs[-1], "the teacher has")
     writes = method.authors - {"dataset"}
     window = window_of(*configs)
-    window = None if window is None else window - method.context
-    train, held_out = _datasets(recipe, method, tokenizer, window, rollout.max_new_tokens if writes else 1)
+    window = None if window is None else window - method.teacher_prefix_tokens
+    train, held_out, corpus = _datasets(recipe, method, tokenizer, window, rollout.max_new_tokens if writes else 1)
 
     set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
     with recipe.locating("student"):
         student = load_student(recipe, config, name)
-    teacher = _teacher(recipe, len(tokenizer)) if wanted else None
+    teacher = teacher if uses_teacher else None
+    with recipe.locating("teacher"):
+        teacher_model = None if teacher is None else teacher.model  # loaded here, where mistakes have a place
     if rollout.stop_ids is None:
-        rollout.stop_ids = all_stop_ids(tokenizer, student, getattr(teacher, "model", None))
+        rollout.stop_ids = all_stop_ids(tokenizer, student, teacher_model)
     folder = Path(arguments.output_dir or ".")
     teacher_writer = None
     if "teacher" in writes and teacher is not None:
-        writer = copy.copy(rollout).follow(teacher.model, tokenizer, "teacher")
+        writer = copy.copy(rollout).follow(teacher_model, tokenizer, "teacher")
         teacher_writer = KeptAnswers(writer, folder / "teacher_answers.jsonl")
-    trainer = DistillationTrainer(
+    trainer = StudentTrainer(
         student,
         teacher,
         method,
         rollout,
         processing_class=tokenizer,
-        teacher_writer=teacher_writer,
-        judge=_judge(recipe, rollout, tokenizer, held_out) if recipe.evaluate.metrics else None,
+        teacher_rollout=teacher_writer,
+        response_metrics=_judge(recipe, rollout, tokenizer, held_out) if recipe.evaluate.metrics else None,
         budget=recipe.budget,
+        corpus=corpus,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
@@ -234,7 +239,7 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
     Returns the means of `scores.compare` over the answers' tokens; nothing where no teacher's distribution is known.
     """
     trainer, teacher = run.trainer, run.teacher
-    if teacher is None or teacher.gives < Knowledge.DISTRIBUTION:
+    if teacher is None or Capability.TOP_K not in teacher.provides:
         return {}
     source = run.held_out or run.train
     prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
@@ -308,7 +313,7 @@ def load_data(data: Data, tokenizer: Any, window: int | None, reserve: int) -> E
 
 def _datasets(
     recipe: Recipe, method: Method, tokenizer: Any, window: int | None, reserve: int
-) -> tuple[Examples, Examples | None]:
+) -> tuple[Examples, Examples | None, Sequence[Example]]:
     """What is trained on and, where the recipe names it, what is held out."""
     look = recipe.evaluate
     other = {"dataset": look.dataset, "split": look.split, "name": look.name, "limit": look.limit}
@@ -317,16 +322,17 @@ def _datasets(
         held_out = None
         if look.dataset is not None:
             held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
+    corpus: Sequence[Example] = ()
     if recipe.corpus is not None:
-        if method.corpus is None:
+        if not method.uses_corpus:
             raise recipe.complaint("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
         texts = recipe.corpus.model_copy(update={"text_prompt": 1})
         with recipe.locating("corpus"):
-            method.corpus = load_data(texts, tokenizer, window, 1).examples
+            corpus = load_data(texts, tokenizer, window, 1).examples
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])
-    return train, held_out
+    return train, held_out, corpus
 
 
 def save_student(run: Run) -> None:
@@ -345,12 +351,3 @@ def save_student(run: Run) -> None:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     trainer.accelerator.wait_for_everyone()
-
-
-def _teacher(recipe: Recipe, vocabulary: int) -> Any:
-    assert recipe.teacher is not None
-    name, fields = recipe.teacher
-    place = fields.get("model", name)
-    located = recipe.model_copy(update={"teacher": (name, {**fields, "model": resolve(place)})})
-    with recipe.locating("teacher"), loading("model", place):
-        return located.build("teacher", TEACHERS, vocabulary=vocabulary)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
-    from ..training.trainer import DistillationTrainer
+    from ..training.trainer import StudentTrainer
     from .distill import Run
 
 
@@ -56,7 +56,7 @@ def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) ->
     }
 
 
-def _budget(trainer: "DistillationTrainer") -> dict[str, Any] | None:
+def _budget(trainer: "StudentTrainer") -> dict[str, Any] | None:
     """The `tokens` or `seconds` that could be spent, what was `spent` of them, and what the run was `ended_by`."""
     spending, state = trainer.spending, trainer.state
     budget = spending.budget

@@ -1,6 +1,22 @@
-"""One kind of teacher, one file; the file's name is the teacher's name."""
+"""Teachers: one kind, one file; the file's name is the teacher's name in a recipe."""
 
 from ..registry import Registry
-from ..teacher import Teacher
+from ..teacher import Capability, Teacher, describe
 
 TEACHERS: Registry[Teacher] = Registry("teacher", __name__, Teacher)
+
+
+def check_provides(teacher: Teacher | None, required: frozenset[Capability], method: str) -> None:
+    """Refuse a teacher that does not provide what a method requires.
+
+    Raises:
+        ValueError: naming what the method requires, and the teachers that provide it.
+    """
+    if required <= (frozenset() if teacher is None else teacher.provides):
+        return
+    given = "there is no teacher" if teacher is None else f"this teacher provides {describe(teacher.provides)}"
+    suitable = [name for name in TEACHERS.names() if TEACHERS.get(name).provides >= required]
+    raise ValueError(
+        f"{method} requires a teacher that provides {describe(required)}, and {given}; choose another method, or one "
+        f"of the teachers that provide it: {', '.join(suitable)}"
+    )

@@ -33,7 +33,7 @@ class AdvanceMethod(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         total = self.spending.foreseen(state.global_step, state.max_steps)
-        self.method.advance(Step(state.global_step, args.seed, total))
+        self.method.after_step(Step(state.global_step, args.seed, total))
 
 
 class KeepToBudget(TrainerCallback):

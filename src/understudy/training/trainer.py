@@ -1,15 +1,15 @@
-"""The loop: collect what to train on, then learn from it.
+"""The distillation trainer: `transformers.Trainer` with a teacher, a method and a rollout.
 
 `transformers.Trainer` brings distribution (DDP, FSDP2, DeepSpeed through Accelerate), resuming, schedules, loggers,
 PEFT and the hub. Two of its public hooks are the whole algorithm:
 
-    get_batch_samples   once per optimizer step, before its forwards: the window's examples are drawn, the method says
-                        what to train on instead, this is dealt into micro-batches, and its units are counted
+    get_batch_samples   once per optimizer step, before its forwards: examples are drawn from the dataset, the method
+                        collects what to train on, this is split into micro-batches, and its normalizer is computed
     compute_loss        once per micro-batch: the teacher scores it just in time, and the student's forward returns the
                         loss in place of logits
 
-The loss of an optimizer step is Σ weight · value over all its tokens on all processes ÷ their units, so that it does
-not depend on how the step is cut into micro-batches and processes.
+The loss of an optimizer step is Σ weight · value over all its tokens on all processes ÷ their normalizer, so that it
+does not depend on how the step is split into micro-batches and processes.
 """
 
 import copy
@@ -27,36 +27,42 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..batch import Batch, Example, deal
+from ..batch import Batch, Example, micro_batches
 from ..budget import Budget, Spending, paced
-from ..fused_linear.tiles import pays_to_compile, tiling
-from ..method import Method
+from ..fused_linear.compiling import compiling_pays_off
+from ..fused_linear.tiles import tiling
+from ..method import Method, MethodContext
+from ..models.forward import score
+from ..models.parity import can_fuse
 from ..rollout import Rollout, Writers
-from ..scores import COMPARED, Knowledge, Scores, can_project, compare, score
+from ..scores import DIVERGENCE_METRICS, Scores, divergence_metrics
 from ..step import Step
-from ..teacher import Teacher
+from ..teacher import Capability, Teacher
+from ..teachers import check_provides
 from .callbacks import AdvanceMethod, KeepToBudget, RefuseBrokenGradients, ShowProgress
 from .step_metrics import Window
 
 STATE_FILE = "distillation.safetensors"
 
 
-class DistillationTrainer(Trainer):
+class StudentTrainer(Trainer):
     """Distils a teacher into a student by a method.
 
     Args:
         student: a causal language model of transformers, with or without PEFT adapters.
-        teacher: who scores; None for methods that need no scores.
+        teacher: scores the responses; None for methods that need no scores.
         method: what to train on and what to minimise.
-        rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
+        rollout: generates the student's responses (and, if the teacher is a live model, the teacher's).
         processing_class: the tokenizer that student and teacher share; required.
-        teacher_writer: writes the teacher's responses instead of the rollout.
-        judge: from the student to further metrics, which `evaluate` returns, too.
-        budget: what the run may spend; it ends where this or its steps do, and its schedules end with it.
+        teacher_rollout: generates the teacher's responses instead of the rollout.
+        response_metrics: from the student to further metrics, which `evaluate` returns as well.
+        budget: the tokens or seconds that the run may spend; it ends when this or its steps are used up, and its
+            schedules end with it.
+        corpus: plain texts for methods with a language-modelling loss, their first token as the prompt.
         kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole optimizer step itself
+    loss_is_scaled_for_ga = True  # compute_loss divides by the normalizer of the whole optimizer step itself
 
     def __init__(
         self,
@@ -67,32 +73,33 @@ class DistillationTrainer(Trainer):
         *,
         processing_class: Any,
         args: TrainingArguments | None = None,
-        teacher_writer: Rollout | None = None,
-        judge: Callable[[nn.Module], dict[str, float]] | None = None,
+        teacher_rollout: Rollout | None = None,
+        response_metrics: Callable[[nn.Module], dict[str, float]] | None = None,
         budget: Budget | None = None,
+        corpus: Sequence[Example] = (),
         callbacks: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
         if args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
-        _check(method, teacher)
+        check_provides(teacher, method.requires, type(method).__name__)
         if not any(parameter.requires_grad for parameter in student.parameters()):
-            same = getattr(teacher, "model", None) is student
+            same = teacher is not None and teacher.model is student
             why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
             raise ValueError(f"there is nothing to train in the student: {why}")
         args.remove_unused_columns = False  # rows are Examples, not columns
         args.dataloader_pin_memory = False  # nor tensors
-        args.logging_nan_inf_filter = False  # a loss that is not a number is an error here
+        args.logging_nan_inf_filter = False  # a loss that is NaN or infinite is an error here
         accelerator_config: Any = args.accelerator_config
-        accelerator_config.dispatch_batches = False  # nor could they be sent to other processes as such
+        accelerator_config.dispatch_batches = False  # nor could they be sent to other processes
         self.spending = Spending(budget)
         if budget is not None:
             callbacks = [KeepToBudget(self.spending, self._first_process_s), *callbacks]
         super().__init__(
             model=student,
             args=args,
-            data_collator=cast(Any, list),  # examples stay ragged until Batch.of
+            data_collator=cast(Any, list),  # examples stay ragged until Batch.from_examples
             processing_class=processing_class,
             callbacks=[RefuseBrokenGradients(), AdvanceMethod(method, self.spending), *callbacks],
             **kwargs,
@@ -102,17 +109,17 @@ class DistillationTrainer(Trainer):
             self.remove_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(ShowProgress(spending=self.spending))
-        if teacher is not None:
-            teacher.beside(self.accelerator.device)
-            teacher = method.prepare(teacher, processing_class, args.learning_rate)
-        self.method, self.teacher, self.judge = method, teacher, judge
         self.vocabulary = len(processing_class)
+        if teacher is not None:
+            teacher.to(self.accelerator.device)
+        context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
+        self.method, self.teacher, self.response_metrics = method, method.setup(context), response_metrics
         self.pad = processing_class.pad_token_id
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
         self.window = self._new_window()
-        self._project = can_project(student)
-        self.writers = self._writers(rollout, teacher_writer)
+        self._fused = can_fuse(student)
+        self.writers = self._writers(rollout, teacher_rollout)
 
     @property
     def tokens_seen(self) -> int:
@@ -132,13 +139,13 @@ class DistillationTrainer(Trainer):
         warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
         return paced(scheduler, self.spending, num_training_steps, warmup)
 
-    def _writers(self, rollout: Rollout | None, teacher_writer: Rollout | None) -> Writers:
+    def _writers(self, rollout: Rollout | None, teacher_rollout: Rollout | None) -> Writers:
         if rollout is None:
             return Writers()
-        model = getattr(self.teacher, "model", None)
-        if teacher_writer is None and model is not None and "teacher" in self.method.authors:
-            teacher_writer = copy.copy(rollout).follow(model, self.processing_class, "teacher")
-        return Writers(rollout.follow(self.model, self.processing_class), teacher_writer)
+        teacher = self.teacher if "teacher" in self.method.authors else None
+        if teacher_rollout is None and teacher is not None and Capability.MODEL in teacher.provides:
+            teacher_rollout = copy.copy(rollout).follow(teacher.model, self.processing_class, "teacher")
+        return Writers(rollout.follow(self.model, self.processing_class), teacher_rollout)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         at, most = self.state.global_step, self.state.max_steps
@@ -152,16 +159,18 @@ class DistillationTrainer(Trainer):
         step = Step(at, self.args.seed, self.spending.foreseen(at, most))
         with self.window.spent("generate"):
             examples = self.method.collect(list(chain(*drawn)), self.writers, step)
-        batches = [Batch.of(part, self.pad, device) for part in deal(examples, len(drawn))]
+        batches = [Batch.from_examples(part, self.pad, device) for part in micro_batches(examples, len(drawn))]
         for batch in batches:
             self.window.saw(batch)
+        if self.teacher is not None and self.method.requires:
+            self.teacher.prefetch(batches)
         with self.window.spent("learn"):
-            self.method.before_step(batches, self.model, self.teacher, step)
-        counts = [sum(self.method.units(b) for b in batches), sum(len(b.tokens) for b in batches)]
+            self.method.before_step(batches, self.teacher, self.model, step)
+        counts = [sum(b.normalizer(self.method.reduction) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
-        units, tokens = self.accelerator.reduce(counts, reduction="sum")
+        normalizer, tokens = self.accelerator.reduce(counts, reduction="sum")
         self.spending.tokens += int(tokens)
-        return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], units
+        return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], normalizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.window.spent("learn"):
@@ -184,32 +193,38 @@ class DistillationTrainer(Trainer):
         return loss * (self.accelerator.num_processes / float(num_items_in_batch))
 
     def _weighted_loss(self, model: nn.Module, batch: Batch, diagnose: bool) -> Tensor:
-        """Σ weight · value over the batch's tokens; the divisor is the caller's."""
-        teacher: Any = None
-        if self.teacher is not None and self.method.needs > Knowledge.NOTHING:
+        """Σ weight · value over the batch's tokens; the caller divides by the normalizer."""
+        method, teacher = self.method, cast(Any, None)
+        if self.teacher is not None and method.requires:
             with self.window.spent("score"):
-                teacher = self.teacher.score(batch)
-        weights = self.method.weights(batch)
+                teacher = self.teacher.score(batch).cut(self.vocabulary)
+        weights = batch.weights(method.reduction)
 
         def loss(student: Scores) -> Tensor:
-            values = self.method.loss(student, teacher, batch)
-            if diagnose and teacher is not None:
-                if self.teacher is not None and self.teacher.gives >= Knowledge.DISTRIBUTION:
-                    self.window.observed(compare(teacher, student))
+            values = method.loss(teacher, student, batch)
+            if diagnose and self.teacher is not None and teacher is not None:
+                if Capability.TOP_K in self.teacher.provides:
+                    self.window.observed(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.window.observed(self.method.observe(student, teacher, batch))
-            return (weights * values).sum() if values.shape == weights.shape else values.sum()
+                    self.window.observed(method.metrics(teacher, student, batch))
+            per_token = values.shape == weights.shape and method.reduction != "pair"
+            return (weights * values).sum() if per_token else values.sum()
 
-        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return score(
-            model, batch, loss, head_of=bare, vocabulary=self.vocabulary, weights=weights, project=self._project
+            model,
+            batch,
+            loss,
+            unwrapped=self.accelerator.unwrap_model(model, keep_torch_compile=False),
+            vocabulary=self.vocabulary,
+            weights=None if method.late_weights else weights,
+            fused=self._fused,
         )
 
     def _new_window(self) -> Window:
-        return Window([*COMPARED, *self.method.watched])
+        return Window([*DIVERGENCE_METRICS])
 
     def _is_logged(self) -> bool:
-        """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
+        """Will this step's metrics be logged? Only then are the two models compared for logging."""
         every = max(int(self.state.logging_steps or 1), 1)
         step = self.state.global_step
         return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
@@ -223,42 +238,44 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The method's own objective on a fixed set, as in training but with the same draws every time.
+        """The method's own objective on a fixed set, as in training but with the same random numbers every time.
 
-        Returns `{prefix}_loss`; where the teacher scores, the means over tokens that training logs; and the judge's
-        metrics, each of which may be `metric_for_best_model`. All processes judge alike.
+        Returns `{prefix}_loss`; where the teacher scores, the means over tokens that training logs; and the
+        `response_metrics`, each of which may be `metric_for_best_model`. All processes get the same values.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
         examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
         training, self.window = self.window, self._new_window()  # evaluation has its own counts
-        remembered = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
-        total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        saved_state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
+        total, normalizer = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model = cast(nn.Module, self.model)
         model.eval()
         for start in range(0, len(examples), self.args.per_device_eval_batch_size):
             part = examples[start : start + self.args.per_device_eval_batch_size]
             part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
-            batch = Batch.of(part, self.pad, self.args.device)
+            batch = Batch.from_examples(part, self.pad, self.args.device)
             self.window.saw(batch)
             with self.compute_loss_context_manager():
                 total += self._weighted_loss(model, batch, diagnose=True)
-            units += self.method.units(batch)
+            normalizer += batch.normalizer(self.method.reduction)
         line = self.window.close(self.accelerator)
         self.window = training
-        if remembered:
-            self.method.load_state_dict(remembered)  # what it collected here was not for training
-        total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
-        line = {"loss": float(total / units)} | {name: v for name, v in line.items() if not name.startswith("seconds")}
-        line |= {} if self.judge is None else self.judge(model)
+        if saved_state:
+            self.method.load_state_dict(saved_state)  # what it collected here was not for training
+        total, normalizer = self.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
+        line = {"loss": float(total / normalizer)} | {
+            name: v for name, v in line.items() if not name.startswith("seconds")
+        }
+        line |= {} if self.response_metrics is None else self.response_metrics(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
         super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _pays_to_compile(self) -> bool:
-        """Decided from what the whole run is set to do, so that one that was interrupted goes on with the same numbers.
+    def _compiles(self) -> bool:
+        """Decided by the length of the whole run as it is set, so that a resumed run computes the same numbers.
 
         How long responses will be is not known; 64 tokens are taken.
         """
@@ -269,7 +286,7 @@ class DistillationTrainer(Trainer):
         tokens = 64 * examples
         if self.spending.budget is not None and self.spending.budget.tokens is not None:
             tokens = min(tokens, self.spending.budget.tokens)
-        return args.torch_compile or pays_to_compile(tokens, self.vocabulary, args.device.type)
+        return args.torch_compile or compiling_pays_off(tokens, self.vocabulary, args.device.type)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""
@@ -292,7 +309,7 @@ class DistillationTrainer(Trainer):
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
         self.window = self._new_window()
         try:
-            with tiling(compiled=self._pays_to_compile()):
+            with tiling(compiled=self._compiles()):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
@@ -313,12 +330,3 @@ def last_checkpoint(folder: str | Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-def _check(method: Method, teacher: Teacher | None) -> None:
-    if method.needs > Knowledge.NOTHING and (teacher is None or teacher.gives < method.needs):
-        gives = "there is no teacher" if teacher is None else f"this teacher gives {teacher.gives.name.lower()}"
-        raise ValueError(
-            f"{type(method).__name__} needs a teacher that gives {method.needs.name.lower()}, and {gives}; "
-            "choose another method, or a local teacher, which gives everything"
-        )

@@ -1,0 +1,46 @@
+"""torch.compile for hot functions: when it pays off, and a wrapper that falls back and says so."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+_LONG_RUN = 1e10  # elements (rows × V); runs that compare more of them win back the compile time several times over
+_log = logging.getLogger(__name__)
+
+
+def compiling_pays_off(rows: float, vocabulary: int, device: str = "cpu") -> bool:
+    """Is a run of `rows` rows long enough to win back the compile time, on a machine that has a compiler?"""
+    off = os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1" or os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"
+    compiler = find_spec("triton") if device == "cuda" else shutil.which(os.environ.get("CXX", "g++"))
+    return not off and compiler is not None and rows * vocabulary > _LONG_RUN
+
+
+class CompiledFunction:
+    """A function that is compiled at its first call, with `torch.compile`'s options.
+
+    If compiling fails, `warning` is logged once and `fallback` (default: the function itself) is called from then on.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], warning: str, fallback: Callable[..., Any] | None = None, **options: Any
+    ) -> None:
+        self._function, self._warning, self._options = function, warning, options
+        self._fallback = fallback or function
+        self._kernel: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        # imported here because it takes half a second, which only runs that compile should pay
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        self._kernel = self._kernel or torch.compile(self._function, **self._options)
+        try:
+            return self._kernel(*args)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            _log.warning("%s: %s", self._warning, str(error).partition("\n")[0])
+            self._kernel = self._fallback
+            return self._fallback(*args)

@@ -1,0 +1,100 @@
+"""Run a model on a batch and compute a loss where the logits would have been.
+
+For the duration of one forward, the loss replaces the output embedding's own forward: given the hidden states, it takes
+the rows that predict a response token, and what it returns takes the place of the logits. Prompts and padding never
+reach the vocabulary, and whatever wraps the model (DDP, FSDP2, DeepSpeed, PEFT) sees an ordinary forward.
+
+Shapes: N response tokens, V vocabulary, D width, m tokens of a soft prompt.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..fused_linear.distributions import Dense, Projected
+from ..fused_linear.head import Head, softmax_dtype
+from ..scores import Scores
+from .inputs import model_inputs
+from .logits import is_linear_head, refuse_nested_forward, without_logit_transform
+
+
+def score(
+    model: Any,
+    batch: Batch,
+    then: Callable[[Scores], Tensor],
+    *,
+    unwrapped: Any = None,
+    vocabulary: int | None = None,
+    weights: Tensor | None = None,
+    fused: bool = True,
+    soft_prompt: Tensor | None = None,
+) -> Tensor:
+    """Run `model` on the batch, call `then` on its Scores inside the forward, and return what `then` returns.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+        then: from Scores to the tensor that takes the logits' place, a loss for instance. It runs inside the model's
+            forward, so that other models (the teacher) are best scored before.
+        unwrapped: the model without its wrappers, which has the output embeddings (default: `model`).
+        vocabulary: the number of real tokens; what a padded vocabulary has beyond them takes no part.
+        weights: (N,) row weights of the loss, for the Scores; None where they are known only after the loss.
+        fused: compute the loss from hidden rows and head. If False, or if the head is no plain linear layer, the model
+            computes its own logits and the loss is computed from them, which holds (B, T, V).
+        soft_prompt: (m, D) embeddings before every sequence. Scores are of the same N tokens as without.
+
+    Raises:
+        RuntimeError: inside the `then` of a model with the same configuration object, while that is changed.
+    """
+    unwrapped = model if unwrapped is None else unwrapped
+    inputs, predicts = model_inputs(unwrapped, batch, soft_prompt)
+    layer = unwrapped.get_output_embeddings() if fused else None
+    if not is_linear_head(layer):
+        refuse_nested_forward(unwrapped)
+        logits = model(**inputs).logits
+        logits = logits[predicts.to(logits.device)][:, :vocabulary]
+        return then(Scores(batch.tokens, Dense(logits.to(softmax_dtype(logits.dtype)).log_softmax(-1)), weights))
+
+    with without_logit_transform(unwrapped) as transform:
+
+        def loss_instead_of_logits(hidden: Tensor) -> Tensor:
+            head = Head(layer.weight, layer.bias, transform)
+            head = head if vocabulary is None else head.cut(vocabulary)
+            return then(Scores(batch.tokens, Projected(hidden[predicts.to(hidden.device)], head), weights))
+
+        with _replaced_forward(layer, loss_instead_of_logits):
+            return model(**inputs).logits
+
+
+@torch.no_grad()
+def score_no_grad(model: Any, batch: Batch, **options: Any) -> Scores:
+    """A model's Scores as constants: without gradients, and outside any autocast.
+
+    Takes the `options` of `score`. Dropout is the caller's to turn off.
+    """
+    results: list[Scores] = []
+
+    def keep(scores: Scores) -> Tensor:
+        results.append(scores)
+        return batch.input_ids
+
+    with torch.autocast(batch.input_ids.device.type, enabled=False):
+        score(model, batch, keep, **options)
+    return results[0]
+
+
+@contextmanager
+def _replaced_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the layer's forward, not the layer: hooks around it (a sharded weight's gathering) still run."""
+    previous = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del layer.forward
+        else:
+            layer.forward = previous

@@ -1,0 +1,161 @@
+"""Load models, tokenizers and configurations by name or folder, and check that they belong together."""
+
+import errno
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..data.examples import stop_ids
+from ..generation.sampling import own_stop_ids
+from ..playground.names import resolve
+from ..recipe import RecipeError
+
+logger = logging.getLogger(__name__)
+_PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
+
+
+@contextmanager
+def loading(what: str, name: str) -> Iterator[None]:
+    """Turn what is raised while transformers loads something into a sentence that says what to do.
+
+    Raises:
+        RecipeError: naming what could not be loaded from where, and why.
+    """
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        if isinstance(error, RecipeError) or getattr(error, "errno", None) == errno.ENOSPC or "memory" in str(error):
+            raise
+        raise RecipeError(
+            f'no {what} can be loaded from "{name}" ({reason(error)}); {_remedy(resolve(name), error)}'
+        ) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by name or folder.
+
+    Raises:
+        RecipeError: if there is none, saying what to do.
+    """
+    place = resolve(name)
+    with loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        if not len(tokenizer):  # what transformers makes of a folder with a model alone
+            raise ValueError("it has no tokens")
+    return tokenizer
+
+
+def load_model(name: str, **options: Any) -> Any:
+    """A causal language model by name or folder, which may hold adapters.
+
+    Raises:
+        RecipeError: if there is none, saying what to do.
+    """
+    place = resolve(name)
+    with loading("model", name):
+        # A whole path, because adapters remember where the model below them lies.
+        return AutoModelForCausalLM.from_pretrained(Path(place).resolve() if Path(place).is_dir() else place, **options)
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration by name or folder; for adapters that of the model below them.
+
+    Raises:
+        RecipeError: if there is none, saying what to do.
+    """
+    place = resolve(name)
+    with loading("model", name):
+        adapters = Path(place) / "adapter_config.json"
+        if adapters.is_file():
+            return load_config(json.loads(adapters.read_text())["base_model_name_or_path"])
+        return AutoConfig.from_pretrained(place).get_text_config()
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
+    """Refuse a model with fewer embeddings than its tokenizer has tokens; more are padding.
+
+    Raises:
+        RecipeError: with both numbers.
+    """
+    rows = getattr(config, "vocab_size", None)
+    if rows is not None and rows < len(tokenizer):
+        raise RecipeError(
+            f"the tokenizer has {len(tokenizer)} tokens and {whose} embeddings for {rows} only: "
+            f"use the tokenizer that belongs to the model, or give a model that is made for this one"
+        )
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher that reads text differently from the student: its scores would belong to other tokens.
+
+    Vocabularies may be padded differently; that is the models' business, not the tokenizers'.
+
+    Raises:
+        RecipeError: naming the first difference.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    remedy = "choose a teacher and a student of one family, whose tokens are the same"
+    if ours != theirs:
+        differing = [t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t)]
+        token = differing[0]
+        raise RecipeError(
+            f"the tokenizers of student and teacher differ in {len(differing)} of {len(ours)} and {len(theirs)} tokens "
+            f"({token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for the "
+            f"teacher): {remedy}"
+        )
+    if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
+        raise RecipeError(
+            f"the tokenizers of student and teacher have the same tokens but cut text differently: {remedy}"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        logger.warning(
+            "student and teacher end their answers differently (%r and %r): a base model beside a chat model, perhaps; "
+            "watch the share of truncated responses",
+            student.eos_token,
+            teacher.eos_token,
+        )
+    if student.chat_template != teacher.chat_template:
+        logger.warning("student and teacher have different chat templates; the student's is used")
+
+
+def all_stop_ids(tokenizer: Any, *models: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, its chat template's, and what the models say they end with."""
+    found = set(stop_ids(tokenizer)).union(*map(own_stop_ids, models))
+    return sorted(i for i in found if i < len(tokenizer))
+
+
+def window_of(*configs: Any) -> int | None:
+    """How many positions models of all these configurations have; None if no configuration says."""
+    windows = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    return min((window for window in windows if window), default=None)
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, or its name where it says nothing."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".:")
+
+
+def _remedy(place: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "install what is missing"
+    if isinstance(error, SafetensorError):
+        return "a file of weights is damaged: copy or download it again"
+    if Path(place).exists():
+        return "the folder must hold a model and its tokenizer as save_pretrained writes them"
+    return "there is no such folder here, and the hub gave none: check the name, the path and the network"

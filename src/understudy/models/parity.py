@@ -1,0 +1,51 @@
+"""The parity check: does the fused path give a model's own logits?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Example
+from ..fused_linear.distributions import Projected
+from ..scores import Scores
+from .forward import score
+from .logits import is_linear_head
+
+
+def can_fuse(model: Any) -> bool:
+    """Can the loss be computed from hidden rows and head? bfloat16 logits differ by rounding, others by far more."""
+    return logit_difference(model) < 1e-2
+
+
+@torch.no_grad()
+def logit_difference(model: Any, token: int = 0) -> float:
+    """The largest difference between the model's own logits and those of the fused path, relative to their size.
+
+    A model that transforms its logits in a way that is not known here shows a difference, and must take the plain path.
+    A soft-cap hardly changes the small logits of a new model, so numbers of a loss's size are passed through the
+    forward as well and must come back unchanged.
+    """
+    if not is_linear_head(model.get_output_embeddings()):
+        return float("inf")
+    device = model.get_input_embeddings().weight.device
+    example = Example([token], [token + 1, token + 2, token])
+    batch = Batch.from_examples([example], pad=0, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        own = own[0, :-1].float()
+        fused = score(model, batch, _logits).float()
+        numbers = torch.tensor([-100.0, 0.01, 1.0, 10.0, 1000.0], device=fused.device)
+        returned = score(model, batch, lambda scores: numbers).float()
+    finally:
+        model.train(was_training)
+    if own.shape != fused.shape or numbers.shape != returned.shape:
+        return float("inf")
+    difference = float((own - fused.to(own.device)).abs().max() / own.abs().max().clamp(min=1e-6))
+    return max(difference, float(((returned.to(numbers.device) - numbers) / numbers).abs().max()))
+
+
+def _logits(scores: Scores) -> Tensor:
+    assert isinstance(scores.distribution, Projected)
+    return scores.distribution.head(scores.distribution.hidden)
