@@ -16,7 +16,7 @@ TEACHERS = {
     "local gpt2": lambda: LocalTeacher(tiny("gpt2")),
     "local gemma2, soft-capped": lambda: LocalTeacher(tiny("gemma2")),
     "local with adapters": lambda: LocalTeacher(tiny("llama+lora")),
-    "local with a padded vocabulary": lambda: LocalTeacher(tiny("llama", vocabulary=64), vocabulary=VOCABULARY),
+    "local with a padded vocabulary": lambda: LocalTeacher(tiny("llama", vocabulary=64)),
 }
 
 

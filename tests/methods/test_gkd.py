@@ -114,7 +114,7 @@ def test_projected_and_plain_losses_have_the_same_gradients(tmp_path):
     gradients = []
     for project in (True, False):
         made = trainer(tmp_path, GKD(divergence=ForwardKL(), distillation=0.3, reward=Reward([short])), student())
-        made._project = project
+        made._fused = project
         made._weighted_loss(made.model, Batch.from_examples(examples, 0), diagnose=False).backward()
         gradients.append([p.grad.clone() for p in made.model.parameters()])
     for one, other in zip(*gradients, strict=True):

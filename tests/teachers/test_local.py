@@ -53,7 +53,7 @@ def test_reading_in_pieces_says_the_same_in_the_same_order(monkeypatch):
     whole = score_no_grad(teacher.model, batch)
     calls = []
     teacher.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr("understudy.teachers.local._PIECE", 20)
+    monkeypatch.setattr("understudy.teachers.local._PART", 20)
     pieces = teacher.score(batch)
     assert len(calls) > 2
     torch.testing.assert_close(pieces.log_probs, whole.log_probs, rtol=0, atol=1e-12)
@@ -70,7 +70,7 @@ def test_only_hidden_states_are_kept_of_a_forward():
 
 def test_a_padded_vocabulary_s_rest_takes_no_part():
     wide = tiny("llama", vocabulary=64)
-    said = LocalTeacher(wide, vocabulary=VOCABULARY).score(BATCH).log_probs
+    said = LocalTeacher(wide).score(BATCH).cut(VOCABULARY).log_probs
     logits = wide(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[BATCH.predicts]
     torch.testing.assert_close(said, logits[:, :VOCABULARY].log_softmax(-1).detach(), atol=1e-5, rtol=0)
 

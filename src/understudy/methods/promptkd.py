@@ -1,6 +1,6 @@
 """PromptKD (Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842): a teacher that adapts to its student.
 
-A few soft prompt tokens P in front of the teacher's input are trained; the teacher is frozen. With y ~ sg[q](·|x) a step
+A few soft prompt tokens P in front of the frozen teacher's input are trained. With y ~ sg[q](·|x) a step
 
     updates P on   KL(p_P ‖ sg q) + c_k KL(p_P ‖ sg p),    c_k = c_0 (1 − k/K)             (p_P is the prompted teacher)
     updates q on   KL(q ‖ sg p_P)                           with the prompt just updated.
