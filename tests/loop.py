@@ -55,7 +55,7 @@ def trainer(
     folder: Path,
     method: Method,
     model: nn.Module | None = None,
-    judge: Teacher | None = None,
+    with_teacher: Teacher | None = None,
     writer: Rollout | None = None,
     examples: Sequence[Example] | None = None,
     options: dict[str, Any] | None = None,
@@ -64,7 +64,7 @@ def trainer(
     """A trainer of `method`; `options` are the trainer's own arguments, `changed` those of TrainingArguments."""
     return StudentTrainer(
         student() if model is None else model,
-        teacher() if judge is None else judge,
+        teacher() if with_teacher is None else with_teacher,
         method,
         rollout() if writer is None else writer,
         processing_class=words(),
@@ -82,7 +82,7 @@ def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) ->
             folder,
             method(**options),
             model=student().double(),
-            judge=LocalTeacher(tiny("llama", width=24, seed=2).double()),
+            with_teacher=LocalTeacher(tiny("llama", width=24, seed=2).double()),
             examples=ragged_examples(24),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=parts,

@@ -57,7 +57,7 @@ def test_the_custom_teacher_averages_probabilities_and_teaches(tmp_path):
     ensemble, batch = example("custom_teacher").Ensemble(members), Batch.from_examples(ragged_examples(4), 0)
     mean = sum(member.score(batch).log_probs.exp() for member in members) / 2
     torch.testing.assert_close(ensemble.score(batch).log_probs.exp(), mean, atol=1e-6, rtol=0)
-    made = trainer(tmp_path, KD(), judge=ensemble, max_steps=10)
+    made = trainer(tmp_path, KD(), with_teacher=ensemble, max_steps=10)
     made.train()
     assert logged(made)[-1] < logged(made)[0]
 

@@ -41,12 +41,23 @@ class Teacher(ABC):
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Told all batches of an optimizer step before the first is scored, so that a server can work concurrently."""
 
+    def can(self, capability: Capability) -> bool:
+        """Does this teacher provide it, or something that includes it?"""
+        return covers(self.provides, frozenset({capability}))
+
     @abstractmethod
     def score(self, batch: Batch) -> Scores:
         """The teacher's Scores of the batch's N response tokens, in the order of `batch.tokens`.
 
         A teacher reads `batch.as_read_by_teacher()`, whose rows are the same behind the teacher's own prompts.
         """
+
+
+def covers(provided: frozenset[Capability], required: frozenset[Capability]) -> bool:
+    """Is all that is required among what is provided? Every token's log-probability includes the chosen and the top K."""
+    if Capability.FULL in provided:
+        provided |= {Capability.CHOSEN, Capability.TOP_K}
+    return required <= provided
 
 
 def describe(capabilities: Iterable[Capability]) -> str:

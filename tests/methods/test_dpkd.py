@@ -1,16 +1,17 @@
-"""DPKD: the loss of a pair to six digits, its limits, its expected gradient by enumeration, its answers in a run."""
+"""DPKD: the loss of a pair to six digits, its limits, its expected gradient by enumeration, its responses in a run."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from fakes import BigramTeacher, ragged_examples
+from fakes import VOCABULARY, BigramTeacher, ragged_examples, words
 from loop import difference, logged, trainer, weights, whole_and_accumulated
 
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
 from understudy.fused_linear.distributions import Dense
+from understudy.method import MethodContext
 from understudy.methods.dpkd import DPKD
 from understudy.rollout import Rollout, Writers
 from understudy.scores import Scores
@@ -20,10 +21,11 @@ F64 = torch.float64
 PAIR = Batch.from_examples([Example([1], [3, 4, 5], "teacher", pair=0), Example([1], [6, 7], "student", pair=0)], 0)
 LOG_P = torch.tensor([0.6, 0.5, 0.8, 0.1, 0.2], dtype=F64).log()
 LOG_Q = torch.tensor([0.3, 0.4, 0.7, 0.4, 0.5], dtype=F64).log()
+METRICS = ("teacher_reward", "student_reward", "margin", "preference_accuracy", "teacher_length", "student_length")
 
 
 def pair_loss(method, log_q=LOG_Q, log_p=LOG_P, batch=PAIR):
-    return method._pairwise(log_q, log_p, batch, [0], [1])[0]
+    return method._pairwise(log_p, log_q, batch, [0], [1])[0]
 
 
 @pytest.mark.parametrize(
@@ -45,11 +47,11 @@ def test_a_worked_pair_agrees_to_six_digits(beta, normalized, loss, winner, lose
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_a_student_like_its_teacher_loses_log_two_on_every_pair(beta, normalized):
+def test_a_student_equal_to_its_teacher_has_the_loss_log_two_on_every_pair(beta, normalized):
     assert float(pair_loss(DPKD(beta=beta, length_normalized=normalized), LOG_P)) == pytest.approx(math.log(2))
 
 
-def test_a_pair_of_the_same_answer_teaches_nothing():
+def test_a_pair_of_equal_responses_has_no_gradient():
     batch = Batch.from_examples([Example([1], [3, 4], "teacher", pair=0), Example([1], [3, 4], "student", pair=0)], 0)
     log_q = torch.tensor([0.3, 0.4], dtype=F64).log().requires_grad_()
     value = pair_loss(DPKD(), torch.cat([log_q, log_q]), torch.cat([LOG_P[:2], LOG_P[:2]]), batch)
@@ -62,7 +64,7 @@ def test_swapping_winner_and_loser_flips_the_margin():
     """L(−u) = L(u) + u, and L falls with u."""
     method = DPKD(beta=1.0, length_normalized=False)
     u = -3.352407
-    swapped = method._pairwise(LOG_Q, LOG_P, PAIR, [1], [0])[0]
+    swapped = method._pairwise(LOG_P, LOG_Q, PAIR, [1], [0])[0]
     assert float(swapped) == pytest.approx(float(pair_loss(method)) + u, abs=1e-6)
     assert float(pair_loss(method, LOG_Q + torch.tensor([0.1, 0, 0, 0, 0]))) < float(pair_loss(method))
 
@@ -94,7 +96,9 @@ def test_the_expected_gradient_by_enumeration(beta, loss, gradient):
     log_q = logits.log_softmax(-1)
     method = DPKD(beta=beta, length_normalized=False)
     expected = sum(
-        p[t] * q[s] * method.prefer(log_q[t], p[t].log(), log_q[s], p[s].log()) for t in range(3) for s in range(3)
+        p[t] * q[s] * method.preference_loss(p[t].log(), log_q[t], p[s].log(), log_q[s])
+        for t in range(3)
+        for s in range(3)
     )
     expected.backward()
     assert float(expected.detach()) == pytest.approx(loss, abs=1e-6)
@@ -105,25 +109,25 @@ def test_the_expected_gradient_by_enumeration(beta, loss, gradient):
         torch.testing.assert_close(logits.grad, other.grad)
 
 
-def tokenwise(rows_q, rows_p, **options):
+def token_level(rows_p, rows_q, **options):
     count = len(rows_q)
-    batch = Batch.from_examples([Example([1], [0] * count, "teacher")], 0)
-    said = [Scores(batch.tokens, Dense(torch.tensor(rows, dtype=F64).log())) for rows in (rows_q, rows_p)]
-    return DPKD(level="token", **options).loss(*said, batch)
+    batch = Batch.from_examples([Example([1], [0] * count, "teacher", pair=0)], 0)
+    scores = [Scores(batch.tokens, Dense(torch.tensor(rows, dtype=F64).log())) for rows in (rows_p, rows_q)]
+    return DPKD(level="token", **options).loss(*scores, batch)
 
 
 def test_the_token_level_agrees_with_its_worked_values():
     p, q = (0.6, 0.3, 0.1), (0.2, 0.5, 0.3)
-    assert float(tokenwise([q], [p], beta=0.1)) == pytest.approx(0.776853, abs=1e-6)
-    assert float(tokenwise([q], [p], beta=1.0)) == pytest.approx(math.log(6), abs=1e-6)
-    assert float(tokenwise([q, p], [p, p], beta=0.1)) == pytest.approx(0.735, abs=1e-6)
+    assert float(token_level([p], [q], beta=0.1)) == pytest.approx(0.776853, abs=1e-6)
+    assert float(token_level([p], [q], beta=1.0)) == pytest.approx(math.log(6), abs=1e-6)
+    assert float(token_level([p, p], [q, p], beta=0.1)) == pytest.approx(0.735, abs=1e-6)
 
 
 def test_agreeing_argmaxes_give_exactly_log_two_and_no_gradient():
-    batch = Batch.from_examples([Example([1], [0], "teacher")], 0)
+    batch = Batch.from_examples([Example([1], [0], "teacher", pair=0)], 0)
     log_q = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64).log().requires_grad_()
-    said = [Scores(batch.tokens, Dense(x)) for x in (log_q, torch.tensor([[0.8, 0.1, 0.1]], dtype=F64).log())]
-    value = DPKD(level="token").loss(*said, batch)
+    scores = [Scores(batch.tokens, Dense(x)) for x in (torch.tensor([[0.8, 0.1, 0.1]], dtype=F64).log(), log_q)]
+    value = DPKD(level="token").loss(*scores, batch)
     value.sum().backward()
     assert float(value) == math.log(2)
     assert float(log_q.grad.abs().max()) == 0
@@ -133,7 +137,7 @@ def test_the_token_level_never_falls_below_log_two():
     generator = torch.Generator().manual_seed(0)
     rows = [torch.rand(20, 9, generator=generator, dtype=F64) for _ in range(2)]
     q, p = ((x / x.sum(-1, keepdim=True)).tolist() for x in rows)
-    assert all(float(tokenwise([a], [b])) >= math.log(2) - 1e-12 for a, b in zip(q, p, strict=True))
+    assert all(float(token_level([b], [a])) >= math.log(2) - 1e-12 for a, b in zip(q, p, strict=True))
 
 
 def test_other_preferences_follow_their_formulas():
@@ -149,11 +153,11 @@ def test_other_preferences_follow_their_formulas():
     }
     for name, value in expected.items():
         method = DPKD(beta=0.2, preference=name, margin=0.3, length_normalized=False)
-        found = method._pairwise(torch.stack([q_t, q_s]), torch.stack([p_t, p_s]), SINGLE, [0], [1])[0]
-        assert float(found) == pytest.approx(float(value), abs=1e-12), name
-    smooth = DPKD(beta=0.2, label_smoothing=0.1).prefer(q_t, p_t, q_s, p_s)
+        loss = method._pairwise(torch.stack([p_t, p_s]), torch.stack([q_t, q_s]), SINGLE, [0], [1])[0]
+        assert float(loss) == pytest.approx(float(value), abs=1e-12), name
+    smooth = DPKD(beta=0.2, label_smoothing=0.1).preference_loss(p_t, q_t, p_s, q_s)
     assert float(smooth) == pytest.approx(float(-0.9 * sigma(0.2 * h).log() - 0.1 * sigma(-0.2 * h).log()))
-    free = DPKD(beta=0.2, reference_free=True)._pairwise(torch.stack([q_t, q_s]), LOG_P[:2], SINGLE, [0], [1])[0]
+    free = DPKD(beta=0.2, reference_free=True)._pairwise(LOG_P[:2], torch.stack([q_t, q_s]), SINGLE, [0], [1])[0]
     assert float(free) == pytest.approx(float(-sigma(0.2 * (q_t - q_s)).log()))
 
 
@@ -162,8 +166,7 @@ SINGLE = Batch.from_examples([Example([1], [3], "teacher", pair=0), Example([1],
 
 def collected(method, step=0, rows=3):
     examples = [replace(e, response=[], row=i) for i, e in enumerate(ragged_examples(rows))]
-    taught = Dated("teacher")
-    return method.collect(examples, Writers(Dated("student"), taught), Step(step))
+    return method.collect(examples, Writers(Dated("student"), Dated("teacher")), Step(step))
 
 
 class Dated(Rollout):
@@ -179,41 +182,42 @@ class Dated(Rollout):
         return [replace(e, response=[len(self.name), step.number + 3], author=self.name) for e in prompts]
 
 
-def test_teacher_and_student_answer_the_same_prompt_in_pairs():
-    found = collected(DPKD())
+def test_teacher_and_student_respond_to_the_same_prompt_in_pairs():
+    examples = collected(DPKD())
     expected = [(author, row, row) for row in range(3) for author in ("teacher", "student")]
-    assert [(e.author, e.pair, e.row) for e in found] == expected
+    assert [(e.author, e.pair, e.row) for e in examples] == expected
 
 
 @pytest.mark.parametrize(("refresh", "written"), [(1, [0, 1, 2, 3]), (2, [0, 0, 2, 2]), (0, [0, 0, 0, 0])])
-def test_student_answers_are_refreshed_when_older_than_asked(refresh, written):
+def test_student_responses_are_refreshed_when_older_than_refresh_steps(refresh, written):
     method = DPKD(refresh=refresh)
     steps = [collected(method, number)[1].response[1] - 3 for number in range(4)]
     assert steps == written
     restored = DPKD(refresh=refresh)
     restored.load_state_dict(method.state_dict())
-    assert restored._own == method._own
+    assert restored._responses == method._responses
 
 
 def test_as_many_texts_of_a_corpus_as_prompts_join_a_step():
     method = DPKD()
-    method.corpus = [Example([1], [9, 9, 2], "corpus", row=i) for i in range(50)]
-    found = [e for e in collected(method) if e.author == "corpus"]
-    assert len(found) == 3
-    assert [e.row for e in found] == [e.row for e in collected(method) if e.author == "corpus"]
-    assert [e.row for e in found] != [e.row for e in collected(method, 1) if e.author == "corpus"]
+    corpus = [Example([1], [9, 9, 2], "corpus", row=i) for i in range(50)]
+    method.setup(MethodContext(None, words(), VOCABULARY, 1e-3, corpus))
+    texts = [e for e in collected(method) if e.author == "corpus"]
+    assert len(texts) == 3
+    assert [e.row for e in texts] == [e.row for e in collected(method) if e.author == "corpus"]
+    assert [e.row for e in texts] != [e.row for e in collected(method, 1) if e.author == "corpus"]
 
 
 def test_the_corpus_adds_its_weighted_negative_log_likelihood():
     batch = Batch.from_examples([*PAIR.examples, Example([1], [8, 9], "corpus")], 0)
     texts = torch.tensor([0.5, 0.25], dtype=F64).log()
     log_q, log_p = torch.cat([LOG_Q, texts]), torch.cat([LOG_P, texts])
-    said = [Scores(batch.tokens, Dense(_only(x, batch))) for x in (log_q, log_p)]
-    pair, text = DPKD(lm_weight=0.5).loss(*said, batch)
+    scores = [Scores(batch.tokens, Dense(_only(x, batch))) for x in (log_p, log_q)]
+    pair, text = DPKD(lm_weight=0.5).loss(*scores, batch)
     assert float(pair) == pytest.approx(0.771023, abs=1e-6)
     assert float(text) == pytest.approx(-0.5 * float(texts.mean()))
-    assert DPKD().normalizer(batch) == 1
-    mixed = DPKD(sft_weight=0.25).loss(*said, batch)[0]
+    assert batch.normalizer(DPKD.reduction) == 1
+    mixed = DPKD(sft_weight=0.25).loss(*scores, batch)[0]
     assert float(mixed) == pytest.approx(0.75 * 0.771023 - 0.25 * float(LOG_Q[:3].mean()), abs=1e-6)
 
 
@@ -240,15 +244,15 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def whole(log_q=LOG_Q, log_p=LOG_P, batch=PAIR):
-    """Scores of both models on a pair, as far as the chosen tokens go."""
-    return [Scores(batch.tokens, Dense(_only(x, batch))) for x in (log_q, log_p)]
+def pair_scores(log_p=LOG_P, log_q=LOG_Q, batch=PAIR):
+    """Scores of teacher and student on a pair; only the chosen tokens' log-probabilities matter."""
+    return [Scores(batch.tokens, Dense(_only(x, batch))) for x in (log_p, log_q)]
 
 
-def test_implicit_rewards_margin_accuracy_and_lengths_are_observed():
+def test_implicit_rewards_margin_accuracy_and_lengths_are_metrics():
     """β/|y| log q(y)/p(y) of the worked pair: −1.049822/3 and 2.302585/2 times β."""
-    seen = DPKD(beta=0.1).observe(*whole(), PAIR)
-    assert tuple(seen) == DPKD().watched
+    metrics = DPKD(beta=0.1).metrics(*pair_scores(), PAIR)
+    assert tuple(metrics) == METRICS
     expected = {
         "teacher_reward": -0.1 * 1.049822 / 3,
         "student_reward": 0.1 * 2.302585 / 2,
@@ -257,23 +261,23 @@ def test_implicit_rewards_margin_accuracy_and_lengths_are_observed():
         "teacher_length": 3,
         "student_length": 2,
     }
-    assert {name: float(value) for name, value in seen.items()} == pytest.approx(expected, abs=1e-6)
-    assert DPKD(level="token").watched == ()
-    turned = DPKD().observe(*whole(LOG_P, LOG_Q), PAIR)
-    assert float(turned["preference_accuracy"]) == 1
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
+    assert DPKD(level="token").metrics(*pair_scores(), PAIR) == {}
+    swapped = DPKD().metrics(*pair_scores(LOG_Q, LOG_P), PAIR)
+    assert float(swapped["preference_accuracy"]) == 1
 
 
-def test_a_run_logs_what_is_observed_and_the_divergences(tmp_path):
+def test_a_run_logs_the_method_s_metrics_and_the_divergences(tmp_path):
     made = trainer(tmp_path, DPKD())
     made.train()
-    for name in (*DPKD().watched, "reverse_kl", "forward_kl"):
+    for name in (*METRICS, "reverse_kl", "forward_kl"):
         assert len(logged(made, name)) == 4, name
     margins = zip(*(logged(made, name) for name in ("teacher_reward", "student_reward", "margin")), strict=True)
     assert all(t - s == pytest.approx(m, abs=1e-6) for t, s, m in margins)
 
 
 def test_stage_one_s_terms_cancel_with_the_student_s_own_implicit_reward():
-    """E_q[β log(q/p)] − β KL(q‖p) = 0 for every q: by itself stage one defines the reward and teaches nothing."""
+    """E_q[β log(q/p)] − β KL(q‖p) = 0 for every q: by itself stage one defines the reward and trains nothing."""
     p, q = torch.tensor([0.6, 0.3, 0.1], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64)
     beta, logits = 0.5, q.log().requires_grad_()
     log_q = logits.log_softmax(-1)
@@ -293,22 +297,22 @@ def test_stage_one_with_a_given_reward_has_the_closed_form_of_gkd_with_one():
     torch.testing.assert_close(beta * (best / p).log() + beta * math.log(z), r, rtol=0, atol=1e-6)
 
 
-def test_the_reverse_kl_of_stage_one_counts_on_the_student_s_answer():
+def test_the_reverse_kl_of_stage_one_counts_on_the_student_s_response():
     generator = torch.Generator().manual_seed(0)
     log_q, log_p = (torch.randn(5, 9, generator=generator, dtype=F64).log_softmax(-1) for _ in range(2))
-    said = [Scores(PAIR.tokens, Dense(x)) for x in (log_q, log_p)]
-    [plain], [more] = DPKD().loss(*said, PAIR), DPKD(reverse_kl_weight=0.3).loss(*said, PAIR)
+    scores = [Scores(PAIR.tokens, Dense(x)) for x in (log_p, log_q)]
+    [plain], [more] = DPKD().loss(*scores, PAIR), DPKD(reverse_kl_weight=0.3).loss(*scores, PAIR)
     own = ReverseKL()(log_p[3:], log_q[3:]).mean()
     assert float(more - plain) == pytest.approx(0.3 * float(own), abs=1e-12)
-    assert DPKD(reverse_kl_weight=0.3).needs > DPKD().needs
+    assert DPKD(reverse_kl_weight=0.3).requires > DPKD().requires
 
 
-def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="level: token does without"):
+def test_impossible_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="level: token has none"):
         DPKD(level="token", reverse_kl_weight=0.1)
     with pytest.raises(ValueError, match="beta above 0"):
         DPKD(beta=0)
     with pytest.raises(ValueError, match="sft_weight"):
         DPKD(sft_weight=1)
     with pytest.raises(ValueError, match="teacher's responses"):
-        trainer(tmp_path, DPKD(), judge=BigramTeacher()).train()
+        trainer(tmp_path, DPKD(), with_teacher=BigramTeacher()).train()

@@ -116,11 +116,14 @@ def test_no_example_is_lost_or_asked_twice():
         assert sorted(e.row for e in written) == list(range(8))
 
 
-def gradient(method, examples, judge):
+def gradient(method, examples, with_teacher):
     model, batch = student(), Batch.from_examples(examples, 0)
-    said = judge.score(batch) if method.needs > Capability.NOTHING else None
+    teacher_scores = with_teacher.score(batch) if method.requires else None
     score(
-        model, batch, lambda scores: method.loss(scores, said, batch).sum(), weights=torch.ones(len(batch.tokens))
+        model,
+        batch,
+        lambda scores: method.loss(teacher_scores, scores, batch).sum(),
+        weights=torch.ones(len(batch.tokens)),
     ).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -142,7 +145,7 @@ def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
     model, examples = student(), EXAMPLES
     batch = Batch.from_examples(examples, 0)
     ours = score(
-        model, batch, lambda scores: SFT().loss(scores, None, batch).mean(), weights=torch.ones(len(batch.tokens))
+        model, batch, lambda scores: SFT().loss(None, scores, batch).mean(), weights=torch.ones(len(batch.tokens))
     )
     labels = batch.input_ids.clone()
     for row, example in enumerate(examples):
@@ -154,10 +157,10 @@ def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_kd_mixes_in_the_labels_by_weight(share):
-    model, judge, batch = student(), teacher(), Batch.from_examples(EXAMPLES, 0)
+    model, local, batch = student(), teacher(), Batch.from_examples(EXAMPLES, 0)
     values = {}
     for name, method in {"mixed": KD(sft_weight=share), "kd": KD(), "sft": SFT()}.items():
-        values[name] = score(model, batch, lambda s, m=method: m.loss(s, judge.score(batch), batch).sum()).detach()
+        values[name] = score(model, batch, lambda s, m=method: m.loss(local.score(batch), s, batch).sum()).detach()
     torch.testing.assert_close(values["mixed"], (1 - share) * values["kd"] + share * values["sft"])
 
 
@@ -165,15 +168,15 @@ def test_seqkd_trains_on_the_teacher_s_answers_alone():
     written = collected(SeqKD(), EXAMPLES, Step(0), teacher=ScriptedRollout(author="teacher"), student=Forbidden())
     assert {e.author for e in written} == {"teacher"}
     assert SeqKD().authors == {"teacher"}
-    assert SeqKD().needs is Capability.NOTHING
-    assert SeqKD(soft_weight=0.5).needs is Capability.DISTRIBUTION
+    assert SeqKD().requires == frozenset()
+    assert SeqKD(soft_weight=0.5).requires == {Capability.TOP_K}
 
 
 def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
     made = trainer(tmp_path, SeqKD(), examples=PROMPTS, max_steps=1, per_device_train_batch_size=8)
     made.train()
-    judge = rollout().follow(teacher().model, made.processing_class, "teacher")
-    written = judge.generate(PROMPTS, Step(0, made.args.seed))
+    teacher_rollout = rollout().follow(teacher().model, made.processing_class, "teacher")
+    written = teacher_rollout.generate(PROMPTS, Step(0, made.args.seed))
     assert made.tokens_seen == sum(len(e.response) for e in written)
     assert made.writers.teacher is not made.writers.student
 
@@ -200,21 +203,22 @@ def test_sft_needs_no_teacher(tmp_path):
 
 
 class Terse(Teacher):
-    """Gives the log-probability of the tokens that are there, and nothing else."""
+    """Provides the log-probability of the chosen tokens, and nothing else."""
 
     provides = frozenset({Capability.CHOSEN})
 
     def score(self, batch):
-        raise AssertionError("refused before it is asked")
+        raise AssertionError("must be refused before it scores")
 
 
-def test_a_teacher_that_tells_too_little_is_refused_with_a_sentence(tmp_path):
+def test_a_teacher_that_provides_too_little_is_refused_with_a_sentence(tmp_path):
     sentence = (
-        "GKD needs a teacher that gives distribution, and this teacher gives chosen; choose another method, or a local"
+        "GKD requires a teacher that provides top_k, and this teacher provides chosen; choose another method, or one "
+        "of the teachers that provide it: local"
     )
     with pytest.raises(ValueError, match=sentence):
-        trainer(tmp_path, GKD(), judge=Terse())
-    trainer(tmp_path, SFT(), judge=Terse())
+        trainer(tmp_path, GKD(), with_teacher=Terse())
+    trainer(tmp_path, SFT(), with_teacher=Terse())
 
 
 def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
@@ -225,24 +229,25 @@ def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
             return student.chosen
 
     with pytest.raises(
-        ValueError, match="Inside needs a teacher that gives model, and this teacher gives distribution"
+        ValueError,
+        match="Inside requires a teacher that provides model, and this teacher provides chosen and full and top_k",
     ):
-        trainer(tmp_path, Inside(), judge=BigramTeacher())
+        trainer(tmp_path, Inside(), with_teacher=BigramTeacher())
 
 
 def test_a_missing_teacher_is_refused_with_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="KD needs a teacher that gives distribution, and there is no teacher"):
+    with pytest.raises(ValueError, match="KD requires a teacher that provides top_k, and there is no teacher"):
         StudentTrainer(student(), None, KD(), processing_class=words(), args=arguments(tmp_path))
 
 
 @pytest.mark.parametrize("method", [KD(), GKD(), SeqKD(soft_weight=0.5)], ids=["kd", "gkd", "seqkd"])
 def test_the_teacher_stays_as_it_is(method, tmp_path):
-    judge = teacher()
-    before = weights(judge.model)
-    trainer(tmp_path, method, judge=judge).train()
-    assert all(torch.equal(before[name], after) for name, after in weights(judge.model).items())
-    assert all(p.grad is None and not p.requires_grad for p in judge.model.parameters())
-    assert not judge.model.training
+    frozen = teacher()
+    before = weights(frozen.model)
+    trainer(tmp_path, method, with_teacher=frozen).train()
+    assert all(torch.equal(before[name], after) for name, after in weights(frozen.model).items())
+    assert all(p.grad is None and not p.requires_grad for p in frozen.model.parameters())
+    assert not frozen.model.training
 
 
 @pytest.mark.parametrize(

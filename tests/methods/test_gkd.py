@@ -29,11 +29,11 @@ def expected_loss(method, logits, reward=R):
     log_q = logits.log_softmax(-1)
     q = log_q.detach().exp()
     baseline = float(q @ reward)
-    examples = [Example([1], [v], "student", advantage=float(reward[v]) - baseline) for v in range(3)]
+    examples = [Example([1], [v], "student", streams={"advantage": [float(reward[v]) - baseline]}) for v in range(3)]
     batch = Batch.from_examples(examples, 0)
-    said = Scores(batch.tokens, Dense(log_q.expand(3, 3)))
-    taught = Scores(batch.tokens, Dense(P.log().expand(3, 3)))
-    return (q * method.loss(said, taught, batch)).sum()
+    student = Scores(batch.tokens, Dense(log_q.expand(3, 3)))
+    teacher = Scores(batch.tokens, Dense(P.log().expand(3, 3)))
+    return (q * method.loss(teacher, student, batch)).sum()
 
 
 def joined(alpha, divergence=None):
@@ -69,11 +69,11 @@ def test_the_loop_with_sampled_responses_reaches_the_optimum_too(tmp_path):
     def even(prompts, responses, rows):
         return [float(r.startswith("w") and int(r[1:]) % 2 == 0) for r in responses]
 
-    judge = BigramTeacher()
+    table_teacher = BigramTeacher()
     made = trainer(
         tmp_path,
         GKD(divergence=ReverseKL(), distillation=0.5, reward=Reward([even])),
-        judge=judge,
+        with_teacher=table_teacher,
         writer=rollout(max_new_tokens=1, responses=64),
         examples=[Example([7], [2], row=0)] * 4,
         per_device_train_batch_size=1,
@@ -83,13 +83,13 @@ def test_the_loop_with_sampled_responses_reaches_the_optimum_too(tmp_path):
     )
     made.train()
     reward = torch.tensor([float(v >= 4 and v % 2 == 0) for v in range(53)])
-    optimum = (judge.table[7] + reward).softmax(-1)
+    optimum = (table_teacher.table[7] + reward).softmax(-1)
     with torch.no_grad():
         learned = made.model(torch.tensor([[7]])).logits[0, 0].softmax(-1)
     before = student()(torch.tensor([[7]])).logits[0, 0].softmax(-1)
     assert float((learned - optimum).abs().sum()) / 2 < 0.1 < float((before - optimum).abs().sum()) / 2
     assert abs(float(learned @ reward) - float(optimum @ reward)) < 0.05
-    assert float(judge.table[7].exp() @ reward) < float(optimum @ reward) - 0.1
+    assert float(table_teacher.table[7].exp() @ reward) < float(optimum @ reward) - 0.1
 
 
 def test_at_alpha_one_it_is_plain_gkd_to_the_bit(tmp_path):
@@ -106,22 +106,23 @@ def test_at_alpha_one_it_is_plain_gkd_to_the_bit(tmp_path):
     assert not logged(plain, "reward")
 
 
-def test_projected_and_plain_losses_have_the_same_gradients(tmp_path):
-    """The reward's term goes through the one-pass projection, whose row weights hold the advantages."""
+def test_fused_and_plain_losses_have_the_same_gradients(tmp_path):
+    """The reward's term goes through the one-pass loss, whose row weights contain the advantages."""
     examples = [
-        replace(e, author="student", advantage=a) for e, a in zip(ragged_examples(4), (1, -2, 0, 3), strict=True)
+        replace(e, author="student", streams={"advantage": [a] * len(e.response)})
+        for e, a in zip(ragged_examples(4), (1, -2, 0, 3), strict=True)
     ]
     gradients = []
-    for project in (True, False):
+    for fused in (True, False):
         made = trainer(tmp_path, GKD(divergence=ForwardKL(), distillation=0.3, reward=Reward([short])), student())
-        made._fused = project
+        made._fused = fused
         made._weighted_loss(made.model, Batch.from_examples(examples, 0), diagnose=False).backward()
         gradients.append([p.grad.clone() for p in made.model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_student_is_drawn_to_what_is_rewarded(tmp_path):
+def test_the_student_learns_what_is_rewarded(tmp_path):
     made = trainer(
         tmp_path,
         GKD(distillation=0.2, divergence=ReverseKL(), reward=Reward([short])),
@@ -136,7 +137,7 @@ def test_the_student_is_drawn_to_what_is_rewarded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({"distillation": 0.5}, "leaves the rest to a reward"),
         ({"distillation": 1.5, "reward": Reward([short])}, "distillation between 0 and 1"),
@@ -144,6 +145,6 @@ def test_the_student_is_drawn_to_what_is_rewarded(tmp_path):
         ({"reduction": "token", "reward": Reward([short])}, "reduction sequence"),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_options_that_do_not_go_together_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         GKD(**fields)

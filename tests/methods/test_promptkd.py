@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import BigramTeacher, some_examples, tiny, words
+from fakes import VOCABULARY, BigramTeacher, some_examples, tiny, words
 from loop import difference, student, teacher, trainer, weights, whole_and_accumulated
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon, ReverseKL
 from understudy.fused_linear.distributions import Dense
-from understudy.methods.promptkd import PromptKD, _recompute_layers, _toward
+from understudy.method import MethodContext
+from understudy.methods.promptkd import PromptKD, _kl, _recompute_layers
 from understudy.models.forward import score
 from understudy.scores import Scores
 from understudy.step import Step
@@ -23,82 +24,86 @@ HARD = [5, 6, 7]
 BATCH = Batch.from_examples(some_examples(), 0)
 
 
+def context(teacher, tokenizer):
+    return MethodContext(teacher, tokenizer, VOCABULARY, learning_rate=1e-3)
+
+
 def prompted(kind="llama", **options):
     """A method and its teacher, whose prompt is the embeddings of HARD unless told otherwise."""
     method = PromptKD(**{"prompt_tokens": 3, "prompt": "w5 w6 w7", "prompt_lr": 1e-2, "prompt_warmup": 0, **options})
-    judge = method.prepare(LocalTeacher(tiny(kind)), words(), 1e-3)
+    teacher = method.setup(context(LocalTeacher(tiny(kind)), words()))
     with torch.no_grad():
         if method.prompt_tokens == 3 and method.initialize == "text":
-            judge.prompt.copy_(judge.model.get_input_embeddings().weight[torch.tensor(HARD)])
-    return method, judge
+            teacher.prompt.copy_(teacher.model.get_input_embeddings().weight[torch.tensor(HARD)])
+    return method, teacher
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt", "phi", "gemma2", "cohere"])
 def test_a_prompt_of_real_tokens_is_the_teacher_on_the_prefixed_text(kind):
-    _, judge = prompted(kind)
+    _, teacher = prompted(kind)
     longer = Batch.from_examples([replace(e, prompt=HARD + e.prompt) for e in some_examples()], 0)
     assert_close = torch.testing.assert_close
-    assert_close(judge.score(BATCH).log_probs, judge.plain.score(longer).log_probs, rtol=1e-4, atol=1e-4)
+    assert_close(teacher.score(BATCH).log_probs, teacher.plain.score(longer).log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_no_prompt_is_the_teacher_itself():
-    method, judge = prompted(prompt_tokens=0)
-    plain, own = judge.plain.score(BATCH), judge.score(BATCH)
+    method, teacher = prompted(prompt_tokens=0)
+    plain, own = teacher.plain.score(BATCH), teacher.score(BATCH)
     torch.testing.assert_close(own.log_probs, plain.log_probs)
-    method.before_step([BATCH], student(), judge, Step(0))
-    assert judge.prompt.numel() == 0
+    method.before_step([BATCH], teacher, student(), Step(0))
+    assert teacher.prompt.numel() == 0
 
 
 def test_a_prompt_reaches_every_position_and_a_token_only_later_ones():
-    _, judge = prompted()
-    before = judge.score(BATCH).log_probs
+    _, teacher = prompted()
+    before = teacher.score(BATCH).log_probs
     with torch.no_grad():
-        judge.prompt += 0.5
-    assert ((judge.score(BATCH).log_probs - before).abs().amax(-1) > 1e-6).all()
+        teacher.prompt += 0.5
+    assert ((teacher.score(BATCH).log_probs - before).abs().amax(-1) > 1e-6).all()
     example = some_examples()[0]
     other = replace(example, response=[*example.response[:2], example.response[2] + 1, *example.response[3:]])
-    first, second = (judge.score(Batch.from_examples([e], 0)).log_probs for e in (example, other))
+    first, second = (teacher.score(Batch.from_examples([e], 0)).log_probs for e in (example, other))
     torch.testing.assert_close(first[:3], second[:3])
     assert not torch.allclose(first[3:], second[3:])
 
 
 def test_the_prompt_step_trains_the_prompt_alone():
-    method, judge = prompted(teacher_dropout=True)
+    method, teacher = prompted(teacher_dropout=True)
     learner = student().train()
-    weights = {name: w.clone() for model in (judge.model, learner) for name, w in model.state_dict().items()}
-    before = judge.prompt.detach().clone()
-    method.before_step([BATCH], learner, judge, Step(0, total=10))
-    assert not torch.equal(before, judge.prompt)
-    assert all(p.grad is None for model in (judge.model, learner) for p in model.parameters())
+    weights = {name: w.clone() for model in (teacher.model, learner) for name, w in model.state_dict().items()}
+    before = teacher.prompt.detach().clone()
+    method.before_step([BATCH], teacher, learner, Step(0, total=10))
+    assert not torch.equal(before, teacher.prompt)
+    assert all(p.grad is None for model in (teacher.model, learner) for p in model.parameters())
     assert all(torch.equal(weights[n], w) for n, w in learner.state_dict().items())
     assert learner.training
-    assert not judge.model.training
+    assert not teacher.model.training
 
 
 def test_the_teacher_stays_bit_identical_through_a_run(tmp_path):
-    judge = teacher()
-    before = {name: w.clone() for name, w in judge.model.state_dict().items()}
-    made = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), judge=judge)
+    frozen = teacher()
+    before = {name: w.clone() for name, w in frozen.model.state_dict().items()}
+    made = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), with_teacher=frozen)
     start = made.teacher.prompt.detach().clone()
     made.train()
     assert not torch.equal(start, made.teacher.prompt)
-    assert all(torch.equal(before[name], w) for name, w in judge.model.state_dict().items())
+    assert all(torch.equal(before[name], w) for name, w in frozen.model.state_dict().items())
 
 
 def test_the_prompt_gradient_is_the_derivative_of_the_loss():
     """On GPT-2, which computes in float64 throughout; Llama's norms are float32."""
-    method, judge = prompted("gpt2")
-    judge.model.double()
-    judge.prompt.data = judge.prompt.data.double()
+    method, teacher = prompted("gpt2")
+    teacher.model.double()
+    teacher.prompt.data = teacher.prompt.data.double()
     learner = student("gpt2").double()
     method._add_gradient(BATCH, learner, 0.7)
-    gradient = judge.prompt.grad.clone()
+    gradient = teacher.prompt.grad.clone()
     at = (1, 2)
     value = []
     for sign in (1, -1):
-        judge.prompt.data[at] += sign * 1e-4
+        teacher.prompt.data[at] += sign * 1e-4
         value.append(float(method._add_gradient(BATCH, learner, 0.7)))
-        judge.prompt.data[at] -= sign * 1e-4
+        teacher.prompt.data[at] -= sign * 1e-4
     assert float(gradient[at]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
 
 
@@ -110,10 +115,10 @@ def test_three_symbols_give_the_values_worked_out_by_hand():
     )
     method = PromptKD()
     for k, expected in {0: 0.252949, 1: 0.250588, 5: 0.241143, 10: 0.229337}.items():
-        value = _toward(q, p_p, "prompted_first") + method.coefficient(k, 10) * _toward(p, p_p, "prompted_first")
+        value = _kl(q, p_p, "prompted_first") + method.coefficient(k, 10) * _kl(p, p_p, "prompted_first")
         assert float(value) == pytest.approx(expected, abs=1e-6)
-    assert float(method.loss(q, p_p, BATCH)) == pytest.approx(0.203023, abs=1e-6)
-    last = _toward(q, p_p, "prompted_last")
+    assert float(method.loss(p_p, q, BATCH)) == pytest.approx(0.203023, abs=1e-6)
+    last = _kl(q, p_p, "prompted_last")
     assert float(last) == pytest.approx(0.203023, abs=1e-6)
 
 
@@ -125,43 +130,46 @@ def test_the_regularization_falls_linearly_to_nothing():
 @pytest.mark.parametrize(("tokens", "expected"), [(2, [5, 6]), (3, [5, 6, 7]), (7, [5, 6, 7, 5, 6, 7, 5])])
 def test_the_text_s_tokens_are_repeated_or_cut(tokens, expected):
     method = PromptKD(prompt_tokens=tokens, prompt="w5 w6 w7")
-    judge = method.prepare(LocalTeacher(tiny("llama")), SimpleNamespace(encode=lambda *a, **k: HARD), 1e-3)
-    torch.testing.assert_close(judge.prompt.detach(), judge.model.get_input_embeddings().weight[torch.tensor(expected)])
-    assert judge.prompt.dtype == torch.float32
+    teacher = method.setup(context(LocalTeacher(tiny("llama")), SimpleNamespace(encode=lambda *a, **k: HARD)))
+    torch.testing.assert_close(
+        teacher.prompt.detach(), teacher.model.get_input_embeddings().weight[torch.tensor(expected)]
+    )
+    assert teacher.prompt.dtype == torch.float32
 
 
 def test_other_beginnings_are_random_or_padding():
     random, again = (prompted(initialize="random")[1].prompt for _ in range(2))
     assert torch.equal(random, again)
     method = PromptKD(prompt_tokens=2, initialize="pad")
-    judge = method.prepare(LocalTeacher(tiny("llama")), SimpleNamespace(pad_token_id=4, eos_token_id=2), 1e-3)
-    assert torch.equal(judge.prompt[0], judge.prompt[1])
-    torch.testing.assert_close(judge.prompt[0].detach(), judge.model.get_input_embeddings().weight[4])
+    teacher = method.setup(context(LocalTeacher(tiny("llama")), SimpleNamespace(pad_token_id=4, eos_token_id=2)))
+    assert torch.equal(teacher.prompt[0], teacher.prompt[1])
+    torch.testing.assert_close(teacher.prompt[0].detach(), teacher.model.get_input_embeddings().weight[4])
 
 
 def test_a_strong_regularization_brings_the_teacher_back():
-    method, judge = prompted(regularization=1e4, prompt_lr=5e-2)
-    plain = judge.plain.score(BATCH)
+    method, teacher = prompted(regularization=1e4, prompt_lr=5e-2)
+    plain = teacher.plain.score(BATCH)
 
     def distance():
-        return float(ReverseKL().between(plain, judge.score(BATCH)).mean())
+        return float(plain.divergence_to(teacher.score(BATCH), ReverseKL()).mean())
 
     before = distance()
     for number in range(60):
-        method.before_step([BATCH], student(), judge, Step(number))
+        method.before_step([BATCH], teacher, student(), Step(number))
     assert distance() < before / 3
 
 
 def test_guidance_brings_the_teacher_nearer_to_the_student():
-    method, judge = prompted(regularization=0.0, prompt_lr=5e-2)
+    method, teacher = prompted(regularization=0.0, prompt_lr=5e-2)
     learner = student()
 
     def distance():
-        return float(score(learner, BATCH, lambda own: ReverseKL().between(own, judge.score(BATCH)).mean()).detach())
+        prompted_scores = teacher.score(BATCH)
+        return float(score(learner, BATCH, lambda own: own.divergence_to(prompted_scores, ReverseKL()).mean()).detach())
 
     before = distance()
     for number in range(40):
-        method.before_step([BATCH], learner, judge, Step(number))
+        method.before_step([BATCH], teacher, learner, Step(number))
     assert distance() < before
 
 
@@ -171,11 +179,11 @@ def test_recomputing_activations_changes_nothing(kind, dropout):
     """Also in teachers that can drop out, in modules (GPT-2) or by functions (OPT), whether they are to or not."""
     grads = []
     for checkpointing in (False, True):
-        method, judge = prompted(kind, checkpointing=checkpointing, teacher_dropout=dropout)
+        method, teacher = prompted(kind, checkpointing=checkpointing, teacher_dropout=dropout)
         torch.manual_seed(0)
         method._add_gradient(BATCH, student(), 1.0)
-        grads.append(judge.prompt.grad)
-        assert not judge.model.training
+        grads.append(teacher.prompt.grad)
+        assert not teacher.model.training
     torch.testing.assert_close(*grads)
 
 
@@ -197,24 +205,23 @@ def test_a_student_with_adapters_learns_from_the_prompted_teacher(divergence, tm
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    _, judge = prompted(prompt_tokens=60)
+    _, teacher = prompted(prompt_tokens=60)
     with pytest.raises(ValueError, match=r"do not fit into the teacher's window of 64: lower data.max_length"):
-        judge.score(BATCH)
+        teacher.score(BATCH)
 
 
 def test_a_teacher_that_is_no_live_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="PromptKD needs a teacher that gives model"):
-        trainer(tmp_path, PromptKD(), judge=BigramTeacher())
+    with pytest.raises(ValueError, match="PromptKD requires a teacher that provides full and model"):
+        trainer(tmp_path, PromptKD(), with_teacher=BigramTeacher())
 
 
 def test_gpt2_xl_gets_eleven_thousand_parameters(caplog):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
-        judge = PromptKD().prepare(
-            SimpleNamespace(model=model, vocabulary=None), SimpleNamespace(encode=lambda *a, **k: [1] * 7), 1e-3
-        )
-    assert judge.prompt.numel() == 11_200
+        tokenizer = SimpleNamespace(encode=lambda *a, **k: [1] * 7)
+        teacher = PromptKD().setup(context(SimpleNamespace(model=model), tokenizer))
+    assert teacher.prompt.numel() == 11_200
     assert sum(p.numel() for p in model.parameters()) == 1_557_611_200
     assert "11200 parameters, 0.00072 % of the teacher's 1557611200" in caplog.text
 
@@ -222,13 +229,13 @@ def test_gpt2_xl_gets_eleven_thousand_parameters(caplog):
 def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
     from peft import PeftModel
 
-    method, judge = prompted()
+    method, teacher = prompted()
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         method.export(tmp_path)
     assert "reads most like" in caplog.text
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()
-    said = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
-    torch.testing.assert_close(said.log_softmax(-1), judge.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
+    logits = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
+    torch.testing.assert_close(logits.log_softmax(-1), teacher.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_does_not_depend_on_how_it_is_accumulated(tmp_path):

@@ -87,11 +87,14 @@ SHARDED = Batch.from_examples(ragged_examples(6), 0)
 
 
 def loss_and_gradients(model, whole):
-    judge = LocalTeacher(tiny("llama", width=24, seed=2))
-    said = judge.score(SHARDED)
+    local = LocalTeacher(tiny("llama", width=24, seed=2))
+    teacher_scores = local.score(SHARDED)
     divergence = JensenShannon()
     loss = score(
-        model, SHARDED, lambda own: said.divergence_to(own, divergence).sum(), weights=torch.ones(len(SHARDED.tokens))
+        model,
+        SHARDED,
+        lambda own: teacher_scores.divergence_to(own, divergence).sum(),
+        weights=torch.ones(len(SHARDED.tokens)),
     )
     loss.backward()
     return {"loss": loss.detach(), **{name: whole(p.grad) for name, p in model.named_parameters()}}

@@ -23,6 +23,7 @@ from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
+from understudy.scores import divergence_metrics
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 from understudy.training.trainer import StudentTrainer
@@ -41,12 +42,12 @@ CUTS = ((8, 1), (4, 2), (2, 4), (1, 8))
 def cut(folder, method, size, parts, double, **changed):
     """Weights after three steps of eight examples, in `parts` micro-batches of `size`."""
     models = [student(), tiny("llama", width=24, seed=2)]
-    pupil, judge = [model.double() for model in models] if double else models
+    student_model, local = [model.double() for model in models] if double else models
     made = trainer(
         folder,
         method,
-        pupil,
-        LocalTeacher(judge),
+        student_model,
+        LocalTeacher(local),
         rollout(stop_ids=[2, *range(5, 15)]),
         ragged_examples(24),
         max_steps=3,
@@ -85,13 +86,13 @@ def test_one_step_is_what_autograd_says_of_the_formula(reduction, tmp_path):
     made = trainer(tmp_path, KD(reduction=reduction), examples=examples, max_steps=1, per_device_train_batch_size=2,
                    gradient_accumulation_steps=4, optim="sgd", learning_rate=1.0, max_grad_norm=0)  # fmt: skip
     made.train()
-    by_hand, judge = student(), teacher().model
+    by_hand, local = student(), teacher().model
     divided = {"token": sum(len(e.response) for e in examples), "sequence": len(examples), "sum": len(examples)}
     total = torch.zeros(())
     for example in examples:
         rows = slice(len(example.prompt) - 1, len(example) - 1)
         ids = torch.tensor([example.prompt + example.response])
-        log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (judge, by_hand))
+        log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (local, by_hand))
         value = (log_p.exp() * (log_p - log_q)).sum()
         total = total + value / (len(example.response) if reduction == "sequence" else 1)
     total = total / divided[reduction]
@@ -196,8 +197,12 @@ def test_models_are_compared_on_logged_steps_only(tmp_path, monkeypatch):
     from understudy.training import trainer as module
 
     compared = []
-    monkeypatch.setattr(module, "compare", lambda *_: compared.append(made.state.global_step) or divergence_metrics(*_))
-    from understudy.scores import divergence_metrics
+
+    def recorded(*scores):
+        compared.append(made.state.global_step)
+        return divergence_metrics(*scores)
+
+    monkeypatch.setattr(module, "divergence_metrics", recorded)
 
     made = trainer(tmp_path, KD(), max_steps=7, logging_steps=3, logging_first_step=True)
     made.train()
@@ -206,7 +211,7 @@ def test_models_are_compared_on_logged_steps_only(tmp_path, monkeypatch):
 
 
 def test_a_method_that_needs_no_distribution_is_not_compared(tmp_path):
-    made = trainer(tmp_path, SFT(), judge=BigramTeacher())
+    made = trainer(tmp_path, SFT(), with_teacher=BigramTeacher())
     made.train()
     assert not logged(made, "forward_kl")
     assert not any(logged(made, "seconds_score"))
@@ -404,13 +409,13 @@ def test_tied_embeddings_stay_tied_and_learn_from_both_ends(tmp_path):
     made = trainer(tmp_path, KD(), student(tied=True), max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0)
     made.train()
     assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
-    by_hand, judge = student(tied=True), teacher().model
+    by_hand, local = student(tied=True), teacher().model
     batch = ragged_examples()
     drawn = [batch[row] for row in rows_of_the_first_step(tmp_path)]
     total = torch.zeros(())
     for example in drawn:
         rows, ids = slice(len(example.prompt) - 1, len(example) - 1), torch.tensor([example.prompt + example.response])
-        log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (judge, by_hand))
+        log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (local, by_hand))
         total = total + (log_p.exp() * (log_p - log_q)).sum()
     (total / sum(len(e.response) for e in drawn)).backward()
     expected = {name: p.detach() - p.grad for name, p in by_hand.named_parameters()}
@@ -462,7 +467,7 @@ def widened(model, vocabulary):
 
 @dataclass
 class Preferring(Method):
-    """DPKD's kind: the teacher's response should be the likelier one, −log σ(mean log q_w − mean log q_l)."""
+    """As DPKD: the teacher's response should be the likelier one, −log σ(mean log q_w − mean log q_l)."""
 
     reduction: Reduction = "sequence"
 
@@ -471,7 +476,7 @@ class Preferring(Method):
         return frozenset({"teacher", "student"})
 
     def collect(self, examples, writers, step):
-        pairs = zip(writers.teacher.generate(examples, step), writers.student.generate(examples, step), strict=True)
+        pairs = zip(writers.teacher(examples, step), writers.student(examples, step), strict=True)
         return [replace(e, pair=number) for number, pair in enumerate(pairs) for e in pair]
 
     def loss(self, teacher, student, batch):
@@ -522,7 +527,7 @@ def test_a_method_may_train_something_of_its_own_first(tmp_path):
     seen = []
 
     class Prompting(Method):
-        def before_step(self, batches, student, teacher, step):
+        def before_step(self, batches, teacher, student, step):
             seen.append((step.number, len(batches), sum(len(b.examples) for b in batches), student, teacher))
 
         def loss(self, teacher, student, batch):
@@ -556,7 +561,7 @@ def test_training_arguments_may_be_left_out(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(temperature=2.0)])
 def test_a_teacher_without_a_model_teaches(divergence: Divergence, tmp_path):
-    made = trainer(tmp_path, KD(divergence), judge=BigramTeacher(), max_steps=25, learning_rate=3e-2)
+    made = trainer(tmp_path, KD(divergence), with_teacher=BigramTeacher(), max_steps=25, learning_rate=3e-2)
     made.train()
     assert logged(made)[-1] < 0.7 * logged(made)[0]
 

@@ -151,7 +151,7 @@ def _check(
     settings = [getattr(rollout, name, value) for name, value in _UNALTERED.items()]
     if len(seeds) > 1 and settings[0] == 0:
         raise ValueError("greedy answers do not depend on the seed: give one seed, or a temperature above 0")
-    if exposure and (teacher is None or Capability.MODEL not in teacher.provides):
+    if exposure and (teacher is None or not teacher.can(Capability.MODEL)):
         raise ValueError("exposure bias needs a teacher that can write: give a local one")
     if exposure and settings != list(_UNALTERED.values()):
         raise ValueError(

@@ -239,7 +239,7 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
     Returns the means of `scores.compare` over the answers' tokens; nothing where no teacher's distribution is known.
     """
     trainer, teacher = run.trainer, run.teacher
-    if teacher is None or Capability.TOP_K not in teacher.provides:
+    if teacher is None or not teacher.can(Capability.TOP_K):
         return {}
     source = run.held_out or run.train
     prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]

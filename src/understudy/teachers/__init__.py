@@ -1,7 +1,7 @@
 """Teachers: one kind, one file; the file's name is the teacher's name in a recipe."""
 
 from ..registry import Registry
-from ..teacher import Capability, Teacher, describe
+from ..teacher import Capability, Teacher, covers, describe
 
 TEACHERS: Registry[Teacher] = Registry("teacher", __name__, Teacher)
 
@@ -12,10 +12,10 @@ def check_provides(teacher: Teacher | None, required: frozenset[Capability], met
     Raises:
         ValueError: naming what the method requires, and the teachers that provide it.
     """
-    if required <= (frozenset() if teacher is None else teacher.provides):
+    if covers(frozenset() if teacher is None else teacher.provides, required):
         return
     given = "there is no teacher" if teacher is None else f"this teacher provides {describe(teacher.provides)}"
-    suitable = [name for name in TEACHERS.names() if TEACHERS.get(name).provides >= required]
+    suitable = [name for name in TEACHERS.names() if covers(TEACHERS.get(name).provides, required)]
     raise ValueError(
         f"{method} requires a teacher that provides {describe(required)}, and {given}; choose another method, or one "
         f"of the teachers that provide it: {', '.join(suitable)}"

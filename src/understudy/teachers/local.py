@@ -44,18 +44,19 @@ class LocalTeacher(Teacher):
         options: dict[str, Any] | None = None,
     ) -> None:
         self.model_name = model if isinstance(model, str) else None
-        self._given = None if isinstance(model, str) else model
+        self._model: Any = None if isinstance(model, str) else _frozen(model)
         self._dtype, self._device, self._quantization, self._options = dtype, device, quantization, options or {}
 
-    @cached_property
+    @property
     def model(self) -> Any:
         """The model, frozen and in evaluation mode.
 
         Raises:
             RecipeError: if it cannot be loaded, saying what to do.
         """
-        model = self._load() if self._given is None else self._given
-        return model.eval().requires_grad_(False)
+        if self._model is None:
+            self._model = _frozen(self._load())
+        return self._model
 
     @cached_property
     def fused(self) -> bool:
@@ -86,6 +87,10 @@ class LocalTeacher(Teacher):
             options["device_map"] = self._device
         with loading("model", self.model_name):
             return AutoModelForCausalLM.from_pretrained(resolve(self.model_name), dtype=self._dtype, **options)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
 
 
 def _is_sharded(model: nn.Module) -> bool:

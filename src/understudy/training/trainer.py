@@ -143,7 +143,7 @@ class StudentTrainer(Trainer):
         if rollout is None:
             return Writers()
         teacher = self.teacher if "teacher" in self.method.authors else None
-        if teacher_rollout is None and teacher is not None and Capability.MODEL in teacher.provides:
+        if teacher_rollout is None and teacher is not None and teacher.can(Capability.MODEL):
             teacher_rollout = copy.copy(rollout).follow(teacher.model, self.processing_class, "teacher")
         return Writers(rollout.follow(self.model, self.processing_class), teacher_rollout)
 
@@ -203,7 +203,7 @@ class StudentTrainer(Trainer):
         def loss(student: Scores) -> Tensor:
             values = method.loss(teacher, student, batch)
             if diagnose and self.teacher is not None and teacher is not None:
-                if Capability.TOP_K in self.teacher.provides:
+                if self.teacher.can(Capability.TOP_K):
                     self.window.observed(divergence_metrics(teacher, student))
                 with torch.no_grad():
                     self.window.observed(method.metrics(teacher, student, batch))
