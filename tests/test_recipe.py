@@ -1,6 +1,8 @@
 """A recipe is read as it was meant, says where its mistakes are, and writes itself down such that it is read back."""
 
 import dataclasses
+import multiprocessing
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,13 @@ import yaml
 from folders import described, write
 from transformers import TrainingArguments
 
-from understudy import divergences
+from understudy import divergences, metrics
 from understudy.budget import Budget
 from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseKL
 from understudy.method import Method
 from understudy.methods import METHODS
-from understudy.recipe import RecipeError, construct, load, parse
+from understudy.recipe import RecipeError, load, parse
+from understudy.recipe_arguments import construct
 from understudy.rollouts import ROLLOUTS
 from understudy.teachers import TEACHERS
 
@@ -66,6 +69,170 @@ def test_overrides_reach_into_every_block_and_make_it_where_it_is_missing(least,
         found = found.get(key)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "value"),
+    [
+        (["method=mine:Mine", "method.mine:Mine.beta=2"], ("method",), {"mine:Mine": {"beta": 2}}),
+        (["method=a.b.mine:Mine", "method.a.b.mine:Mine.beta=2"], ("method",), {"a.b.mine:Mine": {"beta": 2}}),
+        (["method={a.mine:Mine: {beta: 1}}", "method.a.mine:Mine.beta=2"], ("method",), {"a.mine:Mine": {"beta": 2}}),
+        (["teacher.a.mine:Mine.model=big"], ("teacher",), {"a.mine:Mine": {"model": "big"}}),
+        (["teacher={a.mine:Mine: {}}"], ("teacher",), {"a.mine:Mine": {}}),
+        (
+            ["method.sft.divergence.a.mine:Mine.alpha=0.1"],
+            ("method",),
+            {"sft": {"divergence": {"a.mine:Mine": {"alpha": 0.1}}}},
+        ),
+        (
+            ["method.sft.divergence.a.mine:Mine.inner.b.mine:Mine.alpha=0.1"],
+            ("method", "sft", "divergence"),
+            {"a.mine:Mine": {"inner": {"b.mine:Mine": {"alpha": 0.1}}}},
+        ),
+        (
+            ["rollout={a.mine:Mine: {n: 1}}", "rollout.a.mine:Mine.stop.b.mine:Mine=1"],
+            ("rollout",),
+            {"a.mine:Mine": {"n": 1, "stop": {"b.mine:Mine": 1}}},
+        ),
+        (
+            ["reward.functions.a.mine:good=1", "reward.functions.a.mine:good=2"],
+            ("reward", "functions"),
+            {"a.mine:good": 2},
+        ),
+        (["evaluate.metrics=[a.mine:Mine, bleu]"], ("evaluate", "metrics"), ["a.mine:Mine", "bleu"]),
+    ],
+)
+def test_the_dots_in_the_name_of_a_class_of_ones_own_part_no_keys(least, overrides, where, value):
+    content = load(least, overrides).resolved()
+    for key in where:
+        content = content[key]
+    assert content == value
+
+
+def test_an_override_for_another_class_of_ones_own_says_so(least):
+    with pytest.raises(
+        RecipeError, match=r"is for a.mine:Mine, and the method is sft; .* put \"method=a.mine:Mine\" be"
+    ):
+        load(least, ["method.a.mine:Mine.beta=2"])
+
+
+def test_an_error_about_a_class_with_dots_in_its_name_has_the_line_of_the_key(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(LEAST) + "teacher:\n  a.b.mine:Mine:\n    size: 1\n")
+    recipe = load(tmp_path / "r.yaml")
+    assert str(recipe.error("teacher.a.b.mine:Mine.size", "x")).endswith("r.yaml, line 8: x")
+    assert str(recipe.error("teacher.a.b.mine:Mine", "x")).endswith("r.yaml, line 7: x")
+    with pytest.raises(
+        RecipeError, match=r'line 6: the teacher a.b.mine:Mine cannot be imported: there is no module "a"'
+    ):
+        recipe.check("teacher", TEACHERS)
+
+
+OWN_CLASSES = """
+from dataclasses import dataclass
+from understudy.divergences import Divergence, ReverseKL
+from understudy.method import Method
+from understudy.metric import Metric, Score
+from understudy.rollout import Rollout
+from understudy.teacher import Teacher
+
+def concrete(base):  # whatever is abstract
+    return type("Concrete", (base,), {name: lambda self, *arguments: None for name in base.__abstractmethods__})
+
+@dataclass(frozen=True)
+class MyDivergence(concrete(Divergence)):
+    alpha: float = 0.5
+
+@dataclass
+class MyMethod(concrete(Method)):
+    paper = "mine"
+    beta: float = 0.5
+    divergence: Divergence = ReverseKL()
+    reward: object = None
+
+class MyTeacher(concrete(Teacher)):
+    def __init__(self, url: str, *, retries: int = 3):
+        self.url, self.retries = url, retries
+
+class MyRollout(concrete(Rollout)):
+    def __init__(self, **options):
+        self.options = options
+
+class MyMetric(Metric):
+    names = ("length", "count")
+    def score(self, responses, references):
+        return {"length": Score(len(responses[0]), "characters"), "count": Score(len(responses), "responses")}
+"""
+
+
+@pytest.fixture
+def own_classes(tmp_path, monkeypatch):
+    """A folder with the module `own_classes`, which is the working directory."""
+    (tmp_path / "own_classes.py").write_text(OWN_CLASSES)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_classes", None)
+
+
+OWN = {
+    "method": {"own_classes:MyMethod": {"beta": 0.1, "divergence": {"own_classes:MyDivergence": {"alpha": 0.2}}}},
+    "teacher": {"own_classes:MyTeacher": {"url": "http://localhost", "retries": 5}},
+    "rollout": {"own_classes:MyRollout": {"length": 7}},
+    "evaluate": {"dataset": "test.jsonl", "metrics": ["own_classes:MyMetric"]},
+}
+
+
+def test_a_recipe_is_built_of_classes_of_ones_own(own_classes):
+    recipe = load(write(own_classes / "r.yaml", LEAST | OWN), ["method.own_classes:MyMethod.beta=0.3"])
+    method = recipe.build("method", METHODS)
+    assert (type(method).__name__, method.beta, method.divergence.alpha) == ("MyMethod", 0.3, 0.2)
+    assert recipe.build("method", METHODS, reward="a reward").reward == "a reward"
+    teacher = recipe.build("teacher", TEACHERS)
+    assert (teacher.url, teacher.retries) == ("http://localhost", 5)
+    assert recipe.build("rollout", ROLLOUTS).options == {"length": 7}
+    assert parse(recipe.resolved()).resolved() == recipe.resolved()
+    scores = metrics.score(recipe.evaluate.metrics, ["four", "x"], [["a"], ["b"]])
+    assert {name: score.value for name, score in scores.items()} == {"length": 4, "count": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"method": "own_classes:MyMehtod"}, 'line 3: the module own_classes has no class "MyMehtod"; did you mean'),
+        ({"method": "own_clases:MyMethod"}, 'line 3: .* no module "own_clases" in .*; did you mean "own_classes"'),
+        ({"method": "own_classes:MyTeacher"}, r"line 3: .* is not a subclass of understudy.method.Method: derive it"),
+        ({"method": "own_classes:Method"}, "line 3: the method own_classes:Method is abstract: define loss"),
+        ({"method": {"own_classes:MyMethod": {"bta": 1}}}, 'line 5: .*has no field "bta"; did you mean "beta"'),
+        ({"method": {"own_classes:MyMethod": {"beta": "x"}}}, "line 5: method.own_classes:MyMethod.beta: .*number"),
+        (
+            {"method": {"own_classes:MyMethod": {"divergence": "own_classes:MyMethod"}}},
+            r"line 5: method.own_classes:MyMethod.divergence: the divergence own_classes:MyMethod is not a subclass of",
+        ),
+    ],
+)
+def test_a_mistake_in_the_name_of_ones_own_class_has_its_line(changes, error, own_classes):
+    recipe = load(write(own_classes / "r.yaml", LEAST | changes))
+    with pytest.raises(RecipeError, match=error):
+        recipe.build("method", METHODS)
+
+
+def test_a_reward_is_not_forced_on_a_method_without_one():
+    with pytest.raises(RecipeError, match=r"method\.sft takes no reward"):
+        parse(LEAST).build("method", METHODS, reward="a reward")
+
+
+def build_in_child(path, connection):
+    method = load(path).build("method", METHODS)
+    connection.send((type(method).__module__, method.beta))
+
+
+def test_a_class_in_the_working_directory_is_found_by_child_processes(own_classes):
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=build_in_child, args=(write(own_classes / "r.yaml", LEAST | OWN), sender))
+    child.start()
+    sender.close()
+    assert receiver.recv() == ("own_classes", 0.1)
+    child.join()
 
 
 def test_a_number_with_an_exponent_is_a_number_in_a_file_too(tmp_path):
@@ -253,7 +420,7 @@ def test_a_complaint_names_the_line_of_the_nearest_key_that_was_given(tmp_path):
         "rollout": "r.yaml: x",
     }
     for key, place in places.items():
-        assert place in str(recipe.complaint(key, "x"))
+        assert place in str(recipe.error(key, "x"))
 
 
 def test_a_complaint_is_located_once():

@@ -1,7 +1,9 @@
 """What counts as a right answer, and what as a good one."""
 
 import json
+import sys
 from fractions import Fraction
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,75 @@ def test_a_metric_is_found_by_its_numbers_name():
 def test_an_unknown_metric_is_refused_with_the_nearest_one():
     with pytest.raises(UnknownName, match='there is no metric "rouge"; did you mean "rouge_'):
         metrics.score(["rouge"], ["a"], [["a"]])
+
+
+OWN_METRICS = """
+from understudy.metric import Metric, Score
+
+class Lengths(Metric):
+    names = ("characters", "words")
+    def score(self, responses, references):
+        text = responses[0]
+        return {"characters": Score(len(text), "a"), "words": Score(len(text.split()), "b"), "bleu": Score(0, "c")}
+
+class Bleu(Lengths):
+    names = ("bleu",)
+
+class Missing(Lengths):
+    names = ("lines",)
+
+class Nameless(Lengths):
+    names = "characters"
+
+class Diversity(Lengths):
+    compares_responses = True
+"""
+
+
+@pytest.fixture
+def own_metrics(tmp_path, monkeypatch):
+    """The working directory, with the module `own_metrics` in it."""
+    (tmp_path / "own_metrics.py").write_text(OWN_METRICS)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("own_metrics", None)
+
+
+def test_a_metric_of_ones_own_gives_all_its_numbers_and_no_others(own_metrics):
+    asked = ["exact_match", "own_metrics:Lengths", "bleu"]
+    assert list(metrics.numbers(asked)) == ["exact_match", "characters", "words", "bleu"]
+    scores = metrics.score(asked, ["a cat ran home"], [["a cat ran home"]])
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(
+        {"exact_match": 100, "characters": 14, "words": 4, "bleu": 100}
+    )
+    assert not metrics.compares_responses("own_metrics:Lengths")
+    assert metrics.compares_responses("own_metrics:Diversity")
+    assert metrics.compares_responses("self_bleu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (["bleu", "own_metrics:Bleu"], 'own_metrics:Bleu gives a number "bleu", as another one does: rename one'),
+        (["own_metrics:Nameless"], "own_metrics:Nameless names no number: give the class names, such as names = "),
+        (["own_metrics:Lenghts"], 'the module own_metrics has no class "Lenghts"; did you mean "Lengths"'),
+    ],
+)
+def test_metrics_of_ones_own_that_cannot_be_are_refused(asked, error, own_metrics):
+    with pytest.raises(UnknownName, match=error):
+        metrics.check(asked)
+
+
+def test_a_metric_of_ones_own_that_returns_too_little_is_an_error(own_metrics):
+    with pytest.raises(ValueError, match='the metric Missing returned no score "lines", which is one of its names'):
+        metrics.score(["own_metrics:Missing"], ["a"], [["a"]])
+
+
+def test_the_numbers_of_an_installed_package_s_metric_are_found_by_name(own_metrics, monkeypatch):
+    installed = EntryPoints([EntryPoint("lengths", "own_metrics:Lengths", "understudy.metrics")])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **query: installed.select(**query))
+    assert "words" in metrics.names()
+    assert metrics.score(["words"], ["a cat"], [["a"]])["words"].value == 2
 
 
 @pytest.mark.parametrize("name", metrics.names())

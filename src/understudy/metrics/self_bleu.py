@@ -13,7 +13,7 @@ class SelfBleu(Metric):
     """The mean BLEU of an answer against the others to its prompt. Low is diverse, whether good or bad."""
 
     names = ("self_bleu",)
-    among_answers = True
+    compares_responses = True
 
     def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
         from sacrebleu.metrics import BLEU
