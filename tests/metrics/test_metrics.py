@@ -11,7 +11,7 @@ import sacrebleu
 
 from understudy import metrics
 from understudy.metrics.exact_match import exact_match, normalize
-from understudy.metrics.final_answer import final_answer, is_correct, stated
+from understudy.metrics.final_answer import final_answer, is_correct, parse_final_answer
 from understudy.registry import UnknownName
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
@@ -252,7 +252,7 @@ def test_self_bleu_is_100_for_copies_and_low_for_answers_that_share_nothing():
     ],
 )
 def test_a_text_states_its_last_mark_or_box_and_only_without_any_its_last_number(text, number):
-    assert stated(text) == number
+    assert parse_final_answer(text) == number
 
 
 def test_final_answers_are_compared_as_numbers():
@@ -267,7 +267,7 @@ def test_every_reference_of_gsm8k_states_its_answer_however_it_is_put():
     references = [[row["answer"]] for row in rows]
     parts = [row["answer"].rpartition("####") for row in rows]
     for row, (_, _, number) in zip(rows, parts, strict=True):
-        assert stated(row["answer"]) == Fraction(number.strip().replace(",", ""))
+        assert parse_final_answer(row["answer"]) == Fraction(number.strip().replace(",", ""))
     for form in ("{}#### {}", "{}The answer is ${}.", "{}\\boxed{{{}}}", "{}That makes {} dollars."):
         answers = [form.format(work, number.strip()) for work, _, number in parts]
         assert only("final_answer", answers, references) == 100
