@@ -1,4 +1,4 @@
-"""A recipe is read as it was meant, says where its mistakes are, and writes itself down such that it is read back."""
+"""Recipes: reading, overrides, errors with their lines, classes by name, and reading back what `resolved` writes."""
 
 import dataclasses
 import multiprocessing
@@ -30,7 +30,7 @@ def least(tmp_path):
     return write(tmp_path / "least.yaml", LEAST)
 
 
-def test_the_least_recipe_has_defaults_for_everything_else(least):
+def test_the_shortest_recipe_has_defaults_for_everything_else(least):
     recipe = load(least)
     assert recipe.name == "least"
     assert recipe.teacher is None
@@ -64,11 +64,11 @@ def test_the_least_recipe_has_defaults_for_everything_else(least):
     ],
 )
 def test_overrides_reach_into_every_block_and_make_it_where_it_is_missing(least, overrides, where, value):
-    found = load(least, overrides).resolved()
+    content = load(least, overrides).resolved()
     for key in where:
-        found = found.get(key)
-    assert found == value
-    assert type(found) is type(value)
+        content = content.get(key)
+    assert content == value
+    assert type(content) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_overrides_reach_into_every_block_and_make_it_where_it_is_missing(least,
         (["evaluate.metrics=[a.mine:Mine, bleu]"], ("evaluate", "metrics"), ["a.mine:Mine", "bleu"]),
     ],
 )
-def test_the_dots_in_the_name_of_a_class_of_ones_own_part_no_keys(least, overrides, where, value):
+def test_dots_in_the_name_of_a_class_do_not_separate_keys(least, overrides, where, value):
     content = load(least, overrides).resolved()
     for key in where:
         content = content[key]
@@ -282,7 +282,7 @@ def test_a_budget_is_read_and_written_and_changed_as_a_whole(budget, tmp_path):
         ("100000", "budget has fields, written as `budget: {key: value}`, and is not 100000$"),
     ],
 )
-def test_what_is_no_budget_is_one_sentence_with_its_line(budget, sentence, tmp_path):
+def test_a_wrong_budget_is_one_sentence_with_its_line(budget, sentence, tmp_path):
     lines = ["student: {model: some/model}", "method: sft", "data: {dataset: rows.jsonl}", f"budget: {budget}"]
     (tmp_path / "r.yaml").write_text("\n".join(lines))
     with pytest.raises(RecipeError, match=sentence):
@@ -307,7 +307,7 @@ class Example:
     model: Method | str = "none"
     names: list[str] | None = None
     fraction: float = 0.5
-    whole: bool = False
+    exact: bool = False
     _private: int = 0
 
 
@@ -340,8 +340,8 @@ def test_every_divergence_can_be_named():
         "alpha_beta",
     }
     for name in snakes:
-        made = construct(Example, {"count": 1, "divergence": {name: {"temperature": 2.0}}}, "x").divergence
-        assert made.temperature == 2.0
+        divergence = construct(Example, {"count": 1, "divergence": {name: {"temperature": 2.0}}}, "x").divergence
+        assert divergence.temperature == 2.0
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_every_divergence_can_be_named():
         ({"count": 1.5}, "x.count: .*integer.*not 1.5"),
         ({"count": "many"}, "x.count: .*integer.*not 'many'"),
         ({"count": 1, "fraction": [1]}, r"x.fraction: .*number.*not \[1\]"),
-        ({"count": 1, "whole": 7}, "x.whole: .*boolean.*not 7"),
+        ({"count": 1, "exact": 7}, "x.exact: .*boolean.*not 7"),
         ({"count": 1, "names": "a"}, "x.names: .*list.*not 'a'"),
         ({"count": 1, "model": 5}, "x.model: .*string.*not 5"),
         ({"count": 1, "cuont": 2}, 'x has no field "cuont"; did you mean "count"'),
@@ -371,7 +371,7 @@ def test_fields_are_checked_against_the_constructor(fields, sentence):
         construct(Example, fields, "x")
 
 
-def test_what_is_given_is_no_field_of_a_recipe():
+def test_an_argument_of_the_caller_is_no_field_of_a_recipe():
     assert construct(Example, {}, "x", count=3).count == 3
     with pytest.raises(RecipeError, match='x has no field "count"'):
         construct(Example, {"count": 4}, "x", count=3)
@@ -385,11 +385,11 @@ def test_every_field_of_every_method_can_be_written_in_a_recipe(name):
     for field in dataclasses.fields(cls):
         value = getattr(default, field.name)
         if isinstance(value, divergences.Divergence):
-            made = construct(cls, {field.name: {"reverse_kl": {"temperature": 3.0}}}, name)
-            assert getattr(made, field.name) == ReverseKL(temperature=3.0)
+            instance = construct(cls, {field.name: {"reverse_kl": {"temperature": 3.0}}}, name)
+            assert getattr(instance, field.name) == ReverseKL(temperature=3.0)
         else:
-            written = yaml.safe_load(yaml.safe_dump(value))
-            assert getattr(construct(cls, {field.name: written}, name), field.name) == value
+            plain = yaml.safe_load(yaml.safe_dump(value))
+            assert getattr(construct(cls, {field.name: plain}, name), field.name) == value
         with pytest.raises(RecipeError):
             construct(cls, {field.name: {"no": ["such", "value"]}}, name)
 
@@ -402,11 +402,11 @@ def test_every_recipe_of_the_repository_can_be_built(path):
     recipe.build("rollout", ROLLOUTS)
     if recipe.teacher is not None:
         recipe.check("teacher", TEACHERS, vocabulary=1)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert recipe.training.keys() <= known
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert recipe.training.keys() <= fields
 
 
-def test_a_complaint_names_the_line_of_the_nearest_key_that_was_given(tmp_path):
+def test_an_error_names_the_line_of_the_nearest_key_that_was_given(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "student:\n  model: a\nmethod:\n  gkd:\n    divergence:\n      skew_kl: {}\ndata: {dataset: b}\n"
     )
@@ -423,7 +423,7 @@ def test_a_complaint_names_the_line_of_the_nearest_key_that_was_given(tmp_path):
         assert place in str(recipe.error(key, "x"))
 
 
-def test_a_complaint_is_located_once():
+def test_an_error_is_located_once():
     recipe = parse(LEAST, "r.yaml", {("data",): "r.yaml, line 3"})
     with pytest.raises(RecipeError, match=r"^r.yaml, line 3: x$"), recipe.locating("student"), recipe.locating("data"):
         raise RecipeError("x")

@@ -1,4 +1,4 @@
-"""Classes are found by name: those of the package, of a module in the working directory, and of entry points."""
+"""Classes by name: those of the package, of a module in the working directory, and of entry points."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ def test_names_are_files_without_private_ones_and_import_nothing(animals):
     assert "animals_of_a_test.cat" not in sys.modules
 
 
-def test_the_class_of_a_file_is_the_one_that_it_defines_itself(animals):
+def test_the_class_of_a_file_is_the_one_that_it_defines(animals):
     assert animals.get("cat").__name__ == "Cat"
 
 
@@ -182,19 +182,19 @@ def entry_points(monkeypatch):
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.noun)
 def test_an_entry_point_of_an_installed_package_is_a_name(registry, module, entry_points):
-    entry_points(f"understudy.{registry.noun}s", theirs=f"{module(subclass_of(registry.base))}:Mine")
-    assert "theirs" in registry.names()
-    assert "theirs" not in registry.builtin_names()
+    entry_points(f"understudy.{registry.noun}s", another=f"{module(subclass_of(registry.base))}:Mine")
+    assert "another" in registry.names()
+    assert "another" not in registry.builtin_names()
     assert "module_of_a_test" not in sys.modules
-    assert issubclass(registry.get("theirs"), registry.base)
-    with pytest.raises(UnknownName, match='did you mean "theirs"'):
-        registry.get("their")
+    assert issubclass(registry.get("another"), registry.base)
+    with pytest.raises(UnknownName, match='did you mean "another"'):
+        registry.get("anothr")
 
 
 def test_an_entry_point_of_a_broken_package_says_which(entry_points):
-    entry_points("understudy.methods", theirs="not_installed.methods:Theirs")
-    with pytest.raises(UnknownName, match=r"the method not_installed\.methods:Theirs cannot be imported"):
-        METHODS.get("theirs")
+    entry_points("understudy.methods", another="not_installed.methods:Another")
+    with pytest.raises(UnknownName, match=r"the method not_installed\.methods:Another cannot be imported"):
+        METHODS.get("another")
 
 
 def test_a_builtin_name_goes_before_an_entry_point_and_that_is_logged(entry_points, caplog):
@@ -207,8 +207,8 @@ def test_a_builtin_name_goes_before_an_entry_point_and_that_is_logged(entry_poin
 def test_a_method_of_another_package_is_described(module, entry_points):
     text = "import dataclasses\n" + subclass_of(Method).replace("class Mine", "@dataclasses.dataclass\nclass Mine")
     text += '    """Another method."""\n    share: float\n    beta: float = 0.5\n    names: list = dataclasses.field('
-    entry_points("understudy.methods", theirs=f"{module(text + 'default_factory=list)')}:Mine")
-    assert describe("theirs").endswith("  share (required)\n  beta = 0.5\n  names = []")
+    entry_points("understudy.methods", another=f"{module(text + 'default_factory=list)')}:Mine")
+    assert describe("another").endswith("  share (required)\n  beta = 0.5\n  names = []")
     plain = module(subclass_of(Method) + "    def __init__(self, share, beta=0.5): ...\n", "plain_module")
     assert describe(f"{plain}:Mine").endswith("  share (required)\n  beta = 0.5")
 

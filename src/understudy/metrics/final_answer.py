@@ -51,8 +51,8 @@ def parse_final_answer(text: str) -> Fraction | str | None:
     return _value(numbers[-1]) if numbers else None
 
 
-# A sign, unless it is a minus behind a digit, a letter or a bracket (10-3); a currency; digits, optionally with thousands
-# separators and decimals, or decimals alone; optionally a denominator.
+# A sign, unless it is a minus behind a digit, a letter or a bracket (10-3); a currency; digits, with or without
+# thousands separators and decimals, or decimals only; optionally a denominator.
 _NUMBER = (
     r"(?P<sign>(?<![\w)\]])-\s?)?[$€£¥]?\s?(?P<inner>(?<=[$€£¥])-)?"
     r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?P<part>\.\d+)?(?:\s?/\s?(?P<below>\d*[1-9]\d*)(?![\d./]))?"
