@@ -1,10 +1,9 @@
-"""Every recipe is built, and one of each method and architecture trains, with small stand-ins for all that it names.
+"""Every recipe of the repository is built, and one of each method and architecture trains, with small random models.
 
-The one idea: a recipe is read as it stands. What it names lies in folders of these very names below the working
-directory (`Qwen/Qwen3-0.6B`, `runs/sft/student`), where a folder goes before the hub; the hub's datasets are asked of a
-`load_dataset` that knows their columns, splits and configurations. Stand-ins have two layers, a token for every byte,
-and what the real models' family has of architecture, window, special tokens and chat template. A recipe is found by
-lying in recipes/.
+The recipes are not changed. The models and files that they name lie below the working directory, in folders of the same
+names (`Qwen/Qwen3-0.6B`, `runs/sft/student`), which go before the hub; `load_dataset` is replaced by one that knows the
+columns, splits and configurations of the hub's datasets. The models have two layers, a token for every byte, and the
+architecture, context length, special tokens and chat template of the real models' family.
 """
 
 import gzip
@@ -51,7 +50,7 @@ class Family:
     """What all models of one family have in common, as far as recipes depend on it."""
 
     model_type: str
-    window: int
+    context_length: int
     eos: str
     bos: str | None = None  # put before every text
     pad: str | None = None
@@ -67,7 +66,7 @@ FAMILIES = {
     r"[Ll]lama-3\.\d": Family("llama", 131072, eos="<|end_of_text|>", bos="<|begin_of_text|>"),
     r"Qwen3-": Family("qwen3", 40960, eos="<|im_end|>", pad="<|endoftext|>", chat_template=CHATML),
 }
-OURS = Family("llama", 512, eos="</s>", bos="<s>", pad="<pad>")  # what no hub knows: a folder of one's own
+LOCAL = Family("llama", 512, eos="</s>", bos="<s>", pad="<pad>")  # of a model that is not on the hub
 
 SENTENCES = ("Who learns the part?", "Nobody yet; the star is well.", "Über Nacht kann sich das ändern.")
 
@@ -124,10 +123,10 @@ def bytewise(family: Family) -> PreTrainedTokenizerFast:
 
 
 def family_of(name: str) -> Family:
-    known = [family for pattern, family in FAMILIES.items() if re.search(pattern, name)]
+    matches = [family for pattern, family in FAMILIES.items() if re.search(pattern, name)]
     on_the_hub = name.count("/") == 1 and not name.startswith((".", "/"))
-    assert known or not on_the_hub, f"{name} looks like a model of the hub: add its family to FAMILIES"
-    return known[0] if known else OURS
+    assert matches or not on_the_hub, f"{name} looks like a model of the hub: add its family to FAMILIES"
+    return matches[0] if matches else LOCAL
 
 
 def put_model(name: str, family: Family, tokenizer: Any, width: int, layers: int) -> None:
@@ -136,7 +135,7 @@ def put_model(name: str, family: Family, tokenizer: Any, width: int, layers: int
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
-        "max_position_embeddings": family.window,
+        "max_position_embeddings": family.context_length,
         "vocab_size": len(tokenizer) + 3,  # padded, as many are
         "tie_word_embeddings": family.tied,
         "bos_token_id": tokenizer.bos_token_id,
@@ -169,48 +168,48 @@ def put_rows(dataset: str, row: dict[str, str], count: int = 6) -> None:
 
 
 def row_of(dataset: str, block: Any) -> dict[str, str]:
-    """A row of a dataset that is no hub's: one of a public collection, or with the columns that the block asks for."""
+    """A row of a local dataset: of a public collection, or with the columns that the data block names."""
     on_the_hub = dataset.count("/") == 1 and not Path(dataset).suffix and dataset[0] != "."
     assert not on_the_hub, f"{dataset} looks like a dataset of the hub: add its columns to HUB"
-    known = next((row for name, row in FILES.items() if name in dataset), None)
-    if known:
-        return known
+    row = next((row for name, row in FILES.items() if name in dataset), None)
+    if row:
+        return row
     if ".txt" in Path(dataset).suffixes:
         return {"text": "\n".join(SENTENCES)}
-    named = [field for _, field, _, _ in string.Formatter().parse(block.template or "") if field]
-    wanted = [*named, *(block.columns or {}).values()] or ["prompt", "completion"]
-    return dict(zip(wanted, ["Who plays?", "The star.", *wanted], strict=False))
+    fields = [field for _, field, _, _ in string.Formatter().parse(block.template or "") if field]
+    columns = [*fields, *(block.columns or {}).values()] or ["prompt", "completion"]
+    return dict(zip(columns, ["Who plays?", "The star.", *columns], strict=False))
 
 
 def load_dataset(path: str, name: str | None = None, split: str | None = None) -> datasets.Dataset:
-    """In the place of the function of that name in `datasets`."""
-    assert path in HUB, f"{path} is asked of the hub: add its columns to HUB"
-    known = HUB[path]
-    assert name == known.name, f"{path} has the configuration {known.name}, and {name} is asked for"
-    [part] = datasets.ReadInstruction.from_spec(str(split)).to_absolute(known.splits)
-    begins, ends = part.from_ or 0, part.to or known.splits[part.splitname]
-    assert 0 <= begins < ends <= known.splits[part.splitname], f"{path} has no rows {split}"
-    return datasets.Dataset.from_list([known.row] * 6)
+    """Replaces the function of that name in `datasets`."""
+    assert path in HUB, f"{path} is not in HUB: add its columns to HUB"
+    dataset = HUB[path]
+    assert name == dataset.name, f"{path} has the configuration {dataset.name}, and not {name}"
+    [part] = datasets.ReadInstruction.from_spec(str(split)).to_absolute(dataset.splits)
+    begins, ends = part.from_ or 0, part.to or dataset.splits[part.splitname]
+    assert 0 <= begins < ends <= dataset.splits[part.splitname], f"{path} has no rows {split}"
+    return datasets.Dataset.from_list([dataset.row] * 6)
 
 
 def families(recipe: Recipe) -> dict[str, Family]:
     """The family of each model and tokenizer that the recipe names, the student's first.
 
-    A folder of one's own beside a model of the hub holds one of its family.
+    A local folder beside a model of the hub holds a model of the same family.
     """
     names = [recipe.student.model, teacher_name(recipe), recipe.student.tokenizer]
-    found = {name: family_of(name) for name in names if name}
-    known = next((family for family in found.values() if family != OURS), OURS)
-    return {name: known if family == OURS else family for name, family in found.items()}
+    by_name = {name: family_of(name) for name in names if name}
+    hub_family = next((family for family in by_name.values() if family != LOCAL), LOCAL)
+    return {name: hub_family if family == LOCAL else family for name, family in by_name.items()}
 
 
-def furnish(recipe: Recipe) -> None:
-    """Put everything that the recipe names below the working directory."""
-    found, teacher = families(recipe), teacher_name(recipe)
-    played = next((name for name in found if is_playground(name)), None)
+def create_files(recipe: Recipe) -> None:
+    """Create every model and file that the recipe names below the working directory."""
+    by_name, teacher = families(recipe), teacher_name(recipe)
+    playground = next((name for name in by_name if is_playground(name)), None)
     layers = max([2, *(layer + 1 for layer in recipe.student.layers or [])])
-    for name, family in found.items():
-        tokenizer = load_tokenizer(played) if played else bytewise(family)
+    for name, family in by_name.items():
+        tokenizer = load_tokenizer(playground) if playground else bytewise(family)
         if not is_playground(name):
             put_model(name, family, tokenizer, *((32, layers) if name == teacher else (16, 2)))
     for dataset in filter(None, (recipe.data.dataset, recipe.evaluate.dataset)):
@@ -222,21 +221,21 @@ def furnish(recipe: Recipe) -> None:
 
 @pytest.fixture
 def built(tmp_path, monkeypatch):
-    """Builds a recipe in a furnished folder, and afterwards forgets what TrainingArguments leave in the process."""
+    """Builds a recipe in a folder with its files, and afterwards resets what TrainingArguments set in the process."""
     before = dict(os.environ)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
     def build_it(path: str, *overrides: str) -> Run:
-        given = ["training.use_cpu=true", *overrides]  # bf16 is refused where there is no GPU, unless a CPU is meant
-        recipe = load(ROOT / path, given)
+        overrides = ("training.use_cpu=true", *overrides)  # without a GPU, bf16 is an error unless the CPU is chosen
+        recipe = load(ROOT / path, overrides)
         training_arguments(recipe)
         if recipe.training.get("fsdp"):
-            given += ["training.fsdp=false"]  # of whose arguments no more can be checked in a single process
+            overrides += ("training.fsdp=false",)  # needs several processes
         if is_playground(recipe.data.dataset):
-            given += ["data.limit=6"]  # of hundreds of thousands, which take long to make
-        recipe = load(ROOT / path, given)
-        furnish(recipe)
+            overrides += ("data.limit=6",)  # of hundreds of thousands, which take long to generate
+        recipe = load(ROOT / path, overrides)
+        create_files(recipe)
         return build(recipe, training_arguments(recipe))
 
     yield build_it
@@ -246,11 +245,11 @@ def built(tmp_path, monkeypatch):
 
 
 def effective_batch(path: str) -> list[int]:
-    """(batch, per device, accumulated, processes), as the recipe's head says."""
+    """(batch, per device, accumulated, processes) from the comment at the top of a recipe."""
     head = " ".join(line[1:].strip() for line in (ROOT / path).read_text("utf-8").splitlines() if line[:1] == "#")
-    said = re.search(r"Effective batch (\d+) = (\d+) per device × (\d+) accumulated × (\d+) process", head)
-    assert said, f"the head of {path} does not say its effective batch"
-    return [int(number) for number in said.groups()]
+    match = re.search(r"Effective batch (\d+) = (\d+) per device × (\d+) accumulated × (\d+) process", head)
+    assert match, f"the comment at the top of {path} does not name its effective batch"
+    return [int(number) for number in match.groups()]
 
 
 @pytest.mark.parametrize("path", RECIPES)
@@ -259,7 +258,7 @@ def test_a_recipe_can_be_built(path, built):
     recipe, arguments = run.recipe, run.trainer.args
     assert len(run.train) > 0
     assert run.train.skipped == 0
-    if not is_playground(recipe.data.dataset):  # whose problems are real ones; a stand-in's row is short
+    if not is_playground(recipe.data.dataset):  # whose problems are real; other rows are short
         assert run.train.cut_prompts == run.train.cut_responses == 0
     room = 0 if run.trainer.method.authors == {"dataset"} else recipe.rollout[1].get("max_new_tokens", 256)
     assert all(len(example.prompt) + room <= recipe.data.max_length for example in run.train.examples)
@@ -272,16 +271,16 @@ def test_a_recipe_can_be_built(path, built):
 
 def by_kind() -> dict[str, str]:
     """One recipe for every method and student's architecture, those of papers first."""
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for path in [*PAPERS, *RECIPES]:
         try:
             recipe = load(ROOT / path)
             fresh = (recipe.student.fresh or {}).get("model_type")
             kind = fresh or next(iter(families(recipe).values())).model_type
         except (RecipeError, AssertionError):
-            continue  # its own test says what is wrong with it
-        found.setdefault(f"{recipe.method[0]}-{kind}", path)
-    return found
+            continue  # test_a_recipe_can_be_built reports it
+        paths.setdefault(f"{recipe.method[0]}-{kind}", path)
+    return paths
 
 
 class StopAfterTwo(TrainerCallback):
@@ -316,7 +315,7 @@ def test_each_method_trains_each_architecture(kind, path, built):
 
 
 @pytest.mark.parametrize("path", PAPERS)
-def test_a_papers_recipe_says_its_effective_batch(path):
+def test_a_papers_recipe_names_its_effective_batch(path):
     batch, device, accumulated, processes = effective_batch(path)
     training = load(ROOT / path).training
     assert training["per_device_train_batch_size"] == device
@@ -327,14 +326,14 @@ def test_a_papers_recipe_says_its_effective_batch(path):
 def test_the_page_has_every_papers_recipe_and_its_command():
     for path in PAPERS:
         assert f"](../{path})" in PAGE, f"docs/papers.md has no row for {path}"
-        asked = [command for command in COMMANDS if path in command and "method=" not in command]
-        assert asked, f"docs/papers.md has no command for {path}"
+        commands = [command for command in COMMANDS if path in command and "method=" not in command]
+        assert commands, f"docs/papers.md has no command for {path}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_page_can_be_built(command, built):
-    launcher, said = command.split("understudy distill ")
-    path, *overrides = shlex.split(said)
+    launcher, arguments = command.split("understudy distill ")
+    path, *overrides = shlex.split(arguments)
     run = built(path, *overrides)
     assert len(run.train) > 0
     if launcher:

@@ -1,4 +1,4 @@
-"""A metric: how good written answers are, given the right ones."""
+"""A metric: a number for the quality of generated responses, given references."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,21 +8,18 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Score:
-    """A number for all answers together, and how it was come by, in words that another paper could repeat."""
+    """A number for all responses together, and a signature that says exactly how it was computed (as sacrebleu's)."""
 
     value: float  # out of 100, as papers print it
     signature: str
 
 
 class Metric(ABC):
-    """One kind of judgement, which may give several numbers at once. Subclasses are final."""
+    """Scores responses against references; one class may compute several numbers at once. Subclasses are final."""
 
-    names: ClassVar[tuple[str, ...]]  # of the numbers that it gives
-    among_answers: ClassVar[bool] = False  # are an answer's references the other answers to its prompt?
+    names: ClassVar[tuple[str, ...]]  # of the numbers, as they are asked for and logged
+    compares_responses: ClassVar[bool] = False  # are a response's references the other responses to its prompt?
 
     @abstractmethod
-    def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
-        """Judge answers, each beside its own references, of which there is at least one, as many as there may be.
-
-        Returns a score for every one of `names`.
-        """
+    def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+        """A score for every one of `names`. Each response has at least one reference of its own, perhaps several."""

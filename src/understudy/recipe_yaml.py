@@ -1,4 +1,4 @@
-"""A recipe as it is written: a YAML file and overrides, as one dictionary that knows the place of every key."""
+"""Read a recipe's YAML file and apply overrides from the command line, with the file and line of every key."""
 
 import re
 from collections.abc import Sequence
@@ -7,23 +7,24 @@ from typing import Any
 
 import yaml
 
-Places = dict[tuple[str, ...], str]  # where every key was given: "gkd.yaml, line 3"
+CLASS_KEYS = ("method", "teacher", "rollout")  # the keys below which the name of a class stands
+Places = dict[tuple[str, ...], str]  # from each key's path to where it is set: "gkd.yaml, line 3"
 
 
 class RecipeError(ValueError):
-    """What is wrong with a recipe, in one sentence that names the place and the remedy."""
+    """A mistake in a recipe, as one sentence with the place and the remedy."""
 
     def __init__(self, message: str, key: str = "", located: bool = False) -> None:
         super().__init__(message)
-        self.key = key  # dotted, where the complaint is about one
-        self.located = located  # does the message say already where that key was given?
+        self.key = key  # dotted, if the error is about one
+        self.located = located  # does the message hold the file and line of the key?
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
-    """The content of a YAML file with dotted overrides, `key.key=value`, applied; and where each key was given.
+    """The content of a YAML file with dotted overrides, `key.key=value`, applied; and the place of each key.
 
     Raises:
-        RecipeError: if there is no such file, if it holds no YAML or no mapping, and for what is no override.
+        RecipeError: if there is no such file, if it is no YAML mapping, and for an override that cannot be read.
     """
     path = Path(path)
     try:
@@ -45,21 +46,22 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
         problem = getattr(error, "problem", None) or error
         raise RecipeError(f"{path}{where}: this cannot be read as YAML: {problem}") from None
     if not isinstance(content, dict):
-        found = "it is empty" if content is None else f"this is {content!r:.40}"
-        raise RecipeError(f"{path}: {found}; a recipe is a mapping such as `student: {{model: …}}`, line by line")
+        problem = "it is empty" if content is None else f"this is {content!r:.40}"
+        raise RecipeError(f"{path}: {problem}; a recipe is a mapping such as `student: {{model: …}}`, line by line")
     places = {key: f"{path}, line {line}" for key, line in lines.items()}
     for override in overrides:
         _override(content, places, override)
     return content, places
 
 
-def place(source: str, places: Places, path: tuple[str, ...]) -> str:
-    """Where the key was given, or the nearest key above it that was."""
-    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
+def place(source: str, places: Places, key: str) -> str:
+    """Where a dotted key is set, or the nearest key above it that is. Parts of the key may hold dots themselves."""
+    above = [path for path in places if f"{key}.".startswith(".".join(path) + ".")]
+    return places[max(above, key=len)] if above else source
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with 1e-5 as a number, as everybody means it."""
+    """YAML 1.1, except that 1e-5 is a number and not a text."""
 
 
 _Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
@@ -69,7 +71,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The content, and the line of every key, counted from 1. A key given twice is an error."""
+    """The content, and the line of every key, counted from 1. A key that appears twice is an error."""
     lines: dict[tuple[str, ...], int] = {}
 
     def visit(node: Any, path: tuple[str, ...]) -> None:
@@ -93,7 +95,7 @@ def _read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
 
 
 def value_of(text: str) -> Any:
-    """What an override's value means: YAML, or the text itself where it is none."""
+    """Parse an override's value: as YAML, or as plain text where it is not valid YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -101,40 +103,61 @@ def value_of(text: str) -> Any:
 
 
 def _override(content: dict[str, Any], places: Places, override: str) -> None:
-    """Set one value in `content`, making the blocks above it, and note in `places` where it comes from."""
+    """Set one value in `content`, with the blocks above it, and record the override as its place."""
     key, separator, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not separator or not all(path):
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
         raise RecipeError(f'"{override}" is no override; write key.key=value, such as training.max_steps=100')
     value = value_of(text)
-    here = content
-    for depth, parent in enumerate(path[:-1]):
-        below = here.get(parent)
-        if depth == 0 and parent in ("teacher", "method", "rollout"):
-            below = _instance_of(below, path[1], override)
+    path: tuple[str, ...] = ()
+    block = content
+    while True:
+        size = _key_size(parts, path, block)
+        path, parts = (*path, ".".join(parts[:size])), parts[size:]
+        if not parts:
+            break
+        below = block.get(path[-1])
+        if len(path) == 1 and path[0] in CLASS_KEYS:
+            below = _fields_of_class(below, parts, override)
         if below is None:
             below = {}
-            places.setdefault(path[: depth + 1], f'the override "{override}"')
+            places.setdefault(path, f'the override "{override}"')
         if not isinstance(below, dict):
-            above = ".".join(path[: depth + 1])
+            above = ".".join(path)
             raise RecipeError(f'the override "{override}" goes below {above}, which is {below!r} and has no fields')
-        here[parent] = below
-        here = below
-    here[path[-1]] = value
+        block[path[-1]] = below
+        block = below
+    block[path[-1]] = value
     for old in [p for p in places if p[: len(path)] == path]:
         del places[old]
     places[path] = f'the override "{override}"'
 
 
-def _instance_of(chosen: Any, name: str, override: str) -> Any:
-    """The block of a teacher, method or rollout as a mapping, if it is the one called `name`."""
+def _key_size(parts: list[str], path: tuple[str, ...], block: dict[str, Any]) -> int:
+    """How many of an override's dotted parts make up its next key, below the keys `path`.
+
+    A key that the block has already is matched as a whole, dots included. A new key is one part, except where the name
+    of a class or function stands, which reaches up to the part with its colon: `my.package.module:MyClass`. Names stand
+    directly below `method`, `teacher` and `rollout`, below their fields, and in reward.functions.
+    """
+    for size in range(len(parts), 0, -1):
+        if ".".join(parts[:size]) in block:
+            return size
+    is_name = path == ("reward", "functions") or (len(path) % 2 == 1 and path[0] in CLASS_KEYS)
+    colons = [index for index, part in enumerate(parts) if ":" in part]
+    return colons[0] + 1 if is_name and colons else 1
+
+
+def _fields_of_class(chosen: Any, parts: list[str], override: str) -> Any:
+    """The block of a teacher, method or rollout as a mapping, if the override is for the class that it names."""
     if isinstance(chosen, str):
         chosen = {chosen: {}}
-    if isinstance(chosen, dict) and chosen and name not in chosen:
-        [*others] = chosen
-        word = override.partition(".")[0]
-        raise RecipeError(
-            f'the override "{override}" is for {name}, and the {word} is {others[0]}; '
-            f'to change the {word} put "{word}={name}" before it'
-        )
+    if isinstance(chosen, dict) and chosen:
+        name = ".".join(parts[: _key_size(parts, (CLASS_KEYS[0],), chosen)])
+        if name not in chosen:
+            key = override.partition(".")[0]
+            raise RecipeError(
+                f'the override "{override}" is for {name}, and the {key} is {next(iter(chosen))}; '
+                f'to change the {key} put "{key}={name}" before it'
+            )
     return chosen

@@ -1,54 +1,160 @@
-"""Finding instances of an idea by their file's name: methods, teachers, rollouts. Adding one is adding a file."""
+"""Find a class by the name that a recipe gives it: methods, teachers, rollouts, metrics and divergences.
+
+A name is one of three things:
+
+    gkd                   a class of this package; adding one is adding a file
+    my_module:MyMethod    a class of your own; the module is installed or lies in the working directory
+    their_method          an entry point of an installed package, in the group understudy.methods
+"""
 
 import difflib
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import os
+import re
+import sys
 from collections.abc import Iterable
-from importlib import import_module, resources
-from typing import Generic, TypeVar
+from contextlib import suppress
+from functools import reduce
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 class UnknownName(ValueError):
-    """A name that belongs to nothing, with the nearest one that does."""
+    """A name that selects nothing, in one sentence with the remedy."""
 
 
 class Registry(Generic[T]):
-    """The modules of one package, each of which defines exactly one final subclass of `base`."""
+    """The final subclasses of `base` that a recipe can name.
+
+    Args:
+        noun: what errors call one of them; the group of their entry points is `understudy.<noun>s`.
+        package: a package whose every module defines one of them and gives it its name; or one module that defines
+            them all, where JensenShannon is called jensen_shannon.
+    """
 
     def __init__(self, noun: str, package: str, base: type[T]) -> None:
         self.noun, self.package, self.base = noun, package, base
 
     def names(self) -> list[str]:
-        """The file names, without importing any of them."""
+        """The names of this package's classes and of entry points. No file of a package is imported."""
+        return sorted({*self.builtin_names(), *self._entry_points()})
+
+    def builtin_names(self) -> list[str]:
+        """The names of this package's classes alone."""
+        if not self._is_package():
+            return sorted(snake_case(cls.__name__) for cls in self._classes(self.package))
         files = resources.files(self.package).iterdir()
         return sorted(
             f.name.removesuffix(".py") for f in files if f.name.endswith(".py") and not f.name.startswith("_")
         )
 
     def get(self, name: str) -> type[T]:
-        """The class of the file `name`.
+        """The class of that name. A class of this package goes before an entry point of the same name.
 
         Raises:
-            UnknownName: if there is no such file; names the nearest match.
+            UnknownName: for a name of nothing, with the nearest one; for what cannot be imported; for what is not a
+                subclass of `base`, or an abstract one.
         """
-        if name not in self.names():
+        if ":" in name:
+            return self._checked(import_object(name, self.noun, "class"), name)
+        entry_points = self._entry_points()
+        if name in self.builtin_names():
+            if name in entry_points:
+                message = 'the %s "%s" is understudy\'s own; the entry point %s of that name is not used: write it so'
+                logger.warning(message, self.noun, name, entry_points[name])
+            return self._builtin(name)
+        if name not in entry_points:
             raise UnknownName(f'there is no {self.noun} "{name}"{nearest(name, self.names())}')
-        module = import_module(f"{self.package}.{name}")
-        [found] = [
-            x
-            for x in vars(module).values()
-            if isinstance(x, type) and issubclass(x, self.base) and x.__module__ == module.__name__
-        ]
-        return found
+        return self._checked(import_object(entry_points[name], self.noun, "class"), entry_points[name])
+
+    def _is_package(self) -> bool:
+        spec = find_spec(self.package)
+        return spec is not None and spec.submodule_search_locations is not None
+
+    def _builtin(self, name: str) -> type[T]:
+        if self._is_package():
+            [cls] = self._classes(f"{self.package}.{name}")
+            return cls
+        return next(cls for cls in self._classes(self.package) if snake_case(cls.__name__) == name)
+
+    def _classes(self, module: str) -> list[type[T]]:
+        """The subclasses of `base` that the module itself defines."""
+        content = [x for x in vars(importlib.import_module(module)).values() if isinstance(x, type)]
+        return [x for x in content if issubclass(x, self.base) and x is not self.base and x.__module__ == module]
+
+    def _entry_points(self) -> dict[str, str]:
+        """What installed packages offer: from the name to `module:Class`."""
+        group = importlib.metadata.entry_points(group=f"understudy.{self.noun}s")
+        return {entry.name: f"{entry.module}:{entry.attr}" for entry in group}
+
+    def _checked(self, value: Any, name: str) -> type[T]:
+        base = f"{self.base.__module__}.{self.base.__name__}"
+        if not isinstance(value, type) or not issubclass(value, self.base):
+            raise UnknownName(f"the {self.noun} {name} is not a subclass of {base}: derive it from that class")
+        if inspect.isabstract(value):
+            missing = " and ".join(sorted(value.__abstractmethods__))  # type: ignore[attr-defined]
+            raise UnknownName(f"the {self.noun} {name} is abstract: define {missing}, as {base} asks for")
+        return value
+
+
+def import_object(path: str, noun: str, kind: str) -> Any:
+    """Import what `module:name` names. The module may lie in the working directory.
+
+    Args:
+        noun: what the object serves as, such as "reward function"; for errors.
+        kind: what it is in Python, "class" or "function"; for errors.
+
+    Raises:
+        UnknownName: if there is no such module or no such name in it, or if importing the module fails.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise UnknownName(f'a {noun} is written module:{kind}, not "{path}"')
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
+    try:
+        importlib.invalidate_caches()  # the file may be younger than the last look into its folder
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        reason = str(error)
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            guess = did_you_mean(module_name, [file.stem for file in Path(directory).glob("*.py")])
+            reason = f'there is no module "{error.name}" in {directory} or among the installed ones{guess}'
+        raise UnknownName(f"the {noun} {path} cannot be imported: {reason}") from error
+    except Exception as error:
+        kind_of_error = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UnknownName(f"the {noun} {path} cannot be imported: {kind_of_error}{error}") from error
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(directory)
+    try:
+        return reduce(getattr, name.split("."), module)
+    except AttributeError:
+        guess = did_you_mean(name, vars(module))
+        raise UnknownName(f'the module {module_name} has no {kind} "{name}"{guess}') from None
+
+
+def snake_case(name: str) -> str:
+    """JensenShannon → jensen_shannon, ForwardKL → forward_kl."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: what was probably meant, or nothing where no known name is near."""
+    """The end of an error about an unknown name: the nearest known name, or nothing where none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """As `did_you_mean`, but where nothing is near, what there is."""
+    """As `did_you_mean`, but where nothing is near, every known name."""
     known = sorted(known)
     return did_you_mean(name, known) or f"; there {'are' if len(known) > 1 else 'is'}: {', '.join(known)}"

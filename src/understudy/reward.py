@@ -4,10 +4,7 @@ A reward is a number computed from texts, without any gradient. Methods learn fr
 mean of the other responses to the same prompt, which changes the variance of a policy gradient and not its expectation.
 """
 
-import importlib
 import math
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 
 from .batch import Example
+from .registry import import_object
 
 Scorer = Callable[[list[str], list[str], list[Mapping[str, Any]]], Sequence[float]]
 
@@ -146,18 +144,9 @@ def function(place: str) -> Scorer:
     Raises:
         ValueError: if there is none.
     """
-    module, _, name = place.partition(":")
-    if not module or not name:
-        raise ValueError(f'a reward function is written module:function, not "{place}"')
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"the reward function {place} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
+    found = import_object(place, "reward function", "function")
     if not callable(found):
-        raise ValueError(f'the module {module} has no function "{name}"')
+        raise ValueError(f"the reward function {place} is no function, but {found!r:.40}")
     return cast(Scorer, found)
 
 

@@ -54,7 +54,7 @@ class Teacher(ABC):
 
 
 def covers(provided: frozenset[Capability], required: frozenset[Capability]) -> bool:
-    """Is all that is required among what is provided? Every token's log-probability includes the chosen and the top K."""
+    """Is all that is required also provided? FULL includes CHOSEN and TOP_K."""
     if Capability.FULL in provided:
         provided |= {Capability.CHOSEN, Capability.TOP_K}
     return required <= provided

@@ -1,4 +1,4 @@
-"""Rows of every kind become examples, and what is wrong with a dataset is said in a sentence."""
+"""Rows of every format become examples, and an error of a dataset is one sentence."""
 
 import csv
 import doctest
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from understudy.data.examples import DataError, examples_from_rows, load_examples, stop_ids
+from understudy.data.chat import end_of_response_ids
+from understudy.data.examples import DataError, examples_from_rows, load_examples
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT / ".." / "shared"
@@ -97,7 +98,7 @@ def texts(tokenizer, example) -> tuple[str, str]:
 PAIR = {"prompt": "Two plus two?", "completion": " four"}
 
 
-# Sources
+# Files, folders and the hub
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz"])
@@ -157,8 +158,8 @@ def test_a_folder_without_data_is_an_error(tmp_path, gpt2):
 
 
 @pytest.mark.parametrize("dataset", ["./prompt", "prompt.jsonl", "prompt.csv.gz", "/no/such", "a/b/c", "~/no such"])
-def test_a_missing_path_is_an_error_that_does_not_ask_the_hub(dataset, gpt2, monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+def test_a_missing_path_is_an_error_without_a_request_to_the_hub(dataset, gpt2, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("a request to the hub"))
     with pytest.raises(DataError, match="there is no file or folder"):
         load_examples(dataset, gpt2)
 
@@ -176,22 +177,22 @@ def test_a_kind_of_file_that_is_not_understood_is_named(tmp_path, gpt2):
 
 
 def test_a_dataset_of_the_hub_is_loaded_by_id_name_and_split(gpt2, monkeypatch):
-    asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or [PAIR])
+    calls = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or [PAIR])
     loaded = load_examples("openai/gsm8k", gpt2, name="main", split="test")
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
     assert loaded.rows[0].where == "openai/gsm8k (test), row 1"
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (ConnectionError("Couldn't reach the Hub"), "the Hugging Face hub could not be reached"),
         ("DatasetNotFoundError", "the Hugging Face hub has no such dataset"),
         (ValueError('Unknown split "tran".\nShould be train'), 'could not be loaded: Unknown split "tran". Should'),
     ],
 )
-def test_a_failed_look_up_says_that_neither_file_nor_hub_has_it(error, says, gpt2, monkeypatch):
+def test_a_failed_look_up_says_that_neither_file_nor_hub_has_it(error, message, gpt2, monkeypatch):
     import datasets.exceptions
 
     def refuse(*_, **__):
@@ -200,11 +201,11 @@ def test_a_failed_look_up_says_that_neither_file_nor_hub_has_it(error, says, gpt
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(DataError, match='there is no file or folder "my-data", and ') as caught:
         load_examples("my-data", gpt2)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-# Kinds of rows
+# Formats of rows
 
 
 def test_question_and_answer_are_taken_as_they_are(gpt2):
@@ -304,7 +305,7 @@ def test_a_template_reads_columns_and_no_attributes(gpt2):
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "message"),
     [
         ("{questions}", r'row 1: the template names the column "questions", but .*mean "question"\?'),
         ("Q: {", "is not a format string"),
@@ -313,8 +314,8 @@ def test_a_template_reads_columns_and_no_attributes(gpt2):
         ("{question:d}", "the template cannot be filled"),
     ],
 )
-def test_a_template_that_does_not_fit_is_explained(template, says, gpt2):
-    with pytest.raises(DataError, match=says):
+def test_a_template_that_does_not_fit_is_explained(template, message, gpt2):
+    with pytest.raises(DataError, match=message):
         examples_from_rows([{"question": "Who?", "answer": "Me"}], gpt2, template=template)
 
 
@@ -325,7 +326,7 @@ def test_unknown_names_in_columns_are_explained(gpt2):
         examples_from_rows([{"english": "a"}], gpt2, columns={"prompt": "em"})
 
 
-# Ends and beginnings
+# Special tokens and chat templates
 
 
 def test_a_response_ends_with_one_end_of_sequence_token_even_when_it_is_the_padding_token(gpt2):
@@ -372,7 +373,7 @@ def test_a_chat_answer_ends_with_the_template_s_end_token_and_nothing_behind_it(
     [example] = examples_from_rows([row], chatml)
     end = chatml.convert_tokens_to_ids("<|im_end|>")
     assert example.response[-1] == end
-    assert stop_ids(chatml) == sorted([end, chatml.eos_token_id])
+    assert end_of_response_ids(chatml) == sorted([end, chatml.eos_token_id])
 
 
 def test_the_first_of_two_end_tokens_ends_the_answer():
@@ -389,10 +390,10 @@ def test_a_template_without_an_end_token_gets_the_tokenizer_s():
     row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]}
     [example] = examples_from_rows([row], tokenizer)
     assert texts(tokenizer, example) == ("user: Who?\n\nassistant: ", "Me<|endoftext|>")
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert end_of_response_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
-def test_settings_reach_the_chat_template():
+def test_arguments_reach_the_chat_template():
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n{% if not think %}<s>{% endif %}{% endif %}")
     row = {"prompt": [{"role": "user", "content": "Who?"}]}
     [example] = examples_from_rows([row], byte_level(chat=template), chat_template_kwargs={"think": True})
@@ -411,7 +412,7 @@ def test_a_conversation_without_a_chat_template_is_refused_even_when_bad_rows_ar
         examples_from_rows([{"messages": [{"role": "user", "content": "Hi"}]}], gpt2, on_bad_row="skip")
 
 
-def test_what_a_chat_template_refuses_is_said(llama):
+def test_the_error_of_a_chat_template_is_passed_on(llama):
     row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
     with pytest.raises(DataError, match="row 1: the chat template refuses the conversation: no system role"):
         examples_from_rows([row], llama)
@@ -428,19 +429,19 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 LONG = {"prompt": "The understudy learns the part. What is two plus two?", "completion": " It is four, as all know."}
 
 
-def test_a_prompt_longer_than_the_window_keeps_its_end(gpt2, caplog):
-    whole = examples_from_rows([LONG], gpt2)[0].prompt
+def test_a_prompt_longer_than_the_limit_keeps_its_end(gpt2, caplog):
+    uncut = examples_from_rows([LONG], gpt2)[0].prompt
     loaded = examples_from_rows([LONG, PAIR], gpt2, max_length=40, max_prompt_length=6)
-    assert loaded[0].prompt == whole[-6:]
+    assert loaded[0].prompt == uncut[-6:]
     assert loaded.cut_prompts == 2 - (len(loaded[1].prompt) < 6)
     assert "prompts of rows are longer than 6 tokens and lost their beginning; raise max_prompt" in caplog.text
 
 
 def test_a_cut_prompt_keeps_its_bos():
     tokenizer = byte_level(bos=True)
-    whole = examples_from_rows([LONG], tokenizer)[0].prompt
+    uncut = examples_from_rows([LONG], tokenizer)[0].prompt
     [example] = examples_from_rows([LONG], tokenizer, max_prompt_length=6)
-    assert example.prompt == [tokenizer.bos_token_id, *whole[-5:]]
+    assert example.prompt == [tokenizer.bos_token_id, *uncut[-5:]]
 
 
 def test_a_prompt_leaves_the_reserved_tokens_free(gpt2, caplog):
@@ -450,16 +451,16 @@ def test_a_prompt_leaves_the_reserved_tokens_free(gpt2, caplog):
 
 
 def test_a_response_that_does_not_fit_loses_its_end_and_its_stop_token(gpt2, caplog):
-    whole = examples_from_rows([LONG], gpt2)[0]
-    [example] = loaded = examples_from_rows([LONG], gpt2, max_length=len(whole) - 1)
+    uncut = examples_from_rows([LONG], gpt2)[0]
+    [example] = loaded = examples_from_rows([LONG], gpt2, max_length=len(uncut) - 1)
     assert example.truncated
-    assert example.response == whole.response[:-1]
+    assert example.response == uncut.response[:-1]
     assert gpt2.eos_token_id not in example.response
     assert loaded.cut_responses == 1
     assert "responses of rows reach beyond max_length" in caplog.text
     assert loaded.rows[0].references == (LONG["completion"],)
-    [example] = loaded = examples_from_rows([LONG], gpt2, max_length=len(whole))
-    assert (example, loaded.cut_responses) == (whole, 0)
+    [example] = loaded = examples_from_rows([LONG], gpt2, max_length=len(uncut))
+    assert (example, loaded.cut_responses) == (uncut, 0)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +483,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ('{"prompt": "a", completion}', r"my\.jsonl:2: not valid JSON at column 17"),
         ("[1, 2]", r"my\.jsonl:2: a row is an object .*, not a list \(\[1, 2\]\)"),
@@ -498,9 +499,9 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
         ('{"messages": []}', r"my\.jsonl:2: the \"messages\" should be a list of messages"),
     ],
 )
-def test_a_malformed_row_names_file_line_and_reason(line, says, tmp_path, gpt2):
+def test_a_malformed_row_names_file_line_and_reason(line, message, tmp_path, gpt2):
     path = write(tmp_path / "my.jsonl", PAIR, line, PAIR)
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         load_examples(path, gpt2)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
@@ -509,7 +510,7 @@ def test_a_malformed_row_names_file_line_and_reason(line, says, tmp_path, gpt2):
 
 
 @pytest.mark.parametrize(
-    ("turns", "says"),
+    ("turns", "message"),
     [
         (["bot"], r"message 1 of the messages has the role a string \(\'bot\'\); system, user and assistant"),
         (["assistant"], "message 1 of the messages is the assistant's and comes first"),
@@ -519,8 +520,8 @@ def test_a_malformed_row_names_file_line_and_reason(line, says, tmp_path, gpt2):
         (["system"], "should end with a message of the user or the assistant"),
     ],
 )
-def test_a_conversation_out_of_order_is_explained(turns, says, chatml):
-    with pytest.raises(DataError, match=says):
+def test_a_conversation_out_of_order_is_explained(turns, message, chatml):
+    with pytest.raises(DataError, match=message):
         examples_from_rows([{"messages": [{"role": role, "content": "x"} for role in turns]}], chatml)
 
 
@@ -538,7 +539,7 @@ def test_a_conversational_prompt_must_end_with_the_user(chatml):
         examples_from_rows([{"prompt": turns[:1], "completion": turns}], chatml)
 
 
-def test_bytes_that_are_no_utf_8_spoil_their_row_alone(tmp_path, gpt2):
+def test_bytes_that_are_not_utf_8_make_only_their_row_bad(tmp_path, gpt2):
     path = tmp_path / "latin.csv"
     path.write_bytes("prompt,completion\na,b\nMüll,c\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.csv:3: the \"prompt\" is not valid UTF-8 behind 'M'"):
@@ -560,9 +561,9 @@ def test_a_broken_file_is_an_error_even_when_bad_rows_are_skipped(tmp_path, gpt2
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     write(tmp_path / "b.json", '[{"prompt": "a"},', "oops]")
     (tmp_path / "c.parquet").write_bytes(b"no parquet")
-    complaints = {"a.jsonl.gz": "cannot be read", "b.json": "b.json:2: not valid", "c.parquet": "as Parquet"}
-    for name, says in complaints.items():
-        with pytest.raises(DataError, match=says):
+    messages = {"a.jsonl.gz": "cannot be read", "b.json": "b.json:2: not valid", "c.parquet": "as Parquet"}
+    for name, message in messages.items():
+        with pytest.raises(DataError, match=message):
             load_examples(tmp_path / name, gpt2, on_bad_row="skip")
 
 
@@ -588,27 +589,27 @@ def test_an_option_out_of_its_range_is_an_error(option, gpt2):
         examples_from_rows([PAIR], gpt2, **option)
 
 
-# Running text
+# Plain text
 
 
 STORY = "".join(f"The star learns part {number}.\nAnd so on.\n\n" for number in range(40))
 
 
-def test_a_text_is_cut_into_windows_that_begin_at_lines_and_lose_nothing(tmp_path, gpt2):
+def test_a_text_is_cut_into_chunks_that_begin_at_lines_and_lose_nothing(tmp_path, gpt2):
     path = tmp_path / "story.txt"
     path.write_text(STORY)
     loaded = load_examples(path, gpt2, max_length=60, text_prompt=5)
     assert all(len(example) <= 60 and len(example.prompt) == 5 for example in loaded)
     assert len(loaded) > 5
-    windows = ["".join(texts(gpt2, example)) for example in loaded]
+    chunks = ["".join(texts(gpt2, example)) for example in loaded]
     lines = {line for line in STORY.splitlines() if line}
-    assert all(window.splitlines()[0] in lines for window in windows)
-    assert re.sub(r"\n+", "\n", "".join(windows)) == re.sub(r"\n+", "\n", STORY.strip()) + "<|endoftext|>"
+    assert all(chunk.splitlines()[0] in lines for chunk in chunks)
+    assert re.sub(r"\n+", "\n", "".join(chunks)) == re.sub(r"\n+", "\n", STORY.strip()) + "<|endoftext|>"
     assert [example.truncated for example in loaded] == [True] * (len(loaded) - 1) + [False]
     assert (loaded.rows[0].prompt, *loaded.rows[0].references) == texts(gpt2, loaded[0])
 
 
-def test_a_line_longer_than_a_window_is_cut_inside(gpt2):
+def test_a_line_longer_than_a_chunk_is_cut_inside(gpt2):
     line = "The star learns the part. " * 30
     loaded = examples_from_rows([{"text": line}], gpt2, max_length=40, text_prompt=2)
     assert "".join("".join(texts(gpt2, example)) for example in loaded) == line.strip() + "<|endoftext|>"
@@ -625,7 +626,7 @@ def test_documents_are_separated_and_end_each_with_an_eos(tmp_path, gpt2):
     assert not any(example.truncated for example in loaded)
 
 
-def test_every_window_begins_with_a_bos(llama):
+def test_every_chunk_begins_with_a_bos(llama):
     loaded = examples_from_rows([{"text": STORY}], llama, max_length=60, text_prompt=5)
     assert all(example.prompt[0] == llama.bos_token_id and len(example) <= 60 for example in loaded)
 
@@ -637,7 +638,7 @@ def test_a_text_too_short_for_a_response_is_skipped(gpt2):
         examples_from_rows([{"text": STORY}], gpt2, max_length=64, text_prompt=64)
 
 
-# What comes out
+# Examples
 
 
 def test_examples_know_their_rows_and_feed_a_data_loader(gpt2):
@@ -660,8 +661,8 @@ def test_the_fingerprint_tells_datasets_apart(gpt2):
     assert re.fullmatch("[0-9a-f]{16}", fingerprint)
     assert fingerprint == examples_from_rows([PAIR, LONG], gpt2).fingerprint
     moved = {"prompt": PAIR["prompt"] + PAIR["completion"][:2], "completion": PAIR["completion"][2:]}
-    others = ([LONG, PAIR], [PAIR], [moved, LONG])
-    assert fingerprint not in {examples_from_rows(rows, gpt2).fingerprint for rows in others}
+    different = ([LONG, PAIR], [PAIR], [moved, LONG])
+    assert fingerprint not in {examples_from_rows(rows, gpt2).fingerprint for rows in different}
 
 
 def test_many_rows_are_fast(gpt2):
@@ -671,12 +672,12 @@ def test_many_rows_are_fast(gpt2):
     assert time.process_time() - began < 5  # about one second
 
 
-# Real files, where they are at hand
+# Real files, if they lie beside the repository
 
 
 def shared(path: str) -> Path:
     if not (SHARED / path).exists():
-        pytest.skip(f"{path} is not at hand beside the repository")
+        pytest.skip(f"{path} does not lie beside the repository")
     return SHARED / path
 
 
@@ -727,8 +728,8 @@ def test_the_examples_of_the_data_page_do_what_it_says(tmp_path, gpt2, chatml, m
     plain = re.sub(r"^```.*$", "", page, flags=re.MULTILINE)  # a fence would count as expected output
     names = {"tokenizer": gpt2, "chat_tokenizer": chatml}
     test = doctest.DocTestParser().get_doctest(plain, names, "data.md", "docs/data.md", 0)
-    said: list[str] = []
+    output: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    results = runner.run(test, out=said.append)
+    results = runner.run(test, out=output.append)
     assert results.attempted > 10
-    assert results.failed == 0, "".join(said)
+    assert results.failed == 0, "".join(output)

@@ -1,7 +1,9 @@
-"""What counts as a right answer, and what as a good one."""
+"""Metrics of responses: their values by hand, by other implementations, and at their limits."""
 
 import json
+import sys
 from fractions import Fraction
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import sacrebleu
 
 from understudy import metrics
 from understudy.metrics.exact_match import exact_match, normalize
-from understudy.metrics.final_answer import final_answer, is_correct, stated
+from understudy.metrics.final_answer import final_answer, is_correct, parse_final_answer
 from understudy.registry import UnknownName
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
@@ -34,11 +36,11 @@ def test_the_number_behind_the_last_mark_is_the_final_answer(text, number):
     assert final_answer(text) == number
 
 
-def test_an_answer_is_correct_if_it_ends_in_the_final_answer_of_a_reference():
+def test_a_response_is_correct_if_it_ends_in_the_final_answer_of_a_reference():
     assert is_correct("guessing\n#### 1,000", ["2+2 #### 5", "#### 1000"])
     assert not is_correct("#### 7", ["#### 70"])
     assert not is_correct("7", ["#### 7"])
-    assert not is_correct("7", ["7"]), "two answers without a mark are not alike"
+    assert not is_correct("7", ["7"]), "two responses without a mark are not equal"
 
 
 def test_an_exact_match_disregards_case_punctuation_and_white_space():
@@ -52,15 +54,15 @@ def test_normalizing_twice_is_normalizing_once():
     assert normalize(normalize(text)) == normalize(text)
 
 
-def only(name, answers, references):
-    """The value of one metric."""
-    return metrics.score([name], answers, references)[name].value
+def value_of(name, responses, references):
+    """One metric's value."""
+    return metrics.score([name], responses, references)[name].value
 
 
 def test_a_metric_is_found_by_its_numbers_name():
     assert {"bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match", "final_answer"} <= set(metrics.names())
     scores = metrics.score(["chrf", "rouge_l", "bleu"], ["a cat"], [["a cat"]])
-    assert list(scores) == ["chrf", "rouge_l", "bleu"], "in the order in which they are asked for"
+    assert list(scores) == ["chrf", "rouge_l", "bleu"], "in the order of the names given"
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_one():
@@ -68,18 +70,87 @@ def test_an_unknown_metric_is_refused_with_the_nearest_one():
         metrics.score(["rouge"], ["a"], [["a"]])
 
 
+OWN_METRICS = """
+from understudy.metric import Metric, Score
+
+class Lengths(Metric):
+    names = ("characters", "words")
+    def score(self, responses, references):
+        text = responses[0]
+        return {"characters": Score(len(text), "a"), "words": Score(len(text.split()), "b"), "bleu": Score(0, "c")}
+
+class Bleu(Lengths):
+    names = ("bleu",)
+
+class Missing(Lengths):
+    names = ("lines",)
+
+class Nameless(Lengths):
+    names = "characters"
+
+class Diversity(Lengths):
+    compares_responses = True
+"""
+
+
+@pytest.fixture
+def own_metrics(tmp_path, monkeypatch):
+    """The working directory, with the module `own_metrics` in it."""
+    (tmp_path / "own_metrics.py").write_text(OWN_METRICS)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("own_metrics", None)
+
+
+def test_a_metric_of_ones_own_gives_all_its_numbers_and_no_others(own_metrics):
+    requested = ["exact_match", "own_metrics:Lengths", "bleu"]
+    assert list(metrics.numbers(requested)) == ["exact_match", "characters", "words", "bleu"]
+    scores = metrics.score(requested, ["a cat ran home"], [["a cat ran home"]])
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(
+        {"exact_match": 100, "characters": 14, "words": 4, "bleu": 100}
+    )
+    assert not metrics.compares_responses("own_metrics:Lengths")
+    assert metrics.compares_responses("own_metrics:Diversity")
+    assert metrics.compares_responses("self_bleu")
+
+
+@pytest.mark.parametrize(
+    ("requested", "error"),
+    [
+        (["bleu", "own_metrics:Bleu"], 'own_metrics:Bleu gives a number "bleu", as another one does: rename one'),
+        (["own_metrics:Nameless"], "own_metrics:Nameless names no number: give the class names, such as names = "),
+        (["own_metrics:Lenghts"], 'the module own_metrics has no class "Lenghts"; did you mean "Lengths"'),
+    ],
+)
+def test_a_metric_of_ones_own_that_cannot_be_used_is_refused(requested, error, own_metrics):
+    with pytest.raises(UnknownName, match=error):
+        metrics.check(requested)
+
+
+def test_a_metric_of_ones_own_that_returns_too_little_is_an_error(own_metrics):
+    with pytest.raises(ValueError, match='the metric Missing returned no score "lines", which is one of its names'):
+        metrics.score(["own_metrics:Missing"], ["a"], [["a"]])
+
+
+def test_the_numbers_of_an_installed_package_s_metric_are_found_by_name(own_metrics, monkeypatch):
+    installed = EntryPoints([EntryPoint("lengths", "own_metrics:Lengths", "understudy.metrics")])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **query: installed.select(**query))
+    assert "words" in metrics.names()
+    assert metrics.score(["words"], ["a cat"], [["a"]])["words"].value == 2
+
+
 @pytest.mark.parametrize("name", metrics.names())
 def test_every_metric_is_0_for_nothing_and_100_for_the_reference_itself(name):
-    answers = ["the cat sat on the mat\n#### 4", "a dog ran over the red road\n#### 5"]
-    references = [["something else\n#### 7", answers[0]], [answers[1]]]
-    assert only(name, answers, references) == pytest.approx(100)
-    assert only(name, ["", ""], references) == pytest.approx(0)
+    responses = ["the cat sat on the mat\n#### 4", "a dog ran over the red road\n#### 5"]
+    references = [["something else\n#### 7", responses[0]], [responses[1]]]
+    assert value_of(name, responses, references) == pytest.approx(100)
+    assert value_of(name, ["", ""], references) == pytest.approx(0)
 
 
 def test_shares_are_out_of_100():
     references = [["Paris"], ["Rome", "Roma"], ["7 #### 7"], ["#### 8"]]
-    assert only("exact_match", ["paris!", "roma", "7", "8"], references) == 75
-    assert only("final_answer", ["paris", "rome", "it is\n#### 7", "#### 9"], references) == 25
+    assert value_of("exact_match", ["paris!", "roma", "7", "8"], references) == 75
+    assert value_of("final_answer", ["paris", "rome", "it is\n#### 7", "#### 9"], references) == 25
 
 
 # sacrebleu's documentation: a system of three sentences with two references, one of which says nothing of the second.
@@ -101,32 +172,32 @@ def test_bleu_and_chrf_take_as_many_references_as_each_answer_has():
 def test_bleu_of_a_sentence_is_what_its_definition_gives_by_hand():
     """Of four words three are right; n-gram precisions 3/4, 2/3, 1/2, and ½ · ½ for the missing 4-gram (exp)."""
     answer, reference = ["the cat sat down"], [["the cat sat there"]]
-    assert only("bleu", answer, reference) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
-    assert only("chrf", ["cat"], [["dog"]]) == 0
+    assert value_of("bleu", answer, reference) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
+    assert value_of("chrf", ["cat"], [["dog"]]) == 0
 
 
 def test_the_number_of_references_does_not_depend_on_their_order():
-    answers, references = SYSTEM, [[r] for r in FIRST]
+    responses, references = SYSTEM, [[r] for r in FIRST]
     more = [*references[:2], [FIRST[2], "The man had just bitten him."]]
     for name in ("bleu", "chrf", "rouge_l"):
-        assert only(name, answers, more) > only(name, answers, references)
-        assert only(name, answers, [r[::-1] for r in more]) == pytest.approx(only(name, answers, more))
+        assert value_of(name, responses, more) > value_of(name, responses, references)
+        assert value_of(name, responses, [r[::-1] for r in more]) == pytest.approx(value_of(name, responses, more))
 
 
 def test_rouge_takes_the_best_reference_for_each_number():
     references = [["police killed the gunman", "the gunman shot, the police watched"]]
     # Lin (2004): "police kill the gunman" against the first: words 3 of 4 (stemmed 4 of 4).
-    assert only("rouge_1", ["police kill the gunman"], references) == pytest.approx(100)
-    assert only("rouge_2", ["the gunman kill police"], references[0:1]) == pytest.approx(100 / 3)
-    assert only("rouge_l", ["the gunman kill police"], [references[0][:1]]) == pytest.approx(50)
+    assert value_of("rouge_1", ["police kill the gunman"], references) == pytest.approx(100)
+    assert value_of("rouge_2", ["the gunman kill police"], references[0:1]) == pytest.approx(100 / 3)
+    assert value_of("rouge_l", ["the gunman kill police"], [references[0][:1]]) == pytest.approx(50)
 
 
 def shared(path):
     """A file of the data beside the repository."""
-    found = SHARED / path
-    if not found.exists():
+    file = SHARED / path
+    if not file.exists():
         pytest.skip(f"there is no {path} beside the repository")
-    return found
+    return file
 
 
 def test_rouge_agrees_with_the_figures_of_rouge_1_5_5():
@@ -135,16 +206,16 @@ def test_rouge_agrees_with_the_figures_of_rouge_1_5_5():
     The script's middle of a bootstrap and the plain mean differ in the fourth digit.
     """
     references = [[line] for line in shared("data/rouge-testdata/target_large.txt").read_text().splitlines()]
-    answers = shared("data/rouge-testdata/prediction_large.txt").read_text().splitlines()
-    scores = metrics.score(["rouge_1", "rouge_l"], answers, references)
+    responses = shared("data/rouge-testdata/prediction_large.txt").read_text().splitlines()
+    scores = metrics.score(["rouge_1", "rouge_l"], responses, references)
     assert scores["rouge_1"].value == pytest.approx(40.524, abs=0.02)
     assert scores["rouge_l"].value == pytest.approx(40.275, abs=0.02)
 
 
 def test_self_bleu_is_100_for_copies_and_low_for_answers_that_share_nothing():
-    alike, apart = ["a b c d e", "a b c d e"], ["a b c d e", "v w x y z"]
-    assert only("self_bleu", alike, [alike[1:], alike[:1]]) == pytest.approx(100)
-    assert only("self_bleu", apart, [apart[1:], apart[:1]]) == pytest.approx(0)
+    copies, different = ["a b c d e", "a b c d e"], ["a b c d e", "v w x y z"]
+    assert value_of("self_bleu", copies, [copies[1:], copies[:1]]) == pytest.approx(100)
+    assert value_of("self_bleu", different, [different[1:], different[:1]]) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
@@ -180,23 +251,23 @@ def test_self_bleu_is_100_for_copies_and_low_for_answers_that_share_nothing():
         ("", None),
     ],
 )
-def test_a_text_states_its_last_mark_or_box_and_only_without_any_its_last_number(text, number):
-    assert stated(text) == number
+def test_the_final_answer_is_the_last_mark_or_box_and_without_either_the_last_number(text, number):
+    assert parse_final_answer(text) == number
 
 
 def test_final_answers_are_compared_as_numbers():
     references = [["It is\n#### 1,000"]] * 5 + [["a", "#### 3"], ["no number"]]
-    answers = ["1000", "$1,000.00", r"\boxed{1000\text{ km}}", "#### 1001", "1000 of 2000", "3", "none"]
-    assert only("final_answer", answers, references) == pytest.approx(100 * 4 / 7)
+    responses = ["1000", "$1,000.00", r"\boxed{1000\text{ km}}", "#### 1001", "1000 of 2000", "3", "none"]
+    assert value_of("final_answer", responses, references) == pytest.approx(100 * 4 / 7)
 
 
-def test_every_reference_of_gsm8k_states_its_answer_however_it_is_put():
+def test_every_reference_of_gsm8k_has_its_final_answer_parsed_in_several_forms():
     rows = [json.loads(line) for line in shared("data/gsm8k/test.jsonl").read_text().splitlines()]
     assert len(rows) == 1319
     references = [[row["answer"]] for row in rows]
     parts = [row["answer"].rpartition("####") for row in rows]
     for row, (_, _, number) in zip(rows, parts, strict=True):
-        assert stated(row["answer"]) == Fraction(number.strip().replace(",", ""))
+        assert parse_final_answer(row["answer"]) == Fraction(number.strip().replace(",", ""))
     for form in ("{}#### {}", "{}The answer is ${}.", "{}\\boxed{{{}}}", "{}That makes {} dollars."):
-        answers = [form.format(work, number.strip()) for work, _, number in parts]
-        assert only("final_answer", answers, references) == 100
+        responses = [form.format(work, number.strip()) for work, _, number in parts]
+        assert value_of("final_answer", responses, references) == 100

@@ -1,4 +1,4 @@
-"""The playground's problems are right, the same everywhere, and split so that nothing leaks."""
+"""The playground's problems are correct, the same on every machine, and share no working between splits."""
 
 import re
 import subprocess
@@ -29,10 +29,10 @@ def test_the_first_problem_is_the_same_on_every_machine():
     ]
 
 
-def test_another_process_writes_the_same_problems():
+def test_another_process_generates_the_same_problems():
     code = "from understudy.playground.arithmetic import problems; print(problems(20, seed=3))"
-    written = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert written.strip() == str(problems(20, seed=3))
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == str(problems(20, seed=3))
 
 
 def test_no_working_occurs_in_two_splits():
@@ -56,7 +56,7 @@ def test_an_unknown_split_is_refused():
         problems(1, split="dev")  # type: ignore[arg-type]
 
 
-def test_every_step_of_every_working_is_right():
+def test_every_step_of_every_working_is_correct():
     for row in ROWS:
         *steps, result = row["completion"].split("\n")
         assert 2 <= len(steps) <= 4
@@ -68,16 +68,16 @@ def test_every_step_of_every_working_is_right():
         assert result == f"#### {steps[-1].split('=')[1]}"
 
 
-def test_every_number_of_a_working_was_told_or_worked_out():
+def test_every_number_of_a_working_is_in_the_story_or_a_result():
     for row in ROWS:
-        known = {int(number) for number in re.findall(r"\d+", row["prompt"])}
-        known |= {2} if "half" in row["prompt"] else set()
+        numbers = {int(number) for number in re.findall(r"\d+", row["prompt"])}
+        numbers |= {2} if "half" in row["prompt"] else set()
         used = set()
         for step in row["completion"].split("\n")[:-1]:
             left, right, result = map(int, re.split(r"[-+*/=]", step))
-            assert {left, right} <= known
+            assert {left, right} <= numbers
             used |= {left, right}
-            known.add(result)
+            numbers.add(result)
         assert {int(number) for number in re.findall(r"\d+", row["prompt"])} <= used
 
 

@@ -1,1 +1,1 @@
-"""Datasets as examples: rows of files and hub datasets, their formats, chat templates, token ids."""
+"""Datasets: from rows of files and hub datasets through formats and chat templates to examples of token ids."""

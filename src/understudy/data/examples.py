@@ -1,16 +1,13 @@
-"""Examples: a dataset as token ids, ready to train on.
+"""Load a dataset as examples of token ids, for a Trainer or a DataLoader.
 
-The one idea: prompt and response are tokenised apart and meet as ids. The response begins exactly where generation
-would begin, and ends with a token that says so unless it was cut; whatever is cut or skipped is counted and reported.
-
-`rows.py` finds the rows, `formats.py` says what their columns mean; here texts become ids of bounded length.
+`rows.py` reads the rows, `formats.py` and `chat.py` make them text, `tokenize.py` makes the text ids of bounded length.
+Whatever is cut or skipped on the way is counted and logged.
 """
 
 import hashlib
-import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,21 +17,21 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Example
-from .formats import Document, Format, Row, stop_ids
+from .chat import end_of_response_ids as stop_ids
+from .formats import Document, Format, Row
 from .rows import BadRow, DataError, SourceRow, read_rows
+from .tokenize import ExampleBuilder
 
 __all__ = ["BadRow", "DataError", "Examples", "Row", "examples_from_rows", "load_examples", "stop_ids"]
 
-logger = logging.getLogger(__name__)
-
-AT_ONCE = 1000  # rows that are tokenised in one call
+ROWS_PER_CALL = 1000  # of the tokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class Examples(Dataset[Example]):
-    """Examples for a DataLoader (with `collate_fn=list`) or a Trainer.
+    """A dataset of examples for a Trainer or a DataLoader (with `collate_fn=list`).
 
-    `rows[i]` holds the texts of example i: the prompt, and every reference to compare an answer with.
+    `rows[i]` holds the texts of example i: the prompt and every reference.
     """
 
     examples: Sequence[Example]
@@ -52,26 +49,26 @@ class Examples(Dataset[Example]):
 
     @cached_property
     def has_responses(self) -> bool:
-        """Does every example have a response? One that has none is a prompt for methods that let a model answer."""
+        """Does every example have a response? One without is a prompt for a model to respond to."""
         return all(example.response for example in self.examples)
 
     def require_responses(self, by: str = "this method") -> None:
-        """Refuse prompts without a response, on behalf of what trains on responses.
+        """Check that every example has a response.
 
         Raises:
-            DataError: naming how many rows have none, and the first of them.
+            DataError: with the number of rows that have one, and the first that has none.
         """
-        bare = [row.where for example, row in zip(self.examples, self.rows, strict=True) if not example.response]
-        if bare:
-            count = "no row" if len(bare) == len(self) else f"only {len(self) - len(bare)} of {len(self)} rows"
+        missing = [row.where for example, row in zip(self.examples, self.rows, strict=True) if not example.response]
+        if missing:
+            count = "no row" if len(missing) == len(self) else f"only {len(self) - len(missing)} of {len(self)} rows"
             raise DataError(
-                f"{by} trains on responses, and {count} of {self.source} has one (the first without: {bare[0]}); "
+                f"{by} trains on responses, and {count} of {self.source} has one (the first without: {missing[0]}); "
                 "give a completion, output or answer column, or name it with columns"
             )
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any token of any example."""
+        """A hash of all tokens: 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for example in self.examples:
             ids = array("q", [len(example.prompt), *example.prompt, len(example.response), *example.response])
@@ -87,12 +84,14 @@ def load_examples(
     name: str | None = None,
     **options: Any,
 ) -> Examples:
-    """Read a file, a folder or a dataset of the hub as examples.
+    """Load a file, a folder or a dataset of the hub as examples.
 
-    `split` and `name` are those of `rows.read_rows`, the `options` those of `examples_from_rows`.
+    Args:
+        split, name: as in `rows.read_rows`.
+        options: as in `examples_from_rows`.
 
     Raises:
-        DataError: if the dataset is not there or cannot be read, and as `examples_from_rows`.
+        DataError: if the dataset is missing or cannot be read, and as `examples_from_rows`.
     """
     return examples_from_rows(read_rows(dataset, split, name), tokenizer, source=str(dataset), **options)
 
@@ -113,70 +112,41 @@ def examples_from_rows(
     on_long_prompt: Literal["cut", "skip", "error"] = "cut",
     limit: int | None = None,
 ) -> Examples:
-    """Turn rows, which may be plain dictionaries, into examples.
-
-    Plain prompts begin with what the tokenizer puts before a text (Llama's BOS) and never end with what some put
-    behind it; responses have the stop token alone behind them. Texts are joined as they are, without a space.
-
-    Running text (rows with the column `text`) is cut into windows of up to `max_length` tokens. A window holds whole
-    lines, so it begins where a line begins; only a line longer than a window is cut inside. Its first `text_prompt`
-    tokens are the prompt, the others the response, which has no stop token unless the document ends with it. A window
-    with no more tokens than that is skipped.
+    """Tokenize rows, which may be plain dictionaries, into examples.
 
     Args:
-        source: what complaints call the rows' origin.
-        columns: what the data calls our columns, such as {"prompt": "en", "completion": "de"}.
-        template: a format string over the data's columns that writes the prompt.
-        chat_template_kwargs: handed to the tokenizer's chat template.
-        max_length: the most tokens of prompt and response together; longer responses lose their end.
-        max_prompt_length: the most tokens of a prompt; longer ones keep a BOS and their end. Unless it is given,
-            a prompt may take `max_length - reserve`.
+        source: what errors call the rows' origin.
+        columns: from our column names to the dataset's, such as {"prompt": "en", "completion": "de"}.
+        template: a format string over the dataset's columns that makes the prompt.
+        chat_template_kwargs: arguments of the tokenizer's chat template.
+        max_length: of prompt and response together, in tokens; longer responses lose their end.
+        max_prompt_length: in tokens; longer prompts keep a BOS and their end. Default: `max_length - reserve`.
         reserve: tokens that stay free for a response behind every prompt, such as a rollout's max_new_tokens.
-        text_prompt: the tokens of a window of running text that serve as its prompt.
+        text_prompt: how many tokens of each chunk of plain text (column `text`) are its prompt. A chunk has up to
+            `max_length` tokens of whole lines; only a longer line is cut. No stop token follows it inside a document.
         on_bad_row: stop at a malformed row, or skip and count it.
         on_long_prompt: cut, skip or refuse a prompt that is too long.
-        limit: take so many examples from the beginning.
+        limit: take only so many examples from the beginning.
 
     Raises:
-        DataError: in one sentence, for a malformed row, lengths that leave no room, and a dataset without any example.
+        DataError: for a malformed row, lengths that leave no room, and a dataset without any example.
     """
-    form = Format(tokenizer, columns, template, chat_template_kwargs)
-    cutter = _Cutter(
-        tokenizer,
-        max_length=max_length,
-        max_prompt_length=_prompt_room(max_length, max_prompt_length, reserve),
-        text_prompt=text_prompt,
-        on_bad_row=on_bad_row,
-        on_long_prompt=on_long_prompt,
-    )
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}, and a dataset needs at least one example")
-    texts = _read(rows, form, source, cutter.complain)
-    made: list[tuple[Example, Row]] = []
-    while limit is None or len(made) < limit:
-        some = list(islice(texts, AT_ONCE if limit is None else min(AT_ONCE, limit - len(made))))
-        if not some:
-            break
-        made.extend(cutter.examples(some))
-    made = made[:limit]
-    if not made:
-        if not cutter.skipped:
-            raise DataError(f"{source} holds no rows")
-        count = len(cutter.skipped)
-        raise DataError(f"{source} holds no usable row: {count} skipped, the first because {cutter.skipped[0]}")
-    cutter.report(len(made), source, _remedy(max_length, max_prompt_length, reserve))
-    return Examples(
-        examples=[replace(example, row=index) for index, (example, _) in enumerate(made)],
-        rows=[row for _, row in made],
-        source=source,
-        cut_prompts=cutter.cut_prompts,
-        cut_responses=cutter.cut_responses,
-        skipped=len(cutter.skipped),
-    )
+    longest_prompt = _longest_prompt(max_length, max_prompt_length, reserve)
+    builder = ExampleBuilder(tokenizer, max_length, longest_prompt, text_prompt, on_bad_row, on_long_prompt)
+    texts = _texts(rows, Format(tokenizer, columns, template, chat_template_kwargs), source, builder.report_bad_row)
+    pairs = _tokenize(texts, builder, limit)
+    if not pairs:
+        raise DataError(_why_empty(source, builder.skipped))
+    builder.log_counts(len(pairs), source, _remedy(max_length, max_prompt_length, reserve))
+    examples = [replace(example, row=index) for index, (example, _) in enumerate(pairs)]
+    counts = {"cut_prompts": builder.cut_prompts, "cut_responses": builder.cut_responses}
+    return Examples(examples, [row for _, row in pairs], source, skipped=len(builder.skipped), **counts)
 
 
-def _prompt_room(max_length: int, max_prompt_length: int | None, reserve: int) -> int:
-    """The tokens a prompt may have, such that `reserve` tokens of response fit behind it."""
+def _longest_prompt(max_length: int, max_prompt_length: int | None, reserve: int) -> int:
+    """The tokens that a prompt may have, so that `reserve` tokens of response fit behind it."""
     room = max_length - reserve if max_prompt_length is None else max_prompt_length
     if reserve < 1 or room < 1 or room + reserve > max_length:
         prompt = "a prompt" if max_prompt_length is None else f"a prompt of max_prompt_length {max_prompt_length}"
@@ -188,168 +158,42 @@ def _prompt_room(max_length: int, max_prompt_length: int | None, reserve: int) -
 
 
 def _remedy(max_length: int, max_prompt_length: int | None, reserve: int) -> str:
-    """What gives prompts more room than `_prompt_room` found."""
+    """How to give prompts more room than `_longest_prompt`."""
     if max_prompt_length is not None:
         return f"raise max_prompt_length ({max_prompt_length})"
     return f"raise max_length ({max_length})" + (f" or lower max_new_tokens ({reserve})" if reserve > 1 else "")
 
 
-def _read(
+def _texts(
     rows: Iterable[Mapping[str, Any] | SourceRow | BadRow],
     form: Format,
     source: str,
-    complain: Callable[[BadRow], None],
+    report_bad_row: Callable[[BadRow], None],
 ) -> Iterator[Row | Document]:
-    """What the rows say, without the bad ones, of which `complain` hears."""
+    """The texts of the rows, without bad rows, which are reported."""
     for number, row in enumerate(rows, 1):
         try:
             if isinstance(row, BadRow):
                 raise row
             text = form.read(row if isinstance(row, SourceRow) else SourceRow(f"{source}, row {number}", dict(row)))
         except BadRow as error:
-            complain(error)
+            report_bad_row(error)
         else:
             yield text
 
 
-@dataclass
-class _Cutter:
-    """Tokenises texts and cuts them to length, and counts what that costs."""
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    max_prompt_length: int
-    text_prompt: int
-    on_bad_row: str
-    on_long_prompt: str
-    cut_prompts: int = 0
-    cut_responses: int = 0
-    skipped: list[BadRow] = field(default_factory=list)
-
-    def __post_init__(self):
-        for option, choices in {"on_bad_row": ("error", "skip"), "on_long_prompt": ("cut", "skip", "error")}.items():
-            if getattr(self, option) not in choices:
-                raise DataError(f'{option} is "{getattr(self, option)}", and can be {" or ".join(choices)}')
-        self.stops = stop_ids(self.tokenizer)
-        # What the tokenizer's own post-processor puts before a text. Asking for it once, instead of letting it work on
-        # every text, keeps it from putting an end-of-sequence token behind prompts.
-        text, newline, both = self.encode(["a", "\n", "\na"])
-        whole = self.tokenizer("a")["input_ids"]
-        at = next((start for start in range(len(whole)) if whole[start : start + len(text)] == text), 0)
-        self.prefix: list[int] = list(whole[:at])
-        # SentencePiece tokenizers put a space before the first word of a text. A response does not begin a text.
-        self.newline = newline if both[: len(newline)] == newline and both[len(newline) :] != text else []
-
-    def complain(self, error: BadRow) -> None:
-        if self.on_bad_row == "error":
-            raise error
-        self.skipped.append(error)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without any special token that is not in the text itself."""
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text as it stands behind another: without the space some tokenizers put before a text."""
-        if not self.newline:
-            return self.encode(texts)
-        behind, alone = self.encode([f"\n{text}" if text else "" for text in texts]), self.encode(texts)
-        cut = len(self.newline)
-        return [b[cut:] if b[:cut] == self.newline else a for a, b in zip(alone, behind, strict=True)]
-
-    def examples(self, texts: list[Row | Document]) -> Iterator[tuple[Example, Row]]:
-        yield from self._pairs([text for text in texts if isinstance(text, Row)])
-        yield from self._windows([text for text in texts if isinstance(text, Document)])
-
-    def _pairs(self, rows: list[Row]) -> Iterator[tuple[Example, Row]]:
-        prompts = self.encode([row.prompt for row in rows])
-        responses = self.encode_responses([row.response for row in rows])
-        for row, prompt, response in zip(rows, prompts, responses, strict=True):
-            if not prompt or (row.response and not response):
-                self.complain(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
-                continue
-            if not row.chat and prompt[: len(self.prefix)] != self.prefix:
-                prompt = self.prefix + prompt
-            if len(prompt) > self.max_prompt_length:
-                too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} have room"
-                if self.on_long_prompt == "error":
-                    raise DataError(f"{too_long}; raise max_length, or let on_long_prompt cut or skip it")
-                if self.on_long_prompt == "skip":
-                    self.skipped.append(BadRow(too_long))
-                    continue
-                self.cut_prompts += 1
-                prompt = self._end_of(prompt)
-            if response and response[-1] not in self.stops:
-                response = [*response, self.tokenizer.eos_token_id]
-            room = self.max_length - len(prompt)
-            truncated = len(response) > room
-            self.cut_responses += truncated
-            yield Example(prompt, response[:room], truncated=truncated, columns=row.columns), row
-
-    def _end_of(self, prompt: list[int]) -> list[int]:
-        # A model that knows no text without a BOS gets one with a shortened prompt, too.
-        head = self.prefix if prompt[: len(self.prefix)] == self.prefix else []
-        head = head[: self.max_prompt_length - 1]
-        return head + prompt[len(prompt) - self.max_prompt_length + len(head) :]
-
-    def _windows(self, documents: list[Document]) -> Iterator[tuple[Example, Row]]:
-        if not documents:
-            return
-        if self.text_prompt < 1 or self.text_prompt > self.max_prompt_length:
-            raise DataError(
-                f"text_prompt is {self.text_prompt}, and a prompt can have 1 to {self.max_prompt_length} tokens"
-            )
-        room = self.max_length - len(self.prefix)
-        lines = [document.text.strip().splitlines(keepends=True) for document in documents]
-        sizes = iter(self.encode([line for document in lines for line in document]))
-        chunks = [_chunks([(line, len(next(sizes))) for line in document], room) for document in lines]
-        ids = iter(self.encode([chunk for document in chunks for chunk in document]))
-        windows, wheres = [], []
-        for document, pieces in zip(documents, chunks, strict=True):
-            for _ in pieces:
-                chunk = next(ids)  # may differ a little from the sum of its lines, so it is cut once more
-                windows += [self.prefix + chunk[start : start + room] for start in range(0, len(chunk), room)]
-            wheres += [document.where] * (len(windows) - len(wheres))
-            if len(windows[-1]) < self.max_length:
-                windows[-1].append(self.tokenizer.eos_token_id)
-        prompts = [window[: self.text_prompt] for window in windows]
-        responses = [window[self.text_prompt :] for window in windows]
-        texts = self.tokenizer.batch_decode(prompts + responses, skip_special_tokens=True)
-        for index, (where, prompt, response) in enumerate(zip(wheres, prompts, responses, strict=True)):
-            if not response:
-                self.skipped.append(BadRow(f"{where}: a piece of {len(prompt)} tokens is no longer than text_prompt"))
-                continue
-            truncated = response[-1] != self.tokenizer.eos_token_id
-            text = texts[len(windows) + index]
-            yield Example(prompt, response, truncated=truncated), Row(where, texts[index], (text,), text)
-
-    def report(self, count: int, source: str, remedy: str) -> None:
-        if self.cut_prompts:
-            logger.warning(
-                "%d of %d prompts of %s are longer than %d tokens and lost their beginning; %s",
-                *(self.cut_prompts, count, source, self.max_prompt_length, remedy),
-            )
-        if self.cut_responses:
-            logger.warning(
-                "%d of %d responses of %s reach beyond max_length %d and lose their end in training; raise max_length "
-                "(references stay whole)",
-                *(self.cut_responses, count, source, self.max_length),
-            )
-        if self.skipped:
-            count, first = len(self.skipped), self.skipped[0]
-            logger.warning("%d rows of %s were skipped, the first because %s", count, source, first)
+def _tokenize(texts: Iterator[Row | Document], builder: ExampleBuilder, limit: int | None) -> list[tuple[Example, Row]]:
+    """The first `limit` examples, or all; no more texts are read than these need."""
+    pairs: list[tuple[Example, Row]] = []
+    while limit is None or len(pairs) < limit:
+        batch = list(islice(texts, ROWS_PER_CALL if limit is None else min(ROWS_PER_CALL, limit - len(pairs))))
+        if not batch:
+            break
+        pairs.extend(builder.examples(batch))
+    return pairs[:limit]
 
 
-def _chunks(lines: list[tuple[str, int]], room: int) -> list[str]:
-    """Join lines, given with their sizes, into texts of up to `room` tokens; a longer line makes a text of its own."""
-    chunks: list[str] = []
-    chunk, filled = "", 0
-    for line, size in lines:
-        if chunk and filled + size > room:
-            chunks.append(chunk)
-            chunk, filled = "", 0
-        if chunk or line.strip():  # no chunk begins with a blank line
-            chunk, filled = chunk + line, filled + size
-    return [*chunks, chunk] if chunk else chunks
+def _why_empty(source: str, skipped: Sequence[BadRow]) -> str:
+    if not skipped:
+        return f"{source} holds no rows"
+    return f"{source} holds no usable row: {len(skipped)} skipped, the first because {skipped[0]}"

@@ -1,8 +1,7 @@
-"""Where rows come from: files, folders and the Hugging Face hub, read as dictionaries of columns.
+"""Read dataset rows from files, folders and the Hugging Face hub, as dictionaries of columns.
 
-The one idea: a row carries its address ("my.jsonl:17"), so that whoever finds fault with it later, in its columns or in
-its tokens, can name the file and the line. A line that is no row at all comes as a `BadRow` in its place; the caller
-decides whether that ends the reading.
+Every row carries its place ("my.jsonl:17"), so that later errors, about its columns or its tokens, name file and line.
+A line that is no row comes as a `BadRow` in its place; the caller decides whether to stop or to skip it.
 """
 
 import csv
@@ -21,29 +20,29 @@ SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # file names th
 
 
 class DataError(ValueError):
-    """Something about the data that only its owner can mend, in one sentence."""
+    """A problem of a dataset that its owner has to fix, in one sentence."""
 
 
 class BadRow(DataError):
-    """What is wrong with one row; the others may be fine."""
+    """A problem of one row; it may be skipped."""
 
 
 class SourceRow(NamedTuple):
-    """The columns of one row and where they were read."""
+    """A row's columns and its place: file and line."""
 
     where: str
     columns: dict[str, Any]
 
 
 def read_rows(dataset: str | Path, split: str = "train", name: str | None = None) -> Iterator[SourceRow | BadRow]:
-    """The rows of a file, of a folder's files in the order of their names, or of a dataset of the hub.
+    """Read the rows of a file, of a folder's files in the order of their names, or of a dataset of the hub.
 
     Files are .jsonl, .json, .csv and .txt (also with .gz behind), and .parquet. A .txt file's rows are its documents,
     in the column `text`. Where a folder's files are named after splits (train.jsonl, test-00000-of-00002.parquet),
-    those of `split` are read alone; a single file is read whole. `name` is the hub's configuration name.
+    only those of `split` are read; a single file is read whatever its name. `name` is the hub's configuration name.
 
     Raises:
-        DataError: for a dataset that is not there, a file that cannot be read, and a folder without such files.
+        DataError: if the dataset is missing, a file cannot be read, or a folder holds no such files.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -64,8 +63,8 @@ def _kind(path: Path) -> str:
 
 def _looks_like_a_path(dataset: str) -> bool:
     # A hub id is "name" or "owner/name", and has none of our endings.
-    started = dataset.startswith(("/", ".", "~")) or dataset.endswith("/")
-    return started or "\\" in dataset or dataset.count("/") > 1 or _kind(Path(dataset)) in {*READERS, ".gz"}
+    path_like = dataset.startswith(("/", ".", "~")) or dataset.endswith("/")
+    return path_like or "\\" in dataset or dataset.count("/") > 1 or _kind(Path(dataset)) in {*READERS, ".gz"}
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -78,8 +77,8 @@ def _files(folder: Path, split: str) -> list[Path]:
         return files
     chosen = [file for file in files if splits[file] == split]
     if not chosen:
-        there = ", ".join(sorted(SPLITS.intersection(splits.values())))
-        raise DataError(f'the folder "{folder}" has files of the splits {there}, and none of the split {split}')
+        known = ", ".join(sorted(SPLITS.intersection(splits.values())))
+        raise DataError(f'the folder "{folder}" has files of the splits {known}, and none of the split {split}')
     return chosen
 
 
@@ -93,7 +92,7 @@ def _read_file(path: Path) -> Iterator[SourceRow | BadRow]:
 
 
 def _open(path: Path) -> TextIO:
-    # Bytes that are no UTF-8 come through as lone surrogates: the row that has one is bad, its neighbours are not.
+    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that hold them are bad.
     raw = gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
     return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
@@ -130,12 +129,29 @@ def _row(where: str, value: Any) -> SourceRow | BadRow:
 
 
 def describe(value: Any) -> str:
-    """A value as a complaint names it: what it is in JSON's words, and how it begins."""
+    """A value in an error message: its JSON type, and the value cut to 40 characters."""
     if value is None:
         return "null"
     names = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
-    return f"{names.get(type(value), type(value).__name__)} ({shown})"
+    text = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
+    return f"{names.get(type(value), type(value).__name__)} ({text})"
+
+
+def check_text(where: str, name: str, value: Any) -> str:
+    """The value, if it is a string with more than white space in it.
+
+    Raises:
+        BadRow: naming the row and the column if it is not, or is not valid Unicode.
+    """
+    if not isinstance(value, str):
+        raise BadRow(f'{where}: the "{name}" is {describe(value)}, not a string')
+    if not value.strip():
+        raise BadRow(f'{where}: the "{name}" is empty')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f'{where}: the "{name}" is not valid UTF-8 behind {value[: error.start][-20:]!r}') from error
+    return value
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow | BadRow]:

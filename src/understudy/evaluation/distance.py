@@ -114,6 +114,7 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
     if isinstance(teacher.distribution, TopK) or isinstance(student.distribution, TopK):
         return divergence_metrics(teacher, student)
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
+    assert not isinstance(q, TopK)
     vocabulary = q.vocabulary
     size = rows_per_tile(vocabulary)
     chunks = []

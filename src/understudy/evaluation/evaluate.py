@@ -137,7 +137,7 @@ def _check(
 ) -> None:
     """Refuse what would turn out to be impossible, or to mean nothing, when every answer is written."""
     judges.check(metrics)
-    among = [name for name in metrics if judges.compares_answers(name)]
+    among = [name for name in metrics if judges.compares_responses(name)]
     plain = [name for name in metrics if name not in among]
     if plain and not any(row.references for row in examples.rows):
         raise ValueError(
@@ -174,7 +174,7 @@ def _counts(answers: Sequence[Answer]) -> dict[str, float]:
 
 def _judged(metrics: Sequence[str], rounds: Sequence[Sequence[Answer]]) -> tuple[dict[str, float], dict[str, str]]:
     """The numbers of metrics/ for the answers of every seed, and their signatures."""
-    among = [name for name in metrics if judges.compares_answers(name)]
+    among = [name for name in metrics if judges.compares_responses(name)]
     plain = [name for name in metrics if name not in among]
     scores = []
     for answers in rounds:

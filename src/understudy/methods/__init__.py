@@ -10,10 +10,15 @@ METHODS: Registry[Method] = Registry("method", __name__, Method)
 
 
 def describe(name: str) -> str:
-    """A method's name, sentence, paper and options with their defaults, for people to read."""
+    """A method's name, summary, paper and options with their defaults, as text to read."""
     method = METHODS.get(name)
-    lines = [f"{name}: {inspect.getdoc(method)}", f"  paper: {method.paper}"]
-    for field in dataclasses.fields(method):  # type: ignore[arg-type]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        lines.append(f"  {field.name} = {default!r}")
+    lines = [f"{name}: {inspect.getdoc(method)}"]
+    if hasattr(method, "paper"):
+        lines.append(f"  paper: {method.paper}")
+    defaults = {p.name: p.default for p in inspect.signature(method).parameters.values()}
+    if dataclasses.is_dataclass(method):
+        factories = {f.name: f.default_factory for f in dataclasses.fields(method)}
+        defaults |= {n: make() for n, make in factories.items() if make is not dataclasses.MISSING}
+    for option, default in defaults.items():
+        lines.append(f"  {option}" + (" (required)" if default is inspect.Parameter.empty else f" = {default!r}"))
     return "\n".join(lines)

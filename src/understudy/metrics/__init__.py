@@ -1,6 +1,7 @@
-"""How good an answer is, given its references. One kind of judgement, one file; a metric is found by its number's name.
+"""Metrics of responses against references: BLEU, chrF, ROUGE, exact match, final answer, self-BLEU.
 
-The numbers are out of 100, as papers print them.
+A metric is asked for by the name of its number (`rouge_l`), or as `my_module:MyMetric`, which gives all numbers of that
+class. One kind of metric is one file. All numbers are out of 100, as papers print them.
 """
 
 from collections.abc import Sequence
@@ -8,39 +9,67 @@ from collections.abc import Sequence
 from ..metric import Metric, Score
 from ..registry import Registry, UnknownName, nearest
 
-FILES: Registry[Metric] = Registry("metric", __name__, Metric)
+METRICS: Registry[Metric] = Registry("metric", __name__, Metric)
 
 
 def names() -> list[str]:
-    """Everything that can be measured."""
-    return sorted(name for file in FILES.names() for name in FILES.get(file).names)
+    """The name of every number that the metrics of this package and of entry points compute."""
+    return sorted(number for name in METRICS.names() for number in METRICS.get(name).names)
 
 
-def check(wanted: Sequence[str]) -> None:
-    """Refuse names of no metric.
-
-    Raises:
-        UnknownName: with the nearest name that there is.
-    """
-    for name in wanted:
-        if name not in names():
-            raise UnknownName(f'there is no metric "{name}"{nearest(name, names())}')
-
-
-def compares_answers(name: str) -> bool:
-    """Does this metric compare the answers to a prompt with each other, and not with references?"""
-    return any(name in kind.names and kind.among_answers for kind in map(FILES.get, FILES.names()))
-
-
-def score(wanted: Sequence[str], answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
-    """The scores of the names `wanted`, in their order, for answers that each have at least one reference.
+def check(metrics: Sequence[str]) -> None:
+    """Raise the error of the first of these metrics that cannot be computed.
 
     Raises:
-        UnknownName: for a name of no metric.
+        UnknownName: for a name of no metric, with the nearest; and for two metrics that give a number the same name.
     """
-    check(wanted)
-    found: dict[str, Score] = {}
-    for kind in map(FILES.get, FILES.names()):
-        if set(wanted) & set(kind.names):
-            found |= kind().score(answers, references)
-    return {name: found[name] for name in wanted}
+    numbers(metrics)
+
+
+def compares_responses(metric: str) -> bool:
+    """Does this metric compare the responses to a prompt with each other, instead of with references?"""
+    return _class_of(metric).compares_responses
+
+
+def numbers(metrics: Sequence[str]) -> dict[str, type[Metric]]:
+    """The names of the numbers that these metrics give, in their order, each with the class that computes it.
+
+    Raises:
+        UnknownName: as `check`.
+    """
+    classes: dict[str, type[Metric]] = {}
+    for metric in metrics:
+        cls = _class_of(metric)
+        for name in cls.names if ":" in metric else (metric,):
+            if classes.setdefault(name, cls) is not cls:
+                raise UnknownName(f'the metric {metric} gives a number "{name}", as another one does: rename one')
+    return classes
+
+
+def score(metrics: Sequence[str], responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+    """The scores of the responses, each of which has at least one reference, by the names of the numbers.
+
+    Raises:
+        UnknownName: as `check`.
+        ValueError: for a class that returns no score for one of its names.
+    """
+    classes = numbers(metrics)
+    scores = {cls: cls().score(responses, references) for cls in dict.fromkeys(classes.values())}
+    for name, cls in classes.items():
+        if name not in scores[cls]:
+            raise ValueError(f'the metric {cls.__name__} returned no score "{name}", which is one of its names')
+    return {name: scores[cls][name] for name, cls in classes.items()}
+
+
+def _class_of(metric: str) -> type[Metric]:
+    if ":" in metric:
+        cls = METRICS.get(metric)
+        numbers = getattr(cls, "names", ())
+        if not numbers or isinstance(numbers, str):
+            raise UnknownName(f'the metric {metric} names no number: give the class names, such as names = ("mine",)')
+        return cls
+    builtin = METRICS.builtin_names()
+    for name in [*builtin, *(name for name in METRICS.names() if name not in builtin)]:
+        if metric in METRICS.get(name).names:
+            return METRICS.get(name)
+    raise UnknownName(f'there is no metric "{metric}"{nearest(metric, names())}')

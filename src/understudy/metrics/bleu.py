@@ -1,7 +1,7 @@
-"""BLEU (Papineni et al., ACL 2002) and chrF (Popović, WMT 2015) of the whole corpus, by sacrebleu.
+"""BLEU (Papineni et al., ACL 2002) and chrF (Popović, WMT 2015) of a corpus, by sacrebleu.
 
-BLEU counts words as sacrebleu's 13a tokenizer cuts them, case included, with exponential smoothing; chrF counts
-sequences of up to six characters, β = 2. The signatures say so.
+BLEU counts words of sacrebleu's 13a tokenizer, is case-sensitive and smoothed exponentially; chrF counts sequences of
+up to six characters, β = 2. sacrebleu's signatures are passed on.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from ..metric import Metric, Score
 
 
 class Bleu(Metric):
-    """Both numbers, with as many references as each answer has."""
+    """Corpus BLEU and chrF; the number of references may differ from response to response."""
 
     names = ("bleu", "chrf")
 
-    def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+    def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
         from sacrebleu.metrics import BLEU, CHRF
 
-        columns = list(zip_longest(*references))  # the first references, the second ones, … with None where none is
+        columns = list(zip_longest(*references))  # all first references, all second ones, …; None where there is none
         scores = {}
         for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-            value = metric.corpus_score(list(answers), columns).score
+            value = metric.corpus_score(list(responses), columns).score
             scores[name] = Score(value, str(metric.get_signature()))
         return scores

@@ -7,22 +7,22 @@ from ..metric import Metric, Score
 
 
 class ExactMatch(Metric):
-    """The share of answers that equal one of their references."""
+    """The share of responses that equal one of their references."""
 
     names = ("exact_match",)
 
-    def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
-        right = sum(map(exact_match, answers, references))
-        return {"exact_match": Score(100 * right / len(answers), "case:lower|punctuation:removed|refs:any")}
+    def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+        matches = sum(map(exact_match, responses, references))
+        return {"exact_match": Score(100 * matches / len(responses), "case:lower|punctuation:removed|refs:any")}
 
 
-def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Does the answer equal one of the references but for case, punctuation and white space?"""
-    return normalize(answer) in {normalize(reference) for reference in references}
+def exact_match(response: str, references: Sequence[str]) -> bool:
+    """Does the response equal one of the references, up to case, punctuation and white space?"""
+    return normalize(response) in {normalize(reference) for reference in references}
 
 
 def normalize(text: str) -> str:
-    """Lower case, ASCII punctuation removed, white space squeezed."""
+    """Lower-case the text, remove ASCII punctuation and squeeze white space."""
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 

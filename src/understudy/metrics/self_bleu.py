@@ -1,7 +1,7 @@
-"""Self-BLEU (Zhu et al., SIGIR 2018, https://arxiv.org/abs/1802.01886): how alike several answers to a prompt are.
+"""Self-BLEU (Zhu et al., SIGIR 2018, https://arxiv.org/abs/1802.01886): how similar several responses to a prompt are.
 
-Every answer is compared with the others to the same prompt by the BLEU of sentences, and the mean is taken: 100 for a
-model that always says the same, less the more diverse its answers are.
+The mean sentence BLEU of each response against the other responses to its prompt: 100 for a model that always generates
+the same, less for more diverse responses.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from ..metric import Metric, Score
 
 
 class SelfBleu(Metric):
-    """The mean BLEU of an answer against the others to its prompt. Low is diverse, whether good or bad."""
+    """The mean BLEU of a response against the others to its prompt. Low is diverse, whether good or bad."""
 
     names = ("self_bleu",)
-    among_answers = True
+    compares_responses = True
 
-    def score(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
+    def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
         from sacrebleu.metrics import BLEU
 
         bleu = BLEU(effective_order=True)
-        values = [bleu.sentence_score(answer, others).score for answer, others in zip(answers, references, strict=True)]
+        values = [bleu.sentence_score(text, rest).score for text, rest in zip(responses, references, strict=True)]
         return {"self_bleu": Score(sum(values) / len(values), str(bleu.get_signature()))}

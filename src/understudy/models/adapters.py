@@ -22,11 +22,11 @@ def lora_config(recipe: Recipe, fields: dict[str, Any]) -> Any:
     for name in fields:
         if name not in known:
             message = f'LoraConfig has no field "{name}"{did_you_mean(str(name), known)}'
-            raise recipe.complaint(f"student.peft.{name}", message)
+            raise recipe.error(f"student.peft.{name}", message)
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
     except (ValueError, TypeError) as error:
-        raise recipe.complaint("student.peft", f"student.peft: {reason(error)}") from None
+        raise recipe.error("student.peft", f"student.peft: {reason(error)}") from None
 
 
 def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
@@ -35,4 +35,4 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        raise recipe.complaint("student.peft", f"student.peft: {reason(error)}") from None
+        raise recipe.error("student.peft", f"student.peft: {reason(error)}") from None

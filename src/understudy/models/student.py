@@ -45,7 +45,7 @@ def tokenizer_name(recipe: Recipe, teacher: str | None) -> str:
     student = recipe.student
     name = student.tokenizer or student.model or teacher
     if name is None:
-        raise recipe.complaint("student", "a fresh student without a teacher needs a tokenizer: add student.tokenizer")
+        raise recipe.error("student", "a fresh student without a teacher needs a tokenizer: add student.tokenizer")
     return name
 
 
@@ -55,10 +55,10 @@ def _fresh_config(recipe: Recipe, fields: dict[str, Any], teacher: str | None) -
         kind = fields["model_type"]
         if kind not in CONFIG_MAPPING:
             message = f'transformers knows no model_type "{kind}"{did_you_mean(str(kind), CONFIG_MAPPING)}'
-            raise recipe.complaint("student.fresh.model_type", message)
+            raise recipe.error("student.fresh.model_type", message)
         base, changes = AutoConfig.for_model(kind), {k: v for k, v in fields.items() if k != "model_type"}
     elif teacher is None:
-        raise recipe.complaint(
+        raise recipe.error(
             "student.fresh", "a fresh student without a teacher needs a model_type, such as llama, and its fields"
         )
     else:
@@ -73,7 +73,7 @@ def _fresh_config(recipe: Recipe, fields: dict[str, Any], teacher: str | None) -
             _follow_up(config, base, changes)
     except Exception as error:  # configurations check themselves in many ways
         message = f"no configuration can be made with these fields: {reason(error)}"
-        raise recipe.complaint("student.fresh", message) from error
+        raise recipe.error("student.fresh", message) from error
     config.dtype = None
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")  # of the teacher's weights, which are not taken
@@ -87,7 +87,7 @@ def _fresh(recipe: Recipe, config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype="float32" if dtype == "auto" else dtype)
     except Exception as error:  # models check their configurations in many ways
         message = f"no model can be made with these fields: {reason(error)}"
-        raise recipe.complaint("student.fresh", message) from error
+        raise recipe.error("student.fresh", message) from error
 
 
 def _check_fields(recipe: Recipe, config: Any, fields: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def _check_fields(recipe: Recipe, config: Any, fields: dict[str, Any]) -> None:
     for name in fields:
         if name not in known:
             message = f'a {config.model_type} configuration has no field "{name}"{did_you_mean(str(name), known)}'
-            raise recipe.complaint(f"student.fresh.{name}", message)
+            raise recipe.error(f"student.fresh.{name}", message)
 
 
 def _follow_up(config: Any, base: Any, fields: dict[str, Any]) -> None:
@@ -114,12 +114,12 @@ def _follow_up(config: Any, base: Any, fields: dict[str, Any]) -> None:
 
 def _cut_config(recipe: Recipe, layers: list[int], teacher: str | None) -> Any:
     if teacher is None:
-        raise recipe.complaint("student.layers", "a student cut from the teacher needs a local teacher")
+        raise recipe.error("student.layers", "a student cut from the teacher needs a local teacher")
     config = copy.deepcopy(load_config(teacher))
     depth = config.num_hidden_layers
     if not layers or any(not 0 <= layer < depth for layer in layers):
         message = f"the teacher's layers are numbered from 0 to {depth - 1}; keep some of these, not {layers}"
-        raise recipe.complaint("student.layers", message)
+        raise recipe.error("student.layers", message)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]
     config.num_hidden_layers = len(layers)
@@ -135,7 +135,7 @@ def _cut(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
     student = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
     if len(stacks) != 1 or not hasattr(student, stacks[0].partition(".")[0]):
         message = f"the layers of a {config.model_type} cannot be told apart; use a fresh student"
-        raise recipe.complaint("student.layers", message)
+        raise recipe.error("student.layers", message)
     prefix = stacks[0] + "."
     weights = source.state_dict()
     kept = {name: w for name, w in weights.items() if not name.startswith(prefix)}

@@ -1,15 +1,14 @@
-"""Word problems made by code: a few steps of arithmetic told as a story, with the working written out.
+"""Generate word problems: a few steps of arithmetic as a story, with the steps written out in the solution.
 
-The one idea: a story is a few fragments, told in order, and a running total flows through them. A fragment is a
-sentence with slots and the steps it adds to the working, so that a dozen sentences make thousands of kinds of
-problem, and the text and its solution cannot disagree:
+A story is a sequence of fragments with a running total. A fragment is a sentence with slots, and the steps that it adds
+to the working, so a dozen sentences make thousands of kinds of problems whose text and solution always agree:
 
     Mia has 4 bags with 6 pens in each. Mia gives 5 pens to Tom. How many pens does Mia have left?
     4*6=24
     24-5=19
     #### 19
 
-The answer is written as in GSM8K (https://arxiv.org/abs/2110.14168): the working, then the result after `####`.
+The solution is written as in GSM8K (https://arxiv.org/abs/2110.14168): the working, then the result after `####`.
 """
 
 import random
@@ -21,8 +20,8 @@ from typing import Literal, TypeVar
 Split = Literal["train", "validation", "test"]
 T = TypeVar("T")
 
-LARGEST = 100  # no number of a working exceeds it
-STEPS = (2, 4)  # how many steps a working may have, both ends included
+LARGEST = 100  # the largest number in a working
+STEPS = (2, 4)  # the fewest and the most steps of a working
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Mia", "Noah", "Olga", "Tom")
 THINGS = ("apples", "balls", "books", "cards", "flowers", "marbles", "nuts", "pencils", "shells", "stamps")
 
@@ -31,9 +30,9 @@ THINGS = ("apples", "balls", "books", "cards", "flowers", "marbles", "nuts", "pe
 class Fragment:
     """A sentence, and the steps it adds to the working.
 
-    A step is an operand, an operator and an operand. `a` and `b` are the numbers that the sentence tells, `t` is the
-    running total, `c` the result of the step before. The last step's result is the new total. A step without
-    an operator sets the total and writes nothing.
+    A step is an operand, an operator and an operand. `a` and `b` are the numbers in the sentence, `t` is the running
+    total, `c` the result of the step before. The last step's result is the new total. A step without an operator sets
+    the total and adds no line.
     """
 
     text: str
@@ -42,7 +41,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Theme:
-    """What a story is made of: an opening, up to `most_events` events, a question."""
+    """The fragments of a kind of story: an opening, up to `most_events` events, a question."""
 
     openings: tuple[Fragment, ...]
     events: tuple[Fragment, ...]
@@ -51,7 +50,7 @@ class Theme:
 
 
 THEMES = (
-    Theme(  # things that somebody owns
+    Theme(  # possessions
         openings=(
             Fragment("{name} has {a} {things}.", ("a",)),
             Fragment("{name} has {a} bags with {b} {things} in each.", ("a*b",)),
@@ -130,8 +129,8 @@ THEMES = (
 def problems(count: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
     """`count` different problems, each `{"prompt": question and a newline, "completion": working and #### result}`.
 
-    The same arguments give the same problems on every machine and Python version. The working alone decides which
-    split a problem belongs to, whatever the seed, so that no split holds a chain of calculations of another one.
+    The same arguments give the same problems on every machine and Python version. A problem's split depends only on its
+    working, not on the seed, so that no two splits share a chain of calculations.
 
     Raises:
         ValueError: for an unknown split.
@@ -139,22 +138,22 @@ def problems(count: int, seed: int = 0, split: Split = "train") -> list[dict[str
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; the playground has train, validation and test")
     rng = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
-        question, answer = story(rng)
-        if split_of(answer) == split:
-            found.setdefault(question + "\n", answer)
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in found.items()]
+    completions: dict[str, str] = {}
+    while len(completions) < count:
+        question, working = story(rng)
+        if split_of(working) == split:
+            completions.setdefault(question + "\n", working)
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in completions.items()]
 
 
-def split_of(answer: str) -> Split:
-    """The split that a working belongs to, by its checksum: 1/16 validation, 1/16 test, the rest train."""
-    checksum = zlib.crc32(answer.encode()) % 16
+def split_of(working: str) -> Split:
+    """The split of a problem, by a checksum of its working: 1/16 validation, 1/16 test, the rest train."""
+    checksum = zlib.crc32(working.encode()) % 16
     return "test" if checksum == 0 else "validation" if checksum == 1 else "train"
 
 
 def story(rng: random.Random) -> tuple[str, str]:
-    """A question and its answer. Stories whose numbers come out wrong (too large, negative, not whole) start again."""
+    """A question and its working. A story whose numbers are too large, negative or not whole is drawn again."""
     while True:
         theme = pick(rng, THEMES)
         events = [pick(rng, theme.events) for _ in range(1 + int(rng.random() * theme.most_events))]
@@ -163,14 +162,14 @@ def story(rng: random.Random) -> tuple[str, str]:
         if not STEPS[0] <= steps <= STEPS[1] or len(set(events)) < len(events):
             continue
         name = pick(rng, NAMES)
-        people = {"name": name, "friend": pick(rng, [other for other in NAMES if other != name])}
-        told = tell(rng, fragments, people | {"things": pick(rng, THINGS)})
-        if told:
-            return told
+        people = {"name": name, "friend": pick(rng, [friend for friend in NAMES if friend != name])}
+        result = fill(rng, fragments, people | {"things": pick(rng, THINGS)})
+        if result:
+            return result
 
 
-def tell(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str]) -> tuple[str, str] | None:
-    """Fill in the fragments and write the working; None if a fragment finds no numbers that fit the total so far."""
+def fill(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str]) -> tuple[str, str] | None:
+    """Fill in the fragments' slots and compute the working; None if no numbers are drawn that fit the total so far."""
     texts, working, total = [], [], 0
     for fragment in fragments:
         for _ in range(8):
@@ -196,7 +195,7 @@ def draw(rng: random.Random, slot: str, fragment: Fragment) -> int:
 def work(steps: Sequence[str], values: dict[str, int]) -> list[tuple[str, int]] | None:
     """Each step's line (empty if it only sets the total) and result; None if one is no whole number up to LARGEST.
 
-    `values` holds the total `t` and the numbers `a` and `b`; any other operand is a number itself, as in "t/2".
+    `values` holds the total `t` and the numbers `a` and `b`; any other operand is a number, as in "t/2".
     """
     values = dict(values)
     lines = []
@@ -217,5 +216,5 @@ def work(steps: Sequence[str], values: dict[str, int]) -> list[tuple[str, int]] 
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One of the items; `random()` is the only draw that Python promises to keep the same between versions."""
+    """Draw one of the items. Only `random()` is guaranteed to draw the same in every Python version."""
     return items[int(rng.random() * len(items))]

@@ -1,18 +1,18 @@
-"""What `playground:arithmetic` means wherever a model, a tokenizer or a dataset may be named."""
+"""Resolve the name `playground:arithmetic`, which may stand for a model, a tokenizer or a dataset."""
 
 from importlib import resources
 from typing import Any, cast
 
 PREFIX = "playground:"
 TASKS = ("arithmetic",)
-PROBLEMS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # where no limit is given
+PROBLEMS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # without a limit
 
 
 def is_playground(name: str) -> bool:
-    """Does the name mean something of the playground? An unknown task of it is an error.
+    """Is it a name of the playground?
 
     Raises:
-        ValueError: naming the tasks there are.
+        ValueError: for an unknown task of the playground, with the known ones.
     """
     if not str(name).startswith(PREFIX):
         return False
@@ -24,7 +24,7 @@ def is_playground(name: str) -> bool:
 
 
 def resolve(name: str) -> str:
-    """The folder of the playground's teacher and tokenizer for a name of the playground; any other name as it is."""
+    """The folder of the playground's teacher and tokenizer for a name of the playground; any other name unchanged."""
     return (
         str(resources.files("understudy.playground") / f"{name.removeprefix(PREFIX)}_teacher")
         if is_playground(name)
@@ -33,7 +33,7 @@ def resolve(name: str) -> str:
 
 
 def rows(name: str, split: str = "train", seed: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
-    """Problems of a task, as rows with a prompt and a completion."""
+    """A task's problems as dataset rows with prompt and completion."""
     from .arithmetic import Split, problems
 
     assert is_playground(name)

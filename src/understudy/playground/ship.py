@@ -1,4 +1,4 @@
-"""Puts a trained teacher into the package: `python -m understudy.playground.ship runs/teacher/student`."""
+"""Copy a trained teacher into the package: `python -m understudy.playground.ship runs/teacher/student`."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ LIMIT = 8 * 2**20  # bytes
 
 
 def ship(student: str) -> None:
-    """Save the model in bfloat16, with the playground's tokenizer, where `playground:arithmetic` is looked for."""
+    """Save the model in bfloat16, with the playground's tokenizer, in the folder of `playground:arithmetic`."""
     target = Path(resolve("playground:arithmetic"))
     AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(target)
     tokenizer().save_pretrained(target)

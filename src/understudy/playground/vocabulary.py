@@ -1,7 +1,7 @@
 """The playground's tokenizer: every word of the stories is one token, every digit is one token.
 
-The one idea: a word carries the space before it, as in GPT-2, so that joining the tokens gives the text back exactly.
-Digits carry none, so that a digit is the same token wherever it stands; the space before a number is a token.
+A word's token includes the space before it, as in GPT-2, so that joining the tokens gives the text back exactly. A
+digit's token does not, so that it is the same everywhere; the space before a number is a token.
 """
 
 import re
@@ -16,7 +16,7 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 
 def vocabulary() -> list[str]:
-    """All tokens in the order of their ids: special ones, digits and signs, words."""
+    """All tokens in the order of their ids: special tokens, digits and signs, words."""
     sentences = [f.text for theme in THEMES for part in (theme.openings, theme.events, theme.questions) for f in part]
     words = {piece for text in sentences for piece in re.findall(PIECE, " " + re.sub(r"\{\w+\}", "", text))}
     starts = {re.findall(PIECE, f.text)[0] for theme in THEMES for f in theme.openings}  # no space at a text's start

@@ -44,7 +44,8 @@ from ..models.load import (
 )
 from ..models.student import load_student, student_config, tokenizer_name
 from ..playground.names import is_playground, rows
-from ..recipe import Data, Recipe, RecipeError, checked
+from ..recipe import Data, Recipe, RecipeError
+from ..recipe_arguments import convert
 from ..registry import did_you_mean
 from ..reward import Reward, RewardModel, function
 from ..rollouts import ROLLOUTS
@@ -126,7 +127,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     uses_teacher = bool(method.requires) or "teacher" in method.authors
     if uses_teacher and recipe.teacher is None:
         message = f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
-        raise recipe.complaint("method", message)
+        raise recipe.error("method", message)
     teacher: Teacher | None = None if recipe.teacher is None else recipe.build("teacher", TEACHERS)
     with recipe.locating("teacher"):
         try:
@@ -200,7 +201,7 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
         return {}
     name = recipe.method[0]
     if name in METHODS.names() and "reward" not in signature(METHODS.get(name)).parameters:
-        raise recipe.complaint("reward", f"{name} takes no reward; gkd does")
+        raise recipe.error("reward", f"{name} takes no reward; gkd does")
     with recipe.locating("reward"):
         try:
             functions: dict[Any, float] = {function(place): w for place, w in block.functions.items()}
@@ -218,7 +219,7 @@ def _judge(
     """What a student's greedy answers to the held-out prompts come to, as numbers."""
     names = recipe.evaluate.metrics
     if held_out is None:
-        raise recipe.complaint("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
+        raise recipe.error("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
     with recipe.locating("evaluate.metrics"):
         metrics.check(names)
     greedy = copy.copy(rollout)
@@ -268,19 +269,19 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     for key, value in recipe.training.items():
         if key not in known:
             message = f'transformers\' TrainingArguments have no field "{key}"{did_you_mean(key, known)}'
-            raise recipe.complaint(f"training.{key}", message)
+            raise recipe.error(f"training.{key}", message)
         if value is False and key.endswith("_strategy"):
             value = "no"  # which YAML reads as false
         if (key, value) == ("bf16", "auto"):
             value = gains_from_bf16()
         hint: Any = hints[key]
         with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
-            values[key] = checked(value, hint, f"training.{key}") if hint in (int, float, bool) else value
+            values[key] = convert(value, hint, f"training.{key}") if hint in (int, float, bool) else value
         if key in _AT_LEAST_ONE and int(value) < 1:
-            raise recipe.complaint(f"training.{key}", f"training.{key} is {value}, and 1 is the least")
+            raise recipe.error(f"training.{key}", f"training.{key} is {value}, and 1 is the least")
     if values.get("eval_strategy", "no") not in ("no", False) and recipe.evaluate.dataset is None:
         message = "evaluating while training needs held-out data: add evaluate.dataset, or leave eval_strategy out"
-        raise recipe.complaint("training.eval_strategy", message)
+        raise recipe.error("training.eval_strategy", message)
     try:
         made = TrainingArguments(**values)
         for callback in get_reporting_integration_callbacks(made.report_to):
@@ -289,7 +290,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         key = next((key for key in recipe.training if key in str(error)), "")
         key = key or next((key for key, value in recipe.training.items() if f"{value} " in f"{error} "), "")
         message = str(error).strip().split("\n")[0]
-        raise recipe.complaint(f"training.{key}".rstrip("."), f"training.{key}: {message}".replace(".:", ":")) from None
+        raise recipe.error(f"training.{key}".rstrip("."), f"training.{key}: {message}".replace(".:", ":")) from None
     return made
 
 
@@ -325,7 +326,7 @@ def _datasets(
     corpus: Sequence[Example] = ()
     if recipe.corpus is not None:
         if not method.uses_corpus:
-            raise recipe.complaint("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
+            raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
         texts = recipe.corpus.model_copy(update={"text_prompt": 1})
         with recipe.locating("corpus"):
             corpus = load_data(texts, tokenizer, window, 1).examples

@@ -27,10 +27,10 @@ def claim(folder: Path, recipe: Recipe, restart: bool) -> None:
     same = _is_of(file, recipe)
     if not same and file.exists() and file.resolve() == recipe.source.resolve():
         message = f"{folder} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
-        raise recipe.complaint("training.output_dir", f"{message}: give another training.output_dir")
+        raise recipe.error("training.output_dir", f"{message}: give another training.output_dir")
     if not same and not restart and is_dear(folder):
         message = f"{folder} holds a run of another recipe: give another training.output_dir, or --restart"
-        raise recipe.complaint("training.output_dir", f"{message} to delete that run")
+        raise recipe.error("training.output_dir", f"{message} to delete that run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if restart or not same:
@@ -43,7 +43,7 @@ def claim(folder: Path, recipe: Recipe, restart: bool) -> None:
         if error.errno == errno.ENOSPC:
             raise
         message = f"the run's folder {folder} cannot be written ({error.strerror}): give another training.output_dir"
-        raise recipe.complaint("training.output_dir", message) from None
+        raise recipe.error("training.output_dir", message) from None
 
 
 def is_dear(folder: Path) -> bool:
@@ -76,7 +76,7 @@ def check_unchanged(folder: Path, recipe: Recipe, train: Examples) -> None:
     if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != train.fingerprint:
         message = f"{train.source} is not what it was when the run in {folder} began"
         message += ": restore it, give another training.output_dir, or --restart to delete that run"
-        raise recipe.complaint("data.dataset", message)
+        raise recipe.error("data.dataset", message)
 
 
 def write(path: Path, text: str, arguments: TrainingArguments | None = None) -> None:

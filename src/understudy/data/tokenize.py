@@ -1,0 +1,171 @@
+"""Tokenize prompts, responses and plain texts, and cut them to a maximum length."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from ..batch import Example
+from .chat import end_of_response_ids
+from .formats import Document, Row
+from .rows import BadRow, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ExampleBuilder:
+    """Makes examples of token ids from rows and documents, and counts what is cut and skipped.
+
+    Prompt and response are tokenized separately and joined as ids, so the response begins exactly where generation
+    begins. It ends with a stop token unless it is cut. Plain prompts begin with what the tokenizer puts before a text
+    (Llama's BOS) and never end with what some put behind it. `examples_from_rows` documents the options.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    max_prompt_length: int
+    text_prompt: int
+    on_bad_row: str
+    on_long_prompt: str
+    cut_prompts: int = 0
+    cut_responses: int = 0
+    skipped: list[BadRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for option, choices in {"on_bad_row": ("error", "skip"), "on_long_prompt": ("cut", "skip", "error")}.items():
+            if getattr(self, option) not in choices:
+                raise DataError(f'{option} is "{getattr(self, option)}", and can be {" or ".join(choices)}')
+        self.stop_ids = end_of_response_ids(self.tokenizer)
+        # What the tokenizer's own post-processor puts before a text. Looking once, instead of letting it process every
+        # text, keeps it from putting an end-of-sequence token behind prompts.
+        text, newline, both = self.encode(["a", "\n", "\na"])
+        processed = self.tokenizer("a")["input_ids"]
+        starts = (i for i in range(len(processed)) if processed[i : i + len(text)] == text)
+        self.prefix: list[int] = list(processed[: next(starts, 0)])
+        # SentencePiece tokenizers put a space before the first word of a text. A response does not begin a text.
+        self.newline = newline if both[: len(newline)] == newline and both[len(newline) :] != text else []
+
+    def report_bad_row(self, error: BadRow) -> None:
+        """Raise the error or count the row as skipped, as `on_bad_row` says."""
+        if self.on_bad_row == "error":
+            raise error
+        self.skipped.append(error)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens that are not in the text itself."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text behind another one: without the space that some tokenizers put before a text."""
+        if not self.newline:
+            return self.encode(texts)
+        after_newline, separate = self.encode([f"\n{text}" if text else "" for text in texts]), self.encode(texts)
+        size = len(self.newline)
+        pairs = zip(separate, after_newline, strict=True)
+        return [after[size:] if after[:size] == self.newline else ids for ids, after in pairs]
+
+    def examples(self, texts: list[Row | Document]) -> Iterator[tuple[Example, Row]]:
+        """Examples with the texts that they are made of: those of the rows, then those of the documents."""
+        yield from self._from_rows([text for text in texts if isinstance(text, Row)])
+        yield from self._from_documents([text for text in texts if isinstance(text, Document)])
+
+    def _from_rows(self, rows: list[Row]) -> Iterator[tuple[Example, Row]]:
+        prompts = self.encode([row.prompt for row in rows])
+        responses = self.encode_responses([row.response for row in rows])
+        for row, prompt, response in zip(rows, prompts, responses, strict=True):
+            if not prompt or (row.response and not response):
+                self.report_bad_row(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
+                continue
+            if not row.chat and prompt[: len(self.prefix)] != self.prefix:
+                prompt = self.prefix + prompt
+            if len(prompt) > self.max_prompt_length:
+                too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} have room"
+                if self.on_long_prompt == "error":
+                    raise DataError(f"{too_long}; raise max_length, or let on_long_prompt cut or skip it")
+                if self.on_long_prompt == "skip":
+                    self.skipped.append(BadRow(too_long))
+                    continue
+                self.cut_prompts += 1
+                prompt = self._cut_prompt(prompt)
+            if response and response[-1] not in self.stop_ids:
+                response = [*response, self.tokenizer.eos_token_id]
+            room = self.max_length - len(prompt)
+            truncated = len(response) > room
+            self.cut_responses += truncated
+            yield Example(prompt, response[:room], truncated=truncated, columns=row.columns), row
+
+    def _cut_prompt(self, prompt: list[int]) -> list[int]:
+        """The end of a prompt, behind the BOS: many models have never seen a text without one."""
+        prefix = self.prefix if prompt[: len(self.prefix)] == self.prefix else []
+        prefix = prefix[: self.max_prompt_length - 1]
+        return prefix + prompt[len(prompt) - self.max_prompt_length + len(prefix) :]
+
+    def _from_documents(self, documents: list[Document]) -> Iterator[tuple[Example, Row]]:
+        if not documents:
+            return
+        if self.text_prompt < 1 or self.text_prompt > self.max_prompt_length:
+            raise DataError(
+                f"text_prompt is {self.text_prompt}, and a prompt can have 1 to {self.max_prompt_length} tokens"
+            )
+        chunks, places = self._chunks(documents)
+        prompts = [chunk[: self.text_prompt] for chunk in chunks]
+        responses = [chunk[self.text_prompt :] for chunk in chunks]
+        texts = self.tokenizer.batch_decode(prompts + responses, skip_special_tokens=True)
+        for index, (where, prompt, response) in enumerate(zip(places, prompts, responses, strict=True)):
+            if not response:
+                self.skipped.append(BadRow(f"{where}: a piece of {len(prompt)} tokens is no longer than text_prompt"))
+                continue
+            truncated = response[-1] != self.tokenizer.eos_token_id
+            text = texts[len(chunks) + index]
+            yield Example(prompt, response, truncated=truncated), Row(where, texts[index], (text,), text)
+
+    def _chunks(self, documents: list[Document]) -> tuple[list[list[int]], list[str]]:
+        """The documents' ids in chunks of up to `max_length`, and for each chunk the place of its document."""
+        room = self.max_length - len(self.prefix)
+        lines = [document.text.strip().splitlines(keepends=True) for document in documents]
+        sizes = iter(self.encode([line for document in lines for line in document]))
+        texts = [_join_lines([(line, len(next(sizes))) for line in document], room) for document in lines]
+        ids = iter(self.encode([text for document in texts for text in document]))
+        chunks, places = [], []
+        for document, document_texts in zip(documents, texts, strict=True):
+            for _ in document_texts:
+                text_ids = next(ids)  # may be a little longer than its lines together, so it is cut once more
+                chunks += [self.prefix + text_ids[start : start + room] for start in range(0, len(text_ids), room)]
+            places += [document.where] * (len(chunks) - len(places))
+            if len(chunks[-1]) < self.max_length:
+                chunks[-1].append(self.tokenizer.eos_token_id)
+        return chunks, places
+
+    def log_counts(self, count: int, source: str, remedy: str) -> None:
+        """Warn of prompts and responses that were cut, and rows that were skipped."""
+        if self.cut_prompts:
+            logger.warning(
+                "%d of %d prompts of %s are longer than %d tokens and lost their beginning; %s",
+                *(self.cut_prompts, count, source, self.max_prompt_length, remedy),
+            )
+        if self.cut_responses:
+            logger.warning(
+                "%d of %d responses of %s reach beyond max_length %d and lose their end in training; raise max_length "
+                "(references are not cut)",
+                *(self.cut_responses, count, source, self.max_length),
+            )
+        if self.skipped:
+            first = self.skipped[0]
+            logger.warning("%d rows of %s were skipped, the first because %s", len(self.skipped), source, first)
+
+
+def _join_lines(lines: list[tuple[str, int]], room: int) -> list[str]:
+    """Join lines, given with their sizes, into texts of up to `room` tokens; a longer line is a text by itself."""
+    texts: list[str] = []
+    text, used = "", 0
+    for line, size in lines:
+        if text and used + size > room:
+            texts.append(text)
+            text, used = "", 0
+        if text or line.strip():  # no text begins with a blank line
+            text, used = text + line, used + size
+    return [*texts, text] if text else texts
