@@ -29,9 +29,10 @@ if typing.TYPE_CHECKING:
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
     from .recipe import Recipe, load
-    from .rollout import Rollout, Writers
+    from .rollout import Rollout, Writer, Writers
     from .rollouts.generate import GenerateRollout
     from .run.distill import distill
+    from .sampling import Sampling
     from .scores import Knowledge, Scores, score
     from .step import Step
     from .teacher import Teacher
@@ -63,8 +64,9 @@ _HOMES = {
     "methods.sft": ("SFT",),
     "fused_linear.loss": ("fused_divergence",),
     "recipe": ("Recipe", "load"),
-    "rollout": ("Rollout", "Writers"),
+    "rollout": ("Rollout", "Writer", "Writers"),
     "rollouts.generate": ("GenerateRollout",),
+    "sampling": ("Sampling",),
     "run.distill": ("distill",),
     "scores": ("Knowledge", "Scores", "score"),
     "step": ("Step",),

@@ -30,6 +30,7 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the dataset's row
     rewards: Mapping[str, float] = field(default_factory=dict, compare=False)  # what the response is worth, by name
     advantage: float = 0.0  # its reward over that of others
+    streams: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a number per response token, by name
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -8,6 +8,7 @@ error with the line and the nearest match. This file reads and checks; `run.py` 
 """
 
 import copy
+import dataclasses
 import inspect
 import re
 import types
@@ -31,6 +32,9 @@ from pydantic import (
 from .budget import Budget
 from .recipe_yaml import Places, RecipeError, place, read
 from .registry import Registry, UnknownName, did_you_mean, nearest
+from .sampling import Sampling
+
+_SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 class _Block(BaseModel):
@@ -141,13 +145,20 @@ class Recipe(_Block):
         """Refuse what `build` would refuse before it calls the constructor, which may load a model."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            arguments(registry.get(name), fields, f"{word}.{name}", **given)
+            arguments(registry.get(name), fields, f"{word}.{name}", _elsewhere(word), **given)
 
     def build(self, word: str, registry: Registry[Any], **given: Any) -> Any:
         """The instance that `method`, `teacher` or `rollout` describes; `given` are arguments that no recipe sets."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            return construct(registry.get(name), fields, f"{word}.{name}", **given)
+            return construct(registry.get(name), fields, f"{word}.{name}", _elsewhere(word), **given)
+
+    def sampling(self) -> Sampling:
+        """The sampling parameters in the rollout block, whose other fields are the engine's options."""
+        name, fields = self.rollout
+        with self.locating("rollout"):
+            values = {key: value for key, value in fields.items() if key in _SAMPLING_FIELDS}
+            return construct(Sampling, values, f"rollout.{name}")
 
     @property
     def source(self) -> Path:
@@ -179,6 +190,11 @@ class Recipe(_Block):
         plain = _given(self)
         plain |= {key: {plain[key][0]: plain[key][1]} for key in ("teacher", "method", "rollout") if key in plain}
         return plain | ({} if self.budget is None else {"budget": {self.budget.kind: self.budget.limit}})
+
+
+def _elsewhere(word: str) -> tuple[str, ...]:
+    """The fields of a block that are not its constructor's arguments."""
+    return _SAMPLING_FIELDS if word == "rollout" else ()
 
 
 def _given(block: BaseModel) -> dict[str, Any]:
@@ -224,13 +240,13 @@ def parse(content: dict[str, Any], source: str = "recipe", places: Places | None
     return recipe
 
 
-def construct(cls: type, fields: Mapping[str, Any], where: str, **given: Any) -> Any:
+def construct(cls: type, fields: Mapping[str, Any], where: str, elsewhere: Sequence[str] = (), /, **given: Any) -> Any:
     """Build an instance from a recipe's fields.
 
     Raises:
         RecipeError: as `arguments`, and for what the constructor refuses.
     """
-    values = arguments(cls, fields, where, **given)
+    values = arguments(cls, fields, where, elsewhere, **given)
     try:
         return cls(**values)
     except RecipeError:
@@ -239,11 +255,14 @@ def construct(cls: type, fields: Mapping[str, Any], where: str, **given: Any) ->
         raise RecipeError(f"{where}: {error}", where) from None
 
 
-def arguments(cls: type, fields: Mapping[str, Any], where: str, **given: Any) -> dict[str, Any]:
+def arguments(
+    cls: type, fields: Mapping[str, Any], where: str, elsewhere: Sequence[str] = (), /, **given: Any
+) -> dict[str, Any]:
     """A recipe's fields as arguments of a constructor, checked against its signature.
 
     Args:
         where: what the fields are called in complaints, such as `method.gkd`.
+        elsewhere: fields that belong to something else, and are left to it.
         given: arguments that the recipe does not set.
 
     Raises:
@@ -253,8 +272,10 @@ def arguments(cls: type, fields: Mapping[str, Any], where: str, **given: Any) ->
     hints = typing.get_type_hints(cls.__init__)
     values = dict(given)
     for name, value in fields.items():
+        if name in elsewhere:
+            continue
         if name not in parameters or name.startswith("_") or name in given:
-            known = [n for n in parameters if n not in given and not n.startswith("_")]
+            known = [n for n in (*parameters, *elsewhere) if n not in given and not n.startswith("_")]
             raise RecipeError(f'{where} has no field "{name}"{nearest(str(name), known)}', f"{where}.{name}")
         values[name] = _convert(value, hints.get(name, Any), f"{where}.{name}")
     missing = [

@@ -12,7 +12,7 @@ from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
 from understudy.fused_linear.loss import Dense
 from understudy.methods.dpkd import DPKD
-from understudy.rollout import Rollout, Writers
+from understudy.rollout import Rollout, Writer, Writers
 from understudy.scores import Scores
 from understudy.step import Step
 
@@ -162,8 +162,8 @@ SINGLE = Batch.of([Example([1], [3], "teacher", pair=0), Example([1], [6], "stud
 
 def collected(method, step=0, rows=3):
     examples = [replace(e, response=[], row=i) for i, e in enumerate(ragged_examples(rows))]
-    taught = Dated("teacher")
-    return method.collect(examples, Writers(Dated("student"), taught), Step(step))
+    writers = Writers(Writer(Dated("student")), Writer(Dated("teacher")))
+    return method.collect(examples, writers, Step(step))
 
 
 class Dated(Rollout):
@@ -172,10 +172,10 @@ class Dated(Rollout):
     def __init__(self, author):
         self.name = author
 
-    def follow(self, model, tokenizer, author="student"):
+    def bind(self, model, tokenizer, author="student"):
         return self
 
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         return [replace(e, response=[len(self.name), step.number + 3], author=self.name) for e in prompts]
 
 

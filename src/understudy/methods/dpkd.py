@@ -85,7 +85,7 @@ class DPKD(Method):
         return () if self.level == "token" else (*rewards, "teacher_length", "student_length")
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        taught = writers.teacher.generate(examples, step)
+        taught = writers.teacher(examples, step)
         if self.level == "token":
             return taught + self._texts(len(examples), step)
         own = self._own_answers(examples, writers, step)
@@ -94,9 +94,9 @@ class DPKD(Method):
 
     def _own_answers(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         if self.refresh == 1:
-            return writers.student.generate(examples, step)
+            return writers.student(examples, step)
         old = [e for e in examples if _key(e) not in self._own or self._stale(e, step)]
-        for answer in writers.student.generate(old, step) if old else []:
+        for answer in writers.student(old, step) if old else []:
             self._own[_key(answer)] = step.number, answer
         return [self._own[_key(e)][1] for e in examples]
 

@@ -76,7 +76,7 @@ class GKD(Method):
         asked = [e for e in examples if own(e)]
         # Under a sharded student all processes write together: one that has nothing to ask must not stay away.
         writes = asked or (self.mix == "example" and self.on_policy > 0)
-        written = writers.student.generate(asked, step) if writes else []
+        written = writers.student(asked, step) if writes else []
         return kept + (written if self.reward is None else self.reward.judge(written, self._tokenizer))
 
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
 from ..method import Method
+from ..models.context_window import context_window
 from ..rollout import Writers
 from ..scores import Knowledge, Scores, can_project, opinion, score
 from ..step import Step
@@ -101,7 +102,7 @@ class PromptKD(Method):
         return embeddings.detach()[torch.tensor(ids, dtype=torch.long, device=embeddings.device)].float().clone()
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        return writers.student.generate(examples, step)
+        return writers.student(examples, step)
 
     def coefficient(self, k: int, total: int) -> float:
         """c_k of optimizer step k, counted from 1: linear from c_0 to 0 at the run's last step."""
@@ -232,12 +233,12 @@ class PromptedTeacher(Teacher):
             self.model.eval()
 
     def _fitting(self, batch: Batch) -> Batch:
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = context_window(self.model.config)
         width = batch.input_ids.shape[1] + len(self.prompt)
         if window is not None and width > window:
             raise ValueError(
                 f"{batch.input_ids.shape[1]} tokens behind a soft prompt of {len(self.prompt)} do not fit into the "
-                f"teacher's window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
+                f"teacher's context window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
             )
         return batch.to(self.model.device)
 

@@ -42,7 +42,7 @@ class SeqKD(Method):
         return frozenset({"teacher"})
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        return writers.teacher.generate(examples, step)
+        return writers.teacher(examples, step)
 
     def loss(self, student: Scores, teacher: Scores, batch: Batch) -> Tensor:
         hard = -student.chosen

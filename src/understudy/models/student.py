@@ -13,8 +13,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data.examples import stop_ids
-from ..generation.sampling import own_stop_ids
 from ..playground.names import resolve
 from ..recipe import Recipe, RecipeError, Student
 from ..registry import did_you_mean
@@ -298,18 +296,6 @@ def tokenizer_name(recipe: Recipe) -> str:
     if name is None:
         raise recipe.complaint("student", "a fresh student without a teacher needs a tokenizer: add student.tokenizer")
     return name
-
-
-def all_stop_ids(tokenizer: Any, *models: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, its chat template's, and what the models say they end with."""
-    found = set(stop_ids(tokenizer)).union(*map(own_stop_ids, models))
-    return sorted(i for i in found if i < len(tokenizer))
-
-
-def window_of(*configs: Any) -> int | None:
-    """How many positions models of all these configurations have; None if no configuration says."""
-    windows = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-    return min((window for window in windows if window), default=None)
 
 
 def _reason(error: Exception) -> str:

@@ -9,12 +9,11 @@ A run lives in one folder, `training.output_dir`:
 The same command again resumes an interrupted run from its last complete checkpoint.
 """
 
-import copy
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,11 +29,12 @@ from .. import metrics
 from ..batch import Example
 from ..data.examples import Examples, examples_from_rows, load_examples
 from ..evaluation.evaluate import distance, evaluate
-from ..generation.response_cache import KeptAnswers
+from ..generation.response_cache import CachedRollout
+from ..generation.stop_tokens import stop_ids
 from ..method import Method
 from ..methods import METHODS
+from ..models.context_window import context_window
 from ..models.student import (
-    all_stop_ids,
     check_tokenizers,
     check_vocabulary,
     load_config,
@@ -44,18 +44,19 @@ from ..models.student import (
     student_config,
     teacher_name,
     tokenizer_name,
-    window_of,
 )
 from ..playground.names import is_playground, resolve, rows
 from ..recipe import Data, Recipe, RecipeError, checked
 from ..registry import did_you_mean
 from ..reward import Reward, RewardModel, function
+from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
+from ..sampling import Sampling
 from ..scores import Knowledge
 from ..step import Step
 from ..teacher import Teacher
 from ..teachers import TEACHERS
-from ..training.callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
+from ..training.callbacks import LogMetrics, ShowSamples, StopOnInterrupt
 from ..training.trainer import DistillationTrainer, last_checkpoint
 from .folder import check_unchanged, claim, write
 from .summary import summarize
@@ -126,7 +127,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
     """Build what a recipe describes. Mistakes are looked for in the order of what finding them costs."""
     method: Method = recipe.build("method", METHODS, **_reward(recipe))
-    rollout = recipe.build("rollout", ROLLOUTS)
+    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
     wanted = method.needs > Knowledge.NOTHING or "teacher" in method.authors
     if wanted and recipe.teacher is None:
         message = f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
@@ -148,34 +149,36 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
                 configs.append(load_config(name))
                 check_vocabulary(tokenizer, configs[-1], "the teacher has")
     writes = method.authors - {"dataset"}
-    window = window_of(*configs)
+    window = context_window(*configs)
     window = None if window is None else window - method.context
-    train, held_out = _datasets(recipe, method, tokenizer, window, rollout.max_new_tokens if writes else 1)
+    train, held_out = _datasets(recipe, method, tokenizer, window, sampling.max_new_tokens if writes else 1)
 
     set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
     with recipe.locating("student"):
         student = load_student(recipe, config, name)
     teacher = _teacher(recipe, len(tokenizer)) if wanted else None
-    if rollout.stop_ids is None:
-        rollout.stop_ids = all_stop_ids(tokenizer, student, getattr(teacher, "model", None))
+    if not sampling.stop_ids:
+        stops = stop_ids(tokenizer, student, getattr(teacher, "model", None))
+        sampling = replace(sampling, stop_ids=tuple(stops))
     folder = Path(arguments.output_dir or ".")
-    teacher_writer = None
+    teacher_rollout = None
     if "teacher" in writes and teacher is not None:
-        writer = copy.copy(rollout).follow(teacher.model, tokenizer, "teacher")
-        teacher_writer = KeptAnswers(writer, folder / "teacher_answers.jsonl")
+        bound = rollout.bind(teacher.model, tokenizer, "teacher")
+        teacher_rollout = CachedRollout(bound, folder / "teacher_answers.jsonl")
     trainer = DistillationTrainer(
         student,
         teacher,
         method,
         rollout,
+        sampling,
         processing_class=tokenizer,
-        teacher_writer=teacher_writer,
-        judge=_judge(recipe, rollout, tokenizer, held_out) if recipe.evaluate.metrics else None,
+        teacher_rollout=teacher_rollout,
+        judge=_judge(recipe, rollout, sampling, tokenizer, held_out) if recipe.evaluate.metrics else None,
         budget=recipe.budget,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        callbacks=[WriteMetrics(folder / "metrics.jsonl")],
+        callbacks=[LogMetrics(folder / "metrics.jsonl")],
     )
     shown = recipe.evaluate
     if shown.patience is not None:
@@ -184,7 +187,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         every = shown.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
         source = held_out or train
         examples = [source[i] for i in range(min(shown.show, len(source)))]
-        trainer.add_callback(ShowSamples(rollout, examples, tokenizer, every, folder / "samples.jsonl", console))
+        trainer.add_callback(
+            ShowSamples(trainer.writers.student, examples, tokenizer, every, folder / "samples.jsonl", console)
+        )
     return Run(recipe, trainer, teacher, tokenizer, folder, train, held_out)
 
 
@@ -208,7 +213,7 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
 
 
 def _judge(
-    recipe: Recipe, rollout: Any, tokenizer: Any, held_out: Examples | None
+    recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
 ) -> Callable[[Any], dict[str, float]]:
     """What a student's greedy answers to the held-out prompts come to, as numbers."""
     names = recipe.evaluate.metrics
@@ -216,11 +221,10 @@ def _judge(
         raise recipe.complaint("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
     with recipe.locating("evaluate.metrics"):
         metrics.check(names)
-    greedy = copy.copy(rollout)
-    greedy.temperature, greedy.responses = 0.0, 1
+    greedy = replace(sampling, temperature=0.0, n=1)
 
     def judge(student: Any) -> dict[str, float]:
-        found = evaluate(student, tokenizer, held_out, greedy, metrics=names).metrics
+        found = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
         return {
             name: value for name, value in found.items() if not name.startswith(("seconds", "tokens_per", "examples"))
         }
@@ -238,7 +242,7 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
         return {}
     source = run.held_out or run.train
     prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
-    written = trainer.writers.student.generate(prompts, Step(0, trainer.args.seed))
+    written = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, teacher, written, trainer.vocabulary)
 

@@ -3,7 +3,7 @@
 `transformers.Trainer` brings distribution (DDP, FSDP2, DeepSpeed through Accelerate), resuming, schedules, loggers,
 PEFT and the hub. Two of its public hooks are the whole algorithm:
 
-    get_batch_samples   once per optimizer step, before its forwards: the window's examples are drawn, the method says
+    get_batch_samples   once per optimizer step, before its forwards: the step's examples are drawn, the method says
                         what to train on instead, this is dealt into micro-batches, and its units are counted
     compute_loss        once per micro-batch: the teacher scores it just in time, and the student's forward returns the
                         loss in place of logits
@@ -12,7 +12,6 @@ The loss of an optimizer step is Σ weight · value over all its tokens on all p
 not depend on how the step is cut into micro-batches and processes.
 """
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
@@ -28,15 +27,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batch import Batch, Example, deal
-from ..budget import Budget, Spending, paced
+from ..budget import Budget
 from ..fused_linear.tiles import pays_to_compile, tiling
 from ..method import Method
-from ..rollout import Rollout, Writers
-from ..scores import COMPARED, Knowledge, Scores, can_project, compare, score
+from ..rollout import Rollout, Writer, Writers
+from ..sampling import Sampling
+from ..scores import Knowledge, Scores, can_project, compare, score
 from ..step import Step
 from ..teacher import Teacher
-from .callbacks import AdvanceMethod, KeepToBudget, RefuseBrokenGradients, ShowProgress
-from .step_metrics import Window
+from .callbacks import AfterStep, CheckGradients, ShowProgress, StopAtBudget, SyncRollout
+from .spending import Spending, follow_budget
+from .step_metrics import StepMetrics
 
 STATE_FILE = "distillation.safetensors"
 
@@ -48,9 +49,10 @@ class DistillationTrainer(Trainer):
         student: a causal language model of transformers, with or without PEFT adapters.
         teacher: who scores; None for methods that need no scores.
         method: what to train on and what to minimise.
-        rollout: writes the student's responses (and, if the teacher is a live model, the teacher's).
+        rollout: generates the student's responses (and, if the teacher is a live model, the teacher's).
+        sampling: how they are drawn.
         processing_class: the tokenizer that student and teacher share; required.
-        teacher_writer: writes the teacher's responses instead of the rollout.
+        teacher_rollout: generates the teacher's responses instead of the rollout; bound to the teacher's model.
         judge: from the student to further metrics, which `evaluate` returns, too.
         budget: what the run may spend; it ends where this or its steps do, and its schedules end with it.
         kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
@@ -64,10 +66,11 @@ class DistillationTrainer(Trainer):
         teacher: Teacher | None,
         method: Method,
         rollout: Rollout | None = None,
+        sampling: Sampling | None = None,
         *,
         processing_class: Any,
         args: TrainingArguments | None = None,
-        teacher_writer: Rollout | None = None,
+        teacher_rollout: Rollout | None = None,
         judge: Callable[[nn.Module], dict[str, float]] | None = None,
         budget: Budget | None = None,
         callbacks: Sequence[Any] = (),
@@ -88,13 +91,13 @@ class DistillationTrainer(Trainer):
         accelerator_config.dispatch_batches = False  # nor could they be sent to other processes as such
         self.spending = Spending(budget)
         if budget is not None:
-            callbacks = [KeepToBudget(self.spending, self._first_process_s), *callbacks]
+            callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
         super().__init__(
             model=student,
             args=args,
             data_collator=cast(Any, list),  # examples stay ragged until Batch.of
             processing_class=processing_class,
-            callbacks=[RefuseBrokenGradients(), AdvanceMethod(method, self.spending), *callbacks],
+            callbacks=[CheckGradients(), AfterStep(method, self.spending), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
@@ -110,9 +113,9 @@ class DistillationTrainer(Trainer):
         self.pad = processing_class.pad_token_id
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
-        self.window = self._new_window()
+        self.step_metrics = StepMetrics()
         self._project = can_project(student)
-        self.writers = self._writers(rollout, teacher_writer)
+        self.writers = self._writers(rollout, sampling or Sampling(), teacher_rollout)
 
     @property
     def tokens_seen(self) -> int:
@@ -130,15 +133,18 @@ class DistillationTrainer(Trainer):
         if self.spending.budget is None or scheduler is given:
             return scheduler
         warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
-        return paced(scheduler, self.spending, num_training_steps, warmup)
+        return follow_budget(scheduler, self.spending, num_training_steps, warmup)
 
-    def _writers(self, rollout: Rollout | None, teacher_writer: Rollout | None) -> Writers:
+    def _writers(self, rollout: Rollout | None, sampling: Sampling, teacher_rollout: Rollout | None) -> Writers:
         if rollout is None:
             return Writers()
         model = getattr(self.teacher, "model", None)
-        if teacher_writer is None and model is not None and "teacher" in self.method.authors:
-            teacher_writer = copy.copy(rollout).follow(model, self.processing_class, "teacher")
-        return Writers(rollout.follow(self.model, self.processing_class), teacher_writer)
+        if teacher_rollout is None and model is not None and "teacher" in self.method.authors:
+            teacher_rollout = rollout.bind(model, self.processing_class, "teacher")
+        student = rollout.bind(self.model, self.processing_class)
+        self.add_callback(SyncRollout(student))
+        teacher = None if teacher_rollout is None else Writer(teacher_rollout, sampling)
+        return Writers(Writer(student, sampling), teacher)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         at, most = self.state.global_step, self.state.max_steps
@@ -149,13 +155,13 @@ class DistillationTrainer(Trainer):
         drawn = list(islice(epoch_iterator, num_batches))
         if not drawn:
             return [], None
-        step = Step(at, self.args.seed, self.spending.foreseen(at, most))
-        with self.window.spent("generate"):
+        step = Step(at, self.args.seed, self.spending.expected_steps(at, most))
+        with self.step_metrics.timer("generate"):
             examples = self.method.collect(list(chain(*drawn)), self.writers, step)
         batches = [Batch.of(part, self.pad, device) for part in deal(examples, len(drawn))]
         for batch in batches:
-            self.window.saw(batch)
-        with self.window.spent("learn"):
+            self.step_metrics.count(batch)
+        with self.step_metrics.timer("learn"):
             self.method.before_step(batches, self.model, self.teacher, step)
         counts = [sum(self.method.units(b) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
@@ -164,7 +170,7 @@ class DistillationTrainer(Trainer):
         return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], units
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.window.spent("learn"):
+        with self.step_metrics.timer("learn"):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(
@@ -187,7 +193,7 @@ class DistillationTrainer(Trainer):
         """Σ weight · value over the batch's tokens; the divisor is the caller's."""
         teacher: Any = None
         if self.teacher is not None and self.method.needs > Knowledge.NOTHING:
-            with self.window.spent("score"):
+            with self.step_metrics.timer("score"):
                 teacher = self.teacher.score(batch)
         weights = self.method.weights(batch)
 
@@ -195,18 +201,15 @@ class DistillationTrainer(Trainer):
             values = self.method.loss(student, teacher, batch)
             if diagnose and teacher is not None:
                 if self.teacher is not None and self.teacher.gives >= Knowledge.DISTRIBUTION:
-                    self.window.observed(compare(teacher, student))
+                    self.step_metrics.record(compare(teacher, student))
                 with torch.no_grad():
-                    self.window.observed(self.method.observe(student, teacher, batch))
+                    self.step_metrics.record(self.method.observe(student, teacher, batch))
             return (weights * values).sum() if values.shape == weights.shape else values.sum()
 
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return score(
             model, batch, loss, head_of=bare, vocabulary=self.vocabulary, weights=weights, project=self._project
         )
-
-    def _new_window(self) -> Window:
-        return Window([*COMPARED, *self.method.watched])
 
     def _is_logged(self) -> bool:
         """Will this step's numbers be logged? Only then are the two models compared for people to watch."""
@@ -216,7 +219,7 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self.window.close(self.accelerator)
+            logs |= self.step_metrics.log_line(self.accelerator)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -232,7 +235,7 @@ class DistillationTrainer(Trainer):
         if dataset is None:
             raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
         examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
-        training, self.window = self.window, self._new_window()  # evaluation has its own counts
+        training, self.step_metrics = self.step_metrics, StepMetrics()  # evaluation has its own counts
         remembered = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         total, units = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model = cast(nn.Module, self.model)
@@ -241,12 +244,12 @@ class DistillationTrainer(Trainer):
             part = examples[start : start + self.args.per_device_eval_batch_size]
             part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
             batch = Batch.of(part, self.pad, self.args.device)
-            self.window.saw(batch)
+            self.step_metrics.count(batch)
             with self.compute_loss_context_manager():
                 total += self._weighted_loss(model, batch, diagnose=True)
             units += self.method.units(batch)
-        line = self.window.close(self.accelerator)
-        self.window = training
+        line = self.step_metrics.log_line(self.accelerator)
+        self.step_metrics = training
         if remembered:
             self.method.load_state_dict(remembered)  # what it collected here was not for training
         total, units = self.accelerator.reduce(torch.stack([total, units]), reduction="sum")
@@ -290,7 +293,7 @@ class DistillationTrainer(Trainer):
             state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
             self.spending.resume(state.pop("spent").tolist())
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
-        self.window = self._new_window()
+        self.step_metrics = StepMetrics()
         try:
             with tiling(compiled=self._pays_to_compile()):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
