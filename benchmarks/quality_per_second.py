@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from understudy import GenerateRollout
 from understudy.demo import recipes
 from understudy.evaluation.evaluate import evaluate
-from understudy.models.load import all_stop_ids, load_model, load_tokenizer
+from understudy.generation.stop_tokens import stop_ids
+from understudy.models.load import load_model, load_tokenizer
 from understudy.recipe import Data, load
 from understudy.run.distill import distill, load_data
+from understudy.sampling import Sampling
 
 from .measure import in_child, save, table
 
@@ -42,8 +44,8 @@ class TrainingTime(TrainerCallback):
 def accuracy(model: Any) -> float:
     tokenizer = load_tokenizer(PLAYGROUND)
     examples = load_data(Data(dataset=PLAYGROUND, split="test", limit=500, max_length=160), tokenizer, None, 64)
-    rollout = GenerateRollout(max_new_tokens=64, temperature=0, stop_ids=all_stop_ids(tokenizer, model), batch_size=256)
-    return evaluate(model.eval(), tokenizer, examples, rollout).metrics["accuracy"]
+    sampling = Sampling(max_new_tokens=64, temperature=0, stop_ids=tuple(stop_ids(tokenizer, model)))
+    return evaluate(model.eval(), tokenizer, examples, GenerateRollout(256), sampling).metrics["accuracy"]
 
 
 def warm_up(folder: str) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def trl(student: str, steps: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(PLAYGROUND)
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     teacher = load_model(PLAYGROUND, dtype="float32")
-    model.generation_config.eos_token_id = all_stop_ids(tokenizer, model)
+    model.generation_config.eos_token_id = stop_ids(tokenizer, model)
     rows = load_data(Data(dataset=PLAYGROUND, limit=20_000, max_length=160, seed=2), tokenizer, None, LONGEST)
 
     def padded(sequences: list[list[int]], value: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from understudy import GenerateRollout, Step
+from understudy import GenerateRollout, Sampling, Step
 
 from .measure import Stopwatch, save, table
 from .models import llama, prompts, stop_tokens, words
@@ -36,9 +36,9 @@ def contestants(vocabulary: int, mean: int | None, most: int) -> dict[str, Calla
     steps, tokenizer = count(), words(vocabulary)
 
     def ours(compiled: bool) -> int:
-        rollout = GenerateRollout(most, stop_ids=stop or [vocabulary], compiled=compiled)  # no token has that number
-        rollout.follow(model, tokenizer)
-        return sum(len(example.response) for example in rollout.generate(asked, Step(next(steps))))
+        rollout = GenerateRollout(compiled=compiled).bind(model, tokenizer)
+        sampling = Sampling(most, stop_ids=tuple(stop or [vocabulary]))  # no token has that number
+        return sum(len(example.response) for example in rollout.generate(asked, sampling, Step(next(steps))))
 
     config = GenerationConfig(
         max_new_tokens=most, do_sample=True, top_k=0, top_p=1.0, eos_token_id=stop or None, pad_token_id=0

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from understudy import GKD, Example, GenerateRollout, JensenShannon, LocalTeacher, StudentTrainer
+from understudy import GKD, Example, GenerateRollout, JensenShannon, LocalTeacher, Sampling, StudentTrainer
 
 from .measure import Stopwatch, in_child, peak_mb, save, table
 from .models import llama, prompts, words
@@ -58,11 +58,11 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
     clock = Clock()
     if name.startswith("understudy"):
         args = TrainingArguments(**settings(folder, steps), torch_compile=False)
-        rollout = GenerateRollout(max_new_tokens=tokens, stop_ids=[vocabulary])
+        sampling = Sampling(max_new_tokens=tokens, stop_ids=(vocabulary,))
         data: Any = [Example(e.prompt, [4], row=e.row) for e in asked]
         method = GKD(divergence=JensenShannon(0.5), reduction="token")
         options = {"processing_class": tokenizer, "train_dataset": data, "args": args, "callbacks": [clock]}
-        made = StudentTrainer(student, LocalTeacher(teacher), method, rollout, **options)
+        made = StudentTrainer(student, LocalTeacher(teacher), method, GenerateRollout(), sampling, **options)
         made._pays_to_compile = lambda: "compiled" in name
         return made, clock
     from datasets import Dataset

@@ -11,6 +11,7 @@ from understudy.batch import Batch, Example
 from understudy.divergences import JensenShannon
 from understudy.models.forward import score
 from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 
@@ -29,13 +30,15 @@ def main(steps: int = 60) -> list[float]:
     prompts = [Example(torch.randint(1, 12, (4,)).tolist(), [], row=row) for row in range(64)]
 
     student, teacher = tiny(32, 0.02), LocalTeacher(tiny(64, 0.2))
-    rollout = GenerateRollout(max_new_tokens=8).follow(student, tokenizer)
+    rollout, sampling = GenerateRollout().bind(student, tokenizer), Sampling(max_new_tokens=8)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     divergence = JensenShannon(beta=0.5)
     losses = []
     for number in range(steps):
         asked = [prompts[(16 * number + i) % len(prompts)] for i in range(16)]
-        batch = Batch.from_examples(rollout.generate(asked, Step(number)), pad=0)  # what the student writes, as ids
+        batch = Batch.from_examples(
+            rollout.generate(asked, sampling, Step(number)), pad=0
+        )  # what the student writes, as ids
         judged = teacher.score(batch)  # what the teacher thinks of every token of it
         weights = batch.weights("token") / batch.normalizer("token")
         loss = score(

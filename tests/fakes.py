@@ -5,8 +5,9 @@ multiplied, with adapters around it, with the head tied to the embeddings or not
 model's, so that distributions differ from uniform and caps and scales matter.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +38,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.batch import Author, Batch, Example
 from understudy.fused_linear.distributions import Dense
-from understudy.rollout import Rollout
+from understudy.rollout import Rollout, Writer, with_response
+from understudy.sampling import Sampling
 from understudy.scores import Scores
 from understudy.step import Step
 from understudy.teacher import Capability, Teacher
@@ -188,27 +190,32 @@ class BigramTeacher(Teacher):
 
 @dataclass
 class ScriptedRollout(Rollout):
-    """A rollout without a model: the tokens are drawn evenly, from the stream that belongs to the response."""
+    """A rollout without a model: tokens are drawn evenly from eight, by the stream that belongs to the response."""
 
-    max_new_tokens: int = 6
-    responses: int = 1
     stop: int = 2
-    asked: int = 0  # how often it was called
     author: Author = "student"
+    calls: list[int] = field(default_factory=list)  # the number of prompts of each call, of all bound ones together
 
-    def follow(self, model: Any, tokenizer: Any, author: Author = "student") -> "ScriptedRollout":
-        self.author = author
-        return self
+    def bind(self, model: Any, tokenizer: Any, author: Author = "student") -> "ScriptedRollout":
+        return replace(self, author=author)
 
-    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
-        self.asked += 1
-        seen: dict[int, int] = {}
-        written = []
-        for prompt in (prompt for prompt in prompts for _ in range(self.responses)):
-            turn = seen[prompt.row] = seen.get(prompt.row, -1) + 1
-            draws = step.stream(self.max_new_tokens, self.author, prompt.row, turn)
-            response = [self.stop + int(draw * 8) for draw in draws]
-            end = response.index(self.stop) + 1 if self.stop in response else len(response)
-            cut = self.stop not in response
-            written.append(replace(prompt, response=response[:end], author=self.author, truncated=cut))
-        return written
+    def generate(self, prompts: Sequence[Example], sampling: Sampling, step: Step) -> list[Example]:
+        self.calls.append(len(prompts))
+        turns: dict[int, int] = {}
+        responses = []
+        for prompt in (prompt for prompt in prompts for _ in range(sampling.n)):
+            turn = turns[prompt.row] = turns.get(prompt.row, -1) + 1
+            draws = step.stream(sampling.max_new_tokens, self.author, prompt.row, turn)
+            tokens = [self.stop + int(draw * 8) for draw in draws]
+            end = tokens.index(self.stop) + 1 if self.stop in tokens else len(tokens)
+            streams = {"sampled_logprob": [-math.log(8)] * end} if sampling.logprobs else {}
+            responses.append(with_response(prompt, tokens[:end], self.author, self.stop not in tokens, streams))
+        return responses
+
+
+def writer(engine: type[Rollout], model: Any, author: Author = "student", **options: Any) -> Writer:
+    """A rollout of this class bound to `model` and the tokenizer `words`; `options` are the engine's and Sampling's."""
+    names = {field.name for field in fields(Sampling)}
+    engine_options = {name: value for name, value in options.items() if name not in names}
+    sampling = Sampling(**{name: value for name, value in options.items() if name in names})
+    return Writer(engine(**engine_options).bind(model, words(), author), sampling)

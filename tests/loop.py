@@ -16,6 +16,7 @@ from understudy.batch import Example
 from understudy.method import Method
 from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.teacher import Teacher
 from understudy.teachers.local import LocalTeacher
 from understudy.training.trainer import StudentTrainer
@@ -30,8 +31,8 @@ def teacher(kind: str = "llama", **options: Any) -> LocalTeacher:
     return LocalTeacher(tiny(kind, **{"width": 24, "seed": 2, **options}))
 
 
-def rollout(**options: Any) -> GenerateRollout:
-    return GenerateRollout(**{"max_new_tokens": 6, **options})
+def short_sampling(**options: Any) -> Sampling:
+    return Sampling(**{"max_new_tokens": 6, **options})
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -56,7 +57,8 @@ def trainer(
     method: Method,
     model: nn.Module | None = None,
     with_teacher: Teacher | None = None,
-    writer: Rollout | None = None,
+    rollout: Rollout | None = None,
+    sampling: Sampling | None = None,
     examples: Sequence[Example] | None = None,
     options: dict[str, Any] | None = None,
     **changed: Any,
@@ -66,7 +68,8 @@ def trainer(
         student() if model is None else model,
         teacher() if with_teacher is None else with_teacher,
         method,
-        rollout() if writer is None else writer,
+        GenerateRollout() if rollout is None else rollout,
+        short_sampling() if sampling is None else sampling,
         processing_class=words(),
         args=arguments(folder, **changed),
         train_dataset=ragged_examples() if examples is None else examples,

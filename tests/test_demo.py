@@ -7,13 +7,15 @@ from rich.console import Console
 
 from understudy.demo import TEACHER, recipes, run_demo
 from understudy.evaluation.evaluate import evaluate
-from understudy.models.load import all_stop_ids, load_model, load_tokenizer
+from understudy.generation.stop_tokens import stop_ids
+from understudy.models.load import load_model, load_tokenizer
 from understudy.playground.names import resolve
 from understudy.playground.ship import LIMIT
 from understudy.playground.vocabulary import tokenizer
 from understudy.recipe import Data, load
 from understudy.rollouts.generate import GenerateRollout
 from understudy.run.distill import load_data
+from understudy.sampling import Sampling
 
 
 def test_the_shortened_demo_runs_to_its_table(tmp_path):
@@ -56,5 +58,5 @@ def test_the_shipped_teacher_solves_nine_of_ten_held_out_problems(seed):
     """200 problems of a split that it was not trained on; the documented figure is over more."""
     model, words = load_model(TEACHER, dtype="float32").eval(), load_tokenizer(TEACHER)
     examples = load_data(Data(dataset=TEACHER, split="test", limit=200, seed=seed), words, 256, 64)
-    rollout = GenerateRollout(max_new_tokens=64, temperature=0, stop_ids=all_stop_ids(words, model), batch_size=200)
-    assert evaluate(model, words, examples, rollout).metrics["accuracy"] >= 0.9
+    sampling = Sampling(max_new_tokens=64, temperature=0, stop_ids=tuple(stop_ids(words, model)))
+    assert evaluate(model, words, examples, GenerateRollout(200), sampling).metrics["accuracy"] >= 0.9

@@ -18,6 +18,8 @@ from understudy.methods import METHODS
 from understudy.recipe import RecipeError, load, parse
 from understudy.recipe_arguments import construct
 from understudy.rollouts import ROLLOUTS
+from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.teachers import TEACHERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -427,3 +429,26 @@ def test_an_error_is_located_once():
     recipe = parse(LEAST, "r.yaml", {("data",): "r.yaml, line 3"})
     with pytest.raises(RecipeError, match=r"^r.yaml, line 3: x$"), recipe.locating("student"), recipe.locating("data"):
         raise RecipeError("x")
+
+
+def test_the_rollout_block_is_split_between_engine_and_sampling():
+    recipe = parse({**LEAST, "rollout": {"generate": {"max_new_tokens": 64, "batch_size": 32, "stop_ids": [2]}}})
+    assert recipe.sampling() == Sampling(max_new_tokens=64, stop_ids=(2,))
+    assert recipe.build("rollout", ROLLOUTS) == GenerateRollout(batch_size=32)
+    assert parse(LEAST).sampling() == Sampling()
+
+
+@pytest.mark.parametrize(("field", "meant"), [("max_tokens", "max_new_tokens"), ("batchsize", "batch_size")])
+def test_an_unknown_field_of_the_rollout_names_the_nearest_of_engine_and_sampling(field, meant):
+    recipe = parse({**LEAST, "rollout": {"generate": {field: 64}}})
+    for refuse in (recipe.build, recipe.check):
+        with pytest.raises(RecipeError, match=f'rollout.generate has no field "{field}"; did you mean "{meant}"'):
+            refuse("rollout", ROLLOUTS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"), [({"top_p": 2}, "top_p in"), ({"max_new_tokens": "many"}, "max_new_tokens: .*integer")]
+)
+def test_sampling_out_of_range_is_refused_with_its_place(fields, sentence):
+    with pytest.raises(RecipeError, match=f"rollout.generate.*{sentence}"):
+        parse({**LEAST, "rollout": {"generate": fields}}).sampling()

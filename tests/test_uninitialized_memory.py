@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from understudy.batch import Example
 from understudy.methods import METHODS
 from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.step import Step
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
@@ -51,7 +52,7 @@ def test_bfloat16_training_of_every_method_reads_initialised_memory_only(name, t
     run = trainer(
         tmp_path,
         METHODS.get(name)(),
-        writer=GenerateRollout(max_new_tokens=12),
+        sampling=Sampling(max_new_tokens=12),
         examples=[Example(e.prompt, [*e.response[:-1], *range(4, 12), 2], row=e.row) for e in ragged_examples(8)],
         bf16=True,
         max_steps=2,
@@ -69,6 +70,7 @@ def test_bfloat16_training_of_every_method_reads_initialised_memory_only(name, t
 def test_bfloat16_weights_are_generated_from_with_initialised_memory_only(vocabulary, filled_with_nan):
     model = tiny("llama", vocabulary=vocabulary).bfloat16()
     prompts = ragged_examples(20, vocabulary=50, responses=False)
+    rollout = GenerateRollout().bind(model, words(vocabulary))
     with WholeOperands():
-        written = GenerateRollout(max_new_tokens=6).follow(model, words(vocabulary)).generate(prompts, Step(0))
+        written = rollout.generate(prompts, Sampling(max_new_tokens=6), Step(0))
     assert all(token < vocabulary for example in written for token in example.response)

@@ -30,9 +30,10 @@ if typing.TYPE_CHECKING:
     from .methods.sft import SFT
     from .models.forward import score
     from .recipe import Recipe, load
-    from .rollout import Rollout, Writers
+    from .rollout import Rollout, Writer, Writers
     from .rollouts.generate import GenerateRollout
     from .run.distill import distill
+    from .sampling import Sampling
     from .scores import Scores
     from .step import Step
     from .teacher import Capability, Teacher
@@ -65,8 +66,9 @@ _HOMES = {
     "fused_linear.loss": ("fused_divergence",),
     "models.forward": ("score",),
     "recipe": ("Recipe", "load"),
-    "rollout": ("Rollout", "Writers"),
+    "rollout": ("Rollout", "Writer", "Writers"),
     "rollouts.generate": ("GenerateRollout",),
+    "sampling": ("Sampling",),
     "run.distill": ("distill",),
     "scores": ("Scores",),
     "step": ("Step",),

@@ -8,6 +8,7 @@ with its line and the nearest known one. Recipes are read and checked here and b
 """
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ from .budget import Budget
 from .recipe_arguments import arguments, construct, name_and_fields
 from .recipe_yaml import Places, RecipeError, place, read
 from .registry import Registry, UnknownName, did_you_mean, nearest
+from .sampling import Sampling
+
+_SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
+_OTHER_FIELDS = {"rollout": _SAMPLING_FIELDS}  # of a block, that are not arguments of the class it names
 
 
 class _Block(BaseModel):
@@ -138,13 +143,20 @@ class Recipe(_Block):
         """Raise the errors that `build` would raise before it calls the constructor, which may load a model."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            arguments(registry.get(name), fields, f"{word}.{name}", **given)
+            arguments(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **given)
 
     def build(self, word: str, registry: Registry[Any], **given: Any) -> Any:
         """The instance that `method`, `teacher` or `rollout` describes; `given` is for a method's `reward`."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            return construct(registry.get(name), fields, f"{word}.{name}", **given)
+            return construct(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **given)
+
+    def sampling(self) -> Sampling:
+        """The sampling parameters in the rollout block, whose other fields are the engine's options."""
+        name, fields = self.rollout
+        with self.locating("rollout"):
+            values = {key: value for key, value in fields.items() if key in _SAMPLING_FIELDS}
+            return construct(Sampling, values, f"rollout.{name}")
 
     @property
     def source(self) -> Path:

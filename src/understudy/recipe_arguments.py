@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -12,13 +12,13 @@ from .recipe_yaml import RecipeError
 from .registry import Registry, UnknownName, nearest
 
 
-def construct(cls: type, fields: Mapping[str, Any], where: str, **given: Any) -> Any:
+def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **given: Any) -> Any:
     """Build an instance from a recipe's fields.
 
     Raises:
         RecipeError: as `arguments`, and for what the constructor refuses.
     """
-    values = arguments(cls, fields, where, **given)
+    values = arguments(cls, fields, where, other_fields, **given)
     try:
         return cls(**values)
     except RecipeError:
@@ -27,11 +27,14 @@ def construct(cls: type, fields: Mapping[str, Any], where: str, **given: Any) ->
         raise RecipeError(f"{where}: {error}", where) from None
 
 
-def arguments(cls: type, fields: Mapping[str, Any], where: str, **given: Any) -> dict[str, Any]:
+def arguments(
+    cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **given: Any
+) -> dict[str, Any]:
     """A recipe's fields as arguments of a constructor, checked against its signature.
 
     Args:
         where: what errors call the fields, such as `method.gkd`.
+        other_fields: names of fields that belong to something else, and are left out.
         given: arguments that no recipe sets, such as a method's reward.
 
     Raises:
@@ -51,8 +54,11 @@ def arguments(cls: type, fields: Mapping[str, Any], where: str, **given: Any) ->
             raise RecipeError(f"{where} takes no {name}", where)
     values = dict(given)
     for name, value in fields.items():
+        if name in other_fields:
+            continue
         if name not in settable and (not open_ended or name in named):
-            raise RecipeError(f'{where} has no field "{name}"{nearest(str(name), settable)}', f"{where}.{name}")
+            hint = nearest(str(name), [*settable, *other_fields])
+            raise RecipeError(f'{where} has no field "{name}"{hint}', f"{where}.{name}")
         values[name] = _convert_field(value, hints.get(name, Any), f"{where}.{name}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in values]
     if missing:

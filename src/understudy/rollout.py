@@ -1,47 +1,93 @@
-"""A rollout: something that writes responses to prompts for a model."""
+"""A rollout: an engine that generates responses to prompts with a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .batch import Author, Example
+from .sampling import Sampling
 from .step import Step
+
+SAMPLED_LOGPROB = "sampled_logprob"  # the stream of `Sampling.logprobs`
 
 
 class Rollout(ABC):
-    """Writes responses for the model that it follows. Subclasses are final."""
+    """Generates responses with the model that it is bound to. Subclasses are final.
+
+    Constructor arguments are the engine's options; what is drawn is the business of the `Sampling` of each call.
+    """
+
+    batch_size: int | None = None  # sequences generated at once; None: as many as there are
 
     @abstractmethod
-    def follow(self, model: Any, tokenizer: Any, author: Author = "student") -> "Rollout":
-        """Write for `model` from now on, with its weights as they are at each call. Returns the rollout itself."""
+    def bind(self, model: Any, tokenizer: Any, author: Author = "student") -> "Rollout":
+        """A rollout like this one that generates with `model`, with its weights as they are at each call.
 
-    @abstractmethod
-    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
-        """A response to the prompt of every example, in their order (n consecutive ones where n are asked for).
-
-        Ids only, no gradients. The response ends with the first stop token, which it includes, or is `truncated`.
-        What is drawn depends on the step's seed and number and on the example's row, on nothing else.
+        This one stays as it is. `author` is whom the responses belong to, and part of what is drawn.
         """
+
+    def with_batch_size(self, batch_size: int) -> "Rollout":
+        """A rollout like this one, bound to the same model, that generates `batch_size` sequences at once.
+
+        Default: this one, for an engine that schedules by itself.
+        """
+        return self
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Example], sampling: Sampling, step: Step) -> list[Example]:
+        """A response to the prompt of every example, in their order (n consecutive ones for `sampling.n` = n).
+
+        Ids only, no gradients. A response ends with the first stop token, which it includes, or is `truncated`.
+        What is drawn depends on the step's seed and number, the author and the example's row, on nothing else.
+        """
+
+    def sync(self, step: Step) -> None:
+        """The model's weights have changed. Default: nothing, for an engine that reads them at each call."""
+
+
+def with_response(
+    prompt: Example,
+    response: list[int],
+    author: Author,
+    truncated: bool,
+    streams: Mapping[str, Sequence[float]] | None = None,
+) -> Example:
+    """The example with another response, without what belonged to the response before."""
+    new = {"response": response, "author": author, "truncated": truncated, "streams": dict(streams or {})}
+    return replace(prompt, trained=None, **new)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A rollout bound to a model, with the sampling parameters of the run."""
+
+    rollout: Rollout
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __call__(self, prompts: Sequence[Example], step: Step, **sampling_changes: Any) -> list[Example]:
+        """Responses to `prompts`; the keywords replace fields of the sampling, such as n=1, for this call."""
+        sampling = replace(self.sampling, **sampling_changes) if sampling_changes else self.sampling
+        return self.rollout.generate(prompts, sampling, step)
 
 
 @dataclass(frozen=True)
 class Writers:
-    """Who can write responses in a run. Asking for somebody absent is an error that says what to do."""
+    """The models that can generate responses in a run; asking for an absent one is an error with a remedy."""
 
-    _student: Rollout | None = None
-    _teacher: Rollout | None = None
+    _student: Writer | None = None
+    _teacher: Writer | None = None
 
     @property
-    def student(self) -> Callable[..., list[Example]]:
+    def student(self) -> Writer:
         if self._student is None:
             raise ValueError("this method trains on the student's own responses: give it a rollout, such as generate")
-        return self._student.generate
+        return self._student
 
     @property
-    def teacher(self) -> Callable[..., list[Example]]:
+    def teacher(self) -> Writer:
         if self._teacher is None:
             raise ValueError(
-                "this method trains on the teacher's responses: give it a rollout and a teacher that can write"
+                "this method trains on the teacher's responses: give it a rollout and a teacher that can generate"
             )
-        return self._teacher.generate
+        return self._teacher

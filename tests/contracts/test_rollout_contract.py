@@ -5,42 +5,49 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words
+from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words, writer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
 from understudy.batch import Example
-from understudy.generation.response_cache import KeptAnswers
-from understudy.rollouts.continuous import ContinuousRollout, new_enough
+from understudy.generation.response_cache import CachedRollout
+from understudy.rollout import Writer
+from understudy.rollouts.continuous import ContinuousRollout, is_available
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 
 STOP, LONGEST = 2, 6
 
 
-def generate(**fields):
-    return GenerateRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
+def scripted(model, author="student", **options):
+    return writer(ScriptedRollout, model, author, **{"max_new_tokens": LONGEST, **options})
 
 
-def continuous(**fields):
-    if not new_enough():
+def generate(model, author="student", **options):
+    return writer(GenerateRollout, model, author, **{"max_new_tokens": LONGEST, "batch_size": 3, **options})
+
+
+def continuous(model, author="student", **options):
+    if not is_available():
         pytest.skip("this transformers is too old for continuous batching")
-    return ContinuousRollout(**{"max_new_tokens": LONGEST, "batch_size": 3, **fields})
+    return writer(ContinuousRollout, model, author, **{"max_new_tokens": LONGEST, "batch_size": 3, **options})
 
 
+def cached(folder, model, **options):
+    below = generate(model, "teacher", **options)
+    return Writer(CachedRollout(below.rollout, folder / "responses.jsonl"), below.sampling)
+
+
+RESTRICTED = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
 MAKE = {
-    "scripted": lambda folder: ScriptedRollout(LONGEST),
-    "generate": lambda folder: generate(),
-    "generate, greedy": lambda folder: generate(temperature=0),
-    "generate, restricted": lambda folder: generate(temperature=0.7, top_k=20, top_p=0.9),
-    "continuous": lambda folder: continuous(),
-    "continuous, restricted": lambda folder: continuous(temperature=0.7, top_k=20, top_p=0.9),
-    "kept answers": lambda folder: KeptAnswers(generate(), folder / "answers.jsonl"),
+    "scripted": lambda folder, model, **options: scripted(model, **options),
+    "generate": lambda folder, model, **options: generate(model, **options),
+    "generate, greedy": lambda folder, model, **options: generate(model, temperature=0, **options),
+    "generate, restricted": lambda folder, model, **options: generate(model, **RESTRICTED, **options),
+    "continuous": lambda folder, model, **options: continuous(model, **options),
+    "continuous, restricted": lambda folder, model, **options: continuous(model, **RESTRICTED, **options),
+    "cached": cached,
 }
-SEVERAL = {
-    "scripted": lambda: ScriptedRollout(LONGEST, responses=3),
-    "generate": lambda: generate(responses=3),
-    "continuous": lambda: continuous(responses=3),
-}
+BOUND = {"scripted": scripted, "generate": generate, "continuous": continuous}
 SAMPLED = {"generate": generate, "continuous": continuous}
 
 
@@ -62,26 +69,24 @@ def rubbish_is_looked_for_among_few():
 
 @pytest.fixture(params=MAKE)
 def rollout(request, tmp_path):
-    return MAKE[request.param](tmp_path).follow(likely_to_stop(), words())
+    return MAKE[request.param](tmp_path, likely_to_stop())
 
 
 PROMPTS = ragged_examples(12, seed=5)
 
 
 def test_there_is_a_response_to_every_prompt_in_their_order(rollout):
-    written = rollout.generate(PROMPTS, Step(0))
+    written = rollout(PROMPTS, Step(0))
     assert [(e.prompt, e.row) for e in written] == [(e.prompt, e.row) for e in PROMPTS]
 
 
 def test_nothing_in_a_response_comes_from_the_dataset_s(rollout):
     bare = [replace(e, response=[]) for e in PROMPTS]
-    assert [e.response for e in rollout.generate(PROMPTS, Step(0))] == [
-        e.response for e in rollout.generate(bare, Step(0))
-    ]
+    assert [e.response for e in rollout(PROMPTS, Step(0))] == [e.response for e in rollout(bare, Step(0))]
 
 
 def test_a_response_ends_with_the_first_stop_token_or_is_truncated(rollout):
-    written = rollout.generate(PROMPTS, Step(0))
+    written = rollout(PROMPTS, Step(0))
     for example in written:
         assert 1 <= len(example.response) <= LONGEST
         assert STOP not in example.response[:-1]
@@ -91,49 +96,86 @@ def test_a_response_ends_with_the_first_stop_token_or_is_truncated(rollout):
 
 
 def test_responses_are_plain_integers(rollout):
-    for example in rollout.generate(PROMPTS[:2], Step(0)):
+    for example in rollout(PROMPTS[:2], Step(0)):
         assert type(example.response) is list
         assert {type(token) for token in example.response} == {int}
 
 
 def test_the_same_step_writes_the_same(rollout):
-    assert rollout.generate(PROMPTS, Step(3, 1)) == rollout.generate(PROMPTS, Step(3, 1))
+    assert rollout(PROMPTS, Step(3, 1)) == rollout(PROMPTS, Step(3, 1))
 
 
 def test_what_is_written_depends_on_nothing_but_the_row(rollout):
-    together = rollout.generate(PROMPTS, Step(3, 1))
+    together = rollout(PROMPTS, Step(3, 1))
     torch.rand(3)
-    assert [rollout.generate([prompt], Step(3, 1))[0] for prompt in PROMPTS] == together
-    assert rollout.generate(PROMPTS[::-1], Step(3, 1)) == together[::-1]
+    assert [rollout([prompt], Step(3, 1))[0] for prompt in PROMPTS] == together
+    assert rollout(PROMPTS[::-1], Step(3, 1)) == together[::-1]
 
 
 def test_no_prompts_give_no_responses(rollout):
-    assert rollout.generate([], Step(0)) == []
+    assert rollout([], Step(0)) == []
 
 
 def test_prompts_are_left_as_they_are(rollout):
     before = [replace(e, prompt=list(e.prompt), response=list(e.response)) for e in PROMPTS]
-    rollout.generate(PROMPTS, Step(0))
+    rollout(PROMPTS, Step(0))
     assert before == PROMPTS
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_several_responses_to_a_prompt_are_consecutive_and_different(name):
-    several = SEVERAL[name]().follow(likely_to_stop(), words())
-    written = several.generate(PROMPTS, Step(0))
+@pytest.mark.parametrize("name", [*BOUND, "cached"])
+def test_several_responses_to_a_prompt_are_consecutive_and_different(name, tmp_path):
+    several = MAKE[name](tmp_path, likely_to_stop(), n=3)
+    written = several(PROMPTS, Step(0))
     assert [e.row for e in written] == [e.row for e in PROMPTS for _ in range(3)]
-    assert [several.generate([prompt], Step(0)) for prompt in PROMPTS] == [written[i : i + 3] for i in range(0, 36, 3)]
+    assert [several([prompt], Step(0)) for prompt in PROMPTS] == [written[i : i + 3] for i in range(0, 36, 3)]
     assert sum(len({tuple(e.response) for e in written[i : i + 3]}) > 1 for i in range(0, 36, 3)) > 9
 
 
-@pytest.mark.parametrize("name", ["scripted", "generate", "continuous"])
-def test_another_step_seed_or_author_draws_something_else(name, tmp_path):
-    rollout = MAKE[name](tmp_path).follow(likely_to_stop(), words())
-    draws = [rollout.generate(PROMPTS, step) for step in (Step(0, 0), Step(1, 0), Step(0, 1))]
-    draws.append(rollout.follow(likely_to_stop(), words(), "teacher").generate(PROMPTS, Step(0, 0)))
+@pytest.mark.parametrize("name", BOUND)
+def test_another_step_seed_or_author_draws_something_else(name):
+    student, teacher = BOUND[name](likely_to_stop()), BOUND[name](likely_to_stop(), "teacher")
+    draws = [student(PROMPTS, step) for step in (Step(0, 0), Step(1, 0), Step(0, 1))]
+    draws.append(teacher(PROMPTS, Step(0, 0)))
     assert {e.author for e in draws[0]} == {"student"}
     assert {e.author for e in draws[-1]} == {"teacher"}
     assert len({str([e.response for e in written]) for written in draws}) == len(draws)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_rollout_stays_as_it_is_when_it_is_bound_or_gets_a_batch_size(name):
+    student = SAMPLED[name](likely_to_stop())
+    before = student(PROMPTS, Step(0))
+    teacher = student.rollout.bind(tiny("llama"), words(), "teacher").with_batch_size(7)
+    assert teacher.batch_size == 7
+    assert {e.author for e in teacher.generate(PROMPTS, student.sampling, Step(0))} == {"teacher"}
+    assert student.rollout.batch_size == 3
+    assert student.rollout.with_batch_size(5).generate(PROMPTS, student.sampling, Step(0)) == before
+    assert student(PROMPTS, Step(0)) == before
+
+
+def test_without_logprobs_there_is_no_stream(rollout):
+    assert all(not e.streams for e in rollout(PROMPTS, Step(0)))
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "scripted"])
+def test_log_probabilities_are_the_model_s_own_at_temperature_one(name, tmp_path):
+    """Whatever the temperature and the restriction to top-k and top-p; a padded vocabulary has no share in them."""
+    model = tiny("phi", vocabulary=VOCABULARY + 11)
+    with torch.no_grad():
+        model.lm_head.bias[STOP] = 2.5
+    plain = MAKE[name](tmp_path / "plain", model)
+    results = MAKE[name](tmp_path / "logprobs", model, logprobs=True, n=2)(PROMPTS, Step(0))
+    assert [e.response for e in results[::2]] == [e.response for e in plain(PROMPTS, Step(0))]
+    for example in results:
+        logits = model(torch.tensor([example.prompt + example.response])).logits[0, :, :VOCABULARY]
+        log_probs = logits[len(example.prompt) - 1 : -1].log_softmax(-1)
+        expected = log_probs.gather(-1, torch.tensor(example.response)[:, None])[:, 0].tolist()
+        assert example.streams["sampled_logprob"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_belonged_to_the_dataset_s_response_does_not_belong_to_the_new_one(rollout):
+    examples = [replace(e, streams={"sampled_logprob": [0.0] * len(e.response)}) for e in PROMPTS]
+    assert all(not e.streams for e in rollout(examples, Step(0)))
 
 
 def gemma3():
@@ -152,11 +194,11 @@ def gemma3():
 @pytest.mark.parametrize("name", SAMPLED)
 def test_the_weights_of_the_moment_write(name):
     model = tiny("llama")
-    writer = SAMPLED[name]().follow(model, words())
-    before = writer.generate(PROMPTS, Step(0))
+    written = SAMPLED[name](model)
+    before = written(PROMPTS, Step(0))
     with torch.no_grad():
         model.lm_head.weight.neg_()
-    assert writer.generate(PROMPTS, Step(0)) != before
+    assert written(PROMPTS, Step(0)) != before
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
@@ -164,9 +206,9 @@ def test_the_weights_of_the_moment_write(name):
 def test_greedy_is_what_the_model_s_own_generate_writes(name, kind):
     model = gemma3() if kind == "gemma3" else tiny(kind)
     stop = [2, *range(5, 12)]
-    greedy = SAMPLED[name](max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4).follow(model, words())
+    greedy = SAMPLED[name](model, max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4)
     own = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0)
-    written = greedy.generate(PROMPTS, Step(0))
+    written = greedy(PROMPTS, Step(0))
     for example in written:
         ids = torch.tensor([example.prompt])
         expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=own)
@@ -179,8 +221,8 @@ def test_greedy_is_what_the_model_s_own_generate_writes(name, kind):
 def test_sampled_tokens_follow_the_model_s_distribution(name, temperature):
     """Chi-square of 2000 first tokens: many streams, one prompt."""
     model, prompt, count = tiny("llama"), [4, 7], 2000
-    fields = {"max_new_tokens": 1, "batch_size": 1000, "responses": count, "temperature": temperature}
-    written = SAMPLED[name](**fields).follow(model, words()).generate([Example(prompt, [])], Step(0))
+    fields = {"max_new_tokens": 1, "batch_size": 1000, "n": count, "temperature": temperature}
+    written = SAMPLED[name](model, **fields)([Example(prompt, [])], Step(0))
     probs = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).detach()
     seen = torch.bincount(torch.tensor([example.response[0] for example in written]), minlength=VOCABULARY)
     likely = probs * count >= 5
@@ -195,8 +237,8 @@ def test_sampled_tokens_follow_the_model_s_distribution(name, temperature):
 def test_exactly_what_top_k_and_top_p_leave_is_drawn(name, top_k, top_p):
     """In 400 draws everything that is allowed comes out, if it is likely enough to, and nothing else."""
     model, prompt, count = tiny("llama"), [4, 7], 400
-    fields = {"max_new_tokens": 1, "batch_size": 400, "responses": count, "top_k": top_k, "top_p": top_p}
-    written = SAMPLED[name](**fields).follow(model, words()).generate([Example(prompt, [])], Step(0))
+    fields = {"max_new_tokens": 1, "batch_size": 400, "n": count, "top_k": top_k, "top_p": top_p}
+    written = SAMPLED[name](model, **fields)([Example(prompt, [])], Step(0))
     ranked = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).sort(descending=True)
     probs, tokens = ranked.values[: top_k or None], ranked.indices[: top_k or None].tolist()
     probs = probs / probs.sum()

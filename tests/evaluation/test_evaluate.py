@@ -16,6 +16,7 @@ from understudy.evaluation.distance import distances
 from understudy.evaluation.evaluate import distance, evaluate
 from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.teachers.local import LocalTeacher
 
 TOKENIZER = characters()
@@ -27,16 +28,16 @@ class Parrot(Rollout):
     def __init__(self, *answers):
         self.answers = answers
 
-    def follow(self, model, tokenizer, author="student"):
+    def bind(self, model, tokenizer, author="student"):
         return self
 
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         texts = [(prompt, self.answers[prompt.row]) for prompt in prompts]
         return [Example(p.prompt, [*TOKENIZER.encode(a, add_special_tokens=False), 2], row=p.row) for p, a in texts]
 
 
 def judged(rows, *answers):
-    return evaluate(None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot(*answers))
+    return evaluate(None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot(*answers), Sampling())
 
 
 def test_where_every_reference_has_a_final_answer_only_that_counts():
@@ -68,7 +69,7 @@ def test_metrics_are_measured_over_the_rows_that_have_references():
     rows = [{"prompt": "a", "completion": ["one cat", "two cats"]}, {"prompt": "b"}, {"prompt": "c", "completion": "3"}]
     asked = ["rouge_l", "bleu", "exact_match"]
     result = evaluate(
-        None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot("two cats", "two", "4"), metrics=asked
+        None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot("two cats", "two", "4"), Sampling(), metrics=asked
     )
     assert list(result.metrics)[-3:] == asked
     assert result.metrics["rouge_l"] == result.metrics["exact_match"] == 50
@@ -85,7 +86,9 @@ def test_metrics_are_measured_over_the_rows_that_have_references():
 def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(metric, sentence):
     nobody = Parrot()  # would raise, because it has no answer
     with pytest.raises(ValueError, match=sentence):
-        evaluate(None, TOKENIZER, examples_from_rows([{"prompt": "a"}], TOKENIZER), nobody, metrics=[metric])
+        evaluate(
+            None, TOKENIZER, examples_from_rows([{"prompt": "a"}], TOKENIZER), nobody, Sampling(), metrics=[metric]
+        )
 
 
 class Moody(Parrot):
@@ -94,16 +97,18 @@ class Moody(Parrot):
     def __init__(self, **by_seed):
         self.by_seed = by_seed
 
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         self.answers = self.by_seed[f"seed{step.seed}"]
-        return super().generate(prompts, step)
+        return super().generate(prompts, sampling, step)
 
 
 def test_several_seeds_give_the_mean_and_the_standard_deviation():
     rows = [{"prompt": "a", "completion": "one"}, {"prompt": "b", "completion": "two"}]
     told = {"seed1": ("one", "two"), "seed2": ("one", "no"), "seed3": ("no", "no")}
     examples = examples_from_rows(rows, TOKENIZER)
-    result = evaluate(None, TOKENIZER, examples, Moody(**told), seed=[1, 2, 3], metrics=["exact_match", "self_bleu"])
+    result = evaluate(
+        None, TOKENIZER, examples, Moody(**told), Sampling(), seed=[1, 2, 3], metrics=["exact_match", "self_bleu"]
+    )
     assert [answer["answer"] for answer in result.answers] == ["one", "two", "one", "no", "no", "no"]
     assert [answer["seed"] for answer in result.answers] == [1, 1, 2, 2, 3, 3]
     assert (result.metrics["accuracy"], result.metrics["accuracy_std"]) == (0.5, 0.5)
@@ -127,11 +132,10 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation():
 def test_what_would_mean_nothing_is_refused_before_anything_is_written(options, sentence):
     if options.get("teacher") == "live":
         options = {**options, "teacher": LocalTeacher(tiny("llama"))}
-    nobody = GenerateRollout(temperature=0)  # would fail, having no model
+    examples = examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER)
+    nobody, greedy = GenerateRollout(), Sampling(temperature=0)  # would fail, having no model
     with pytest.raises(ValueError, match=sentence):
-        evaluate(
-            None, TOKENIZER, examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER), nobody, **options
-        )
+        evaluate(None, TOKENIZER, examples, nobody, greedy, **options)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +210,8 @@ def test_the_same_seed_gives_the_same_answers_and_greedy_ones_need_none(home, te
     examples = examples_from_rows([{"prompt": f"{i}="} for i in range(6)], TOKENIZER)
 
     def answers(seed, count=6):
-        rollout = GenerateRollout(max_new_tokens=6, temperature=temperature, batch_size=count)
-        result = evaluate(model, TOKENIZER, examples, rollout, seed=seed, batch_size=count)
+        sampling = Sampling(max_new_tokens=6, temperature=temperature)
+        result = evaluate(model, TOKENIZER, examples, GenerateRollout(count), sampling, seed=seed, batch_size=count)
         return [answer["answer"] for answer in result.answers]
 
     assert answers(0) == answers(0) == answers(0, count=2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fakes import VOCABULARY, Tabular, tiny, words
+from fakes import VOCABULARY, Tabular, tiny, writer
 
 from understudy.batch import Example
 from understudy.evaluation.exposure_bias import exposure_bias
@@ -118,9 +118,9 @@ def test_samples_of_live_models_come_near_the_enumeration():
         steps.append(float(kl[0, 0] + (alive * kl[:, 1]).sum() / alive.sum()))
     exact = 100 * (steps[0] - steps[1]) / steps[1]
 
-    rollout = GenerateRollout(max_new_tokens=2, temperature=1.0, batch_size=1000)
-    own = rollout.follow(student, words()).generate([prompt] * draws, Step(0, 3))
-    theirs = rollout.follow(teacher, words(), "teacher").generate([prompt] * draws, Step(0, 3))
+    options = {"max_new_tokens": 2, "temperature": 1.0, "batch_size": 1000}
+    own = writer(GenerateRollout, student, **options)([prompt] * draws, Step(0, 3))
+    theirs = writer(GenerateRollout, teacher, "teacher", **options)([prompt] * draws, Step(0, 3))
     found = exposure_bias(student, LocalTeacher(teacher), own, theirs, VOCABULARY, batch_size=1000)
     assert abs(exact) > 2, "there is something to be found"
     assert float(found.percent[0]) == pytest.approx(0, abs=1e-3)

@@ -1,5 +1,6 @@
 """Answers are written once, kept as they are made, and never twice, whatever happens in between."""
 
+import copy
 import json
 import os
 import signal
@@ -17,12 +18,14 @@ import understudy
 from understudy.data.examples import examples_from_rows
 from understudy.evaluation.responses import Pace, fingerprint, write_answers
 from understudy.rollout import Rollout
+from understudy.sampling import Sampling
 
 TOKENIZER = words()
 EXAMPLES = examples_from_rows(
     [{"prompt": " ".join(["w5"] * (1 + i % 7)), "completion": f"w{i + 4}"} for i in range(20)], TOKENIZER
 )
 MODEL = tiny("llama")
+SAMPLING = Sampling(max_new_tokens=6)
 
 
 class Portions(Rollout):
@@ -30,26 +33,32 @@ class Portions(Rollout):
 
     def __init__(self, batch_size=8, dies_at=None, room=100):
         self._inner, self.batch_size = ScriptedRollout(), batch_size
-        self._asked, self._dies_at, self._room = [], dies_at, room
+        self._asked, self._sizes, self._dies_at, self._room = [], [], dies_at, room
 
-    def follow(self, model, tokenizer, author="student"):
-        self._inner.follow(model, tokenizer, author)
+    def bind(self, model, tokenizer, author="student"):
+        bound = copy.copy(self)
+        bound._inner = self._inner.bind(model, tokenizer, author)
+        return bound
+
+    def with_batch_size(self, batch_size):
+        self._sizes.append(batch_size)
         return self
 
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         if len(prompts) > self._room:
             raise torch.OutOfMemoryError("no room")
         if len(self._asked) == self._dies_at:
             raise KeyboardInterrupt
         self._asked.append([(step.seed, len(p.prompt), p.row) for p in prompts])
-        return self._inner.generate(prompts, step)
+        return self._inner.generate(prompts, sampling, step)
 
 
-def write(path=None, rollout=None, model=MODEL, examples=EXAMPLES, seeds=(1, 2), **options):
-    rollout = rollout or Portions()
-    return write_answers(
-        model, TOKENIZER, examples, rollout, seeds, lambda text, row: text in row.references, path=path, **options
-    )
+def write(path=None, rollout=None, sampling=SAMPLING, model=MODEL, examples=EXAMPLES, seeds=(1, 2), **options):
+    def judge(text, row):
+        return text in row.references
+
+    common = (model, TOKENIZER, examples, rollout or Portions(), sampling, seeds, judge)
+    return write_answers(*common, path=path, **options)
 
 
 def lines(path):
@@ -109,19 +118,17 @@ def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
     assert len(lines(path)) == 40
 
 
-@pytest.mark.parametrize("change", ["model", "settings", "prompt", "stranger"])
+@pytest.mark.parametrize("change", ["model", "sampling", "prompt", "stranger"])
 def test_answers_of_something_else_are_refused(change, tmp_path):
     path = tmp_path / "answers.jsonl"
     write(path)
     before = path.read_bytes()
     options = {
         "model": {"model": tiny("llama", seed=1)},
-        "settings": {"rollout": Portions()},
+        "sampling": {"sampling": replace(SAMPLING, temperature=0.5)},
         "prompt": {"examples": replace(EXAMPLES, examples=[replace(e, prompt=[4, *e.prompt]) for e in EXAMPLES])},
         "stranger": {},
     }[change]
-    if change == "settings":
-        options["rollout"].temperature = 0.5
     if change == "stranger":
         before += b'{"mine": 1}\n'
         path.write_bytes(before)
@@ -177,16 +184,14 @@ def test_where_memory_is_too_small_fewer_are_written_at_once():
     rollout, pace = Portions(room=5), Pace(16)
     assert len(write(rollout=rollout, pace=pace).answers) == 40
     assert max(map(len, rollout._asked)) == 4
-    assert rollout.batch_size == 4
+    assert rollout._sizes[-1] == 4
     with pytest.raises(torch.OutOfMemoryError):
         write(rollout=Portions(room=0), pace=Pace(16))
 
 
 def test_several_responses_a_prompt_are_asked_for_by_seeds():
-    rollout = Portions()
-    rollout.responses = 2
     with pytest.raises(ValueError, match="by several seeds"):
-        write(rollout=rollout)
+        write(sampling=replace(SAMPLING, n=2))
 
 
 SLOWLY = """
@@ -196,9 +201,9 @@ sys.path.insert(0, sys.argv[2])
 import test_responses as w
 
 class Portions(w.Portions):
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         time.sleep(0.2)
-        return super().generate(prompts, step)
+        return super().generate(prompts, sampling, step)
 
 w.write(Path(sys.argv[1]), Portions(batch_size=2))
 """

@@ -8,7 +8,7 @@ from fakes import tiny
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from understudy.generation.kv_cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
+from understudy.generation.kv_cache import FixedLayer, PreallocatedLayer, can_drop_rows, preallocated_cache
 
 
 def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +19,7 @@ def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 def test_a_layer_with_room_holds_what_transformers_own_holds():
     """A prompt, tokens beyond the first room, rows that leave, more tokens."""
-    ours, theirs, rows = RoomyLayer(), DynamicLayer(), 5
+    ours, theirs, rows = PreallocatedLayer(), DynamicLayer(), 5
     for step in range(60):
         new = states(rows, 7 if step == 0 else 1, step)
         for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
@@ -34,7 +34,7 @@ def test_a_layer_with_room_holds_what_transformers_own_holds():
 
 
 def test_memory_is_asked_for_rarely():
-    layer, places = RoomyLayer(), set()
+    layer, places = PreallocatedLayer(), set()
     for step in range(200):
         keys, _ = layer.update(*states(3, 1, step))
         places.add(keys.data_ptr())
@@ -43,7 +43,7 @@ def test_memory_is_asked_for_rarely():
 
 def test_positions_may_be_written_by_somebody_else():
     """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
-    ours, theirs = RoomyLayer(), DynamicLayer()
+    ours, theirs = PreallocatedLayer(), DynamicLayer()
     for layer in (ours, theirs):
         layer.update(*states(3, 7, 0))
     for step in range(7, 100):
@@ -60,7 +60,7 @@ def test_positions_may_be_written_by_somebody_else():
 
 
 def test_rows_may_leave_a_layer_that_is_still_empty():
-    RoomyLayer().batch_select_indices(torch.tensor([0]))
+    PreallocatedLayer().batch_select_indices(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2", "opt", "phi"])
@@ -68,11 +68,11 @@ def test_models_find_in_it_what_they_put_there(kind):
     model = tiny(kind)
     ids = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
-    cache = roomy_cache(model)
+    cache = preallocated_cache(model)
     logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([4, 1, 1, 3], dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-5)
     if kind != "gemma2":  # whose one layer has a sliding window
-        assert any(isinstance(layer, RoomyLayer) for layer in cache.layers)
+        assert any(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
 
 
 def test_a_cache_whose_rows_cannot_leave_is_found_out_and_said(caplog):

@@ -13,7 +13,7 @@ from understudy.divergences import ForwardKL, ReverseKL
 from understudy.fused_linear.distributions import Dense
 from understudy.method import MethodContext
 from understudy.methods.dpkd import DPKD
-from understudy.rollout import Rollout, Writers
+from understudy.rollout import Rollout, Writer, Writers
 from understudy.scores import Scores
 from understudy.step import Step
 
@@ -166,7 +166,8 @@ SINGLE = Batch.from_examples([Example([1], [3], "teacher", pair=0), Example([1],
 
 def collected(method, step=0, rows=3):
     examples = [replace(e, response=[], row=i) for i, e in enumerate(ragged_examples(rows))]
-    return method.collect(examples, Writers(Dated("student"), Dated("teacher")), Step(step))
+    writers = Writers(Writer(Dated("student")), Writer(Dated("teacher")))
+    return method.collect(examples, writers, Step(step))
 
 
 class Dated(Rollout):
@@ -175,10 +176,10 @@ class Dated(Rollout):
     def __init__(self, author):
         self.name = author
 
-    def follow(self, model, tokenizer, author="student"):
+    def bind(self, model, tokenizer, author="student"):
         return self
 
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         return [replace(e, response=[len(self.name), step.number + 3], author=self.name) for e in prompts]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from fakes import BigramTeacher, ScriptedRollout, ragged_examples, words
-from loop import arguments, rollout, student, teacher, trainer, weights
+from loop import arguments, short_sampling, student, teacher, trainer, weights
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon, ReverseKL
@@ -16,7 +16,8 @@ from understudy.methods.kd import KD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
 from understudy.models.forward import score
-from understudy.rollout import Writers
+from understudy.rollout import Writer, Writers
+from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 from understudy.teacher import Capability, Teacher
 from understudy.training.trainer import StudentTrainer
@@ -28,16 +29,14 @@ PROMPTS = ragged_examples(8, responses=False)
 class Forbidden(ScriptedRollout):
     """Fails when it is asked."""
 
-    def generate(self, prompts, step):
+    def generate(self, prompts, sampling, step):
         raise AssertionError("nothing may be generated here")
 
 
-def writers(**who):
-    return Writers(who.get("student"), who.get("teacher"))
-
-
-def collected(method, examples, step, **who):
-    return method.collect(list(examples), writers(**who), step)
+def collected(method, examples, step, student=None, teacher=None):
+    """What the method trains on, with these rollouts of student and teacher."""
+    writers = (None if rollout is None else Writer(rollout, short_sampling()) for rollout in (student, teacher))
+    return method.collect(list(examples), Writers(*writers), step)
 
 
 def test_gkd_without_own_responses_never_generates(tmp_path):
@@ -46,7 +45,7 @@ def test_gkd_without_own_responses_never_generates(tmp_path):
         for number in range(50):
             assert collected(method, EXAMPLES, Step(number), student=Forbidden()) == EXAMPLES
         assert method.authors == {"dataset"}
-    trainer(tmp_path, GKD(on_policy=0.0), writer=Forbidden()).train()
+    trainer(tmp_path, GKD(on_policy=0.0), rollout=Forbidden()).train()
 
 
 @pytest.mark.parametrize("mix", ["step", "example"])
@@ -106,7 +105,7 @@ def test_every_process_asks_equally_often(share):
             for half in (EXAMPLES[:1], EXAMPLES[1:]):
                 writer = ScriptedRollout()
                 collected(GKD(on_policy=share, mix=mix), half, Step(number), student=writer)
-                halves.append(writer.asked)
+                halves.append(len(writer.calls))
             assert halves[0] == halves[1]
 
 
@@ -133,8 +132,7 @@ def test_a_gradient_on_sampled_ids_is_that_on_the_same_ids_as_data(divergence):
     """Nothing of the gradient comes through sampling."""
     method = GKD(divergence=divergence)
     model = student()
-    sampled = rollout().follow(model, words())
-    written = collected(method, PROMPTS, Step(0), student=sampled)
+    written = collected(method, PROMPTS, Step(0), student=GenerateRollout().bind(model, words()))
     as_data = [dataclasses.replace(e, author="dataset") for e in written]
     one, two = gradient(method, written, teacher()), gradient(KD(divergence=divergence), as_data, teacher())
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -175,8 +173,8 @@ def test_seqkd_trains_on_the_teacher_s_answers_alone():
 def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
     made = trainer(tmp_path, SeqKD(), examples=PROMPTS, max_steps=1, per_device_train_batch_size=8)
     made.train()
-    teacher_rollout = rollout().follow(teacher().model, made.processing_class, "teacher")
-    written = teacher_rollout.generate(PROMPTS, Step(0, made.args.seed))
+    expected = GenerateRollout().bind(teacher().model, made.processing_class, "teacher")
+    written = expected.generate(PROMPTS, short_sampling(), Step(0, made.args.seed))
     assert made.tokens_seen == sum(len(e.response) for e in written)
     assert made.writers.teacher is not made.writers.student
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fakes import BigramTeacher, ragged_examples, tiny
-from loop import logged, rollout, same, student, trainer, weights
+from loop import logged, same, short_sampling, student, trainer, weights
 
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
@@ -74,7 +74,7 @@ def test_the_loop_with_sampled_responses_reaches_the_optimum_too(tmp_path):
         tmp_path,
         GKD(divergence=ReverseKL(), distillation=0.5, reward=Reward([even])),
         with_teacher=table_teacher,
-        writer=rollout(max_new_tokens=1, responses=64),
+        sampling=short_sampling(max_new_tokens=1, n=64),
         examples=[Example([7], [2], row=0)] * 4,
         per_device_train_batch_size=1,
         max_steps=250,
@@ -94,7 +94,7 @@ def test_the_loop_with_sampled_responses_reaches_the_optimum_too(tmp_path):
 
 def test_at_alpha_one_it_is_plain_gkd_to_the_bit(tmp_path):
     runs = [
-        trainer(tmp_path / name, GKD(reward=reward), writer=rollout(responses=2), learning_rate=1e-2)
+        trainer(tmp_path / name, GKD(reward=reward), sampling=short_sampling(n=2), learning_rate=1e-2)
         for name, reward in {"plain": None, "rewarded": Reward([short])}.items()
     ]
     for run in runs:
@@ -127,7 +127,7 @@ def test_the_student_learns_what_is_rewarded(tmp_path):
         tmp_path,
         GKD(distillation=0.2, divergence=ReverseKL(), reward=Reward([short])),
         tiny("llama", seed=1),
-        writer=rollout(responses=8),
+        sampling=short_sampling(n=8),
         max_steps=40,
         learning_rate=5e-3,
     )

@@ -16,7 +16,8 @@ from transformers import (
     set_seed,
 )
 
-from understudy.models.load import all_stop_ids, check_tokenizers, check_vocabulary, load_config, load_model, window_of
+from understudy.generation.stop_tokens import stop_ids
+from understudy.models.load import check_tokenizers, check_vocabulary, load_config, load_model
 from understudy.models.student import load_student, student_config
 from understudy.recipe import RecipeError, parse
 
@@ -160,7 +161,7 @@ def test_a_cut_student_ends_its_answers_as_the_teacher_does(home, tmp_path):
     whole.save_pretrained(tmp_path / "chat")
     cut = student(tmp_path, {"layers": [0]}, teacher="chat")
     assert cut.generation_config.eos_token_id == [2, 7]
-    assert all_stop_ids(characters(), cut) == [2, 7]
+    assert stop_ids(characters(), cut) == [2, 7]
 
 
 def test_adapters_alone_are_trained_and_change_nothing_at_first(home):
@@ -207,13 +208,6 @@ def test_tokenizers_with_the_same_tokens_that_cut_text_differently_are_refused()
     other.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(RecipeError, match="the same tokens but cut text differently"):
         check_tokenizers(characters(), other)
-
-
-def test_the_window_is_that_of_the_shortest_model():
-    short, long = LlamaConfig(max_position_embeddings=64), GPT2Config(n_positions=1024)
-    assert window_of(short, long) == 64
-    assert window_of(long) == 1024
-    assert window_of() is None
 
 
 def test_a_recipe_may_change_how_a_student_is_loaded(home, tmp_path):

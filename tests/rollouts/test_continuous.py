@@ -8,10 +8,11 @@ import threading
 import warnings
 from types import MethodType
 
+import fakes
 import pytest
 import torch
 from fakes import VOCABULARY, ragged_examples, tiny, words
-from test_rollouts import MODELS
+from test_generate import MODELS
 from transformers import (
     ContinuousBatchingConfig,
     Lfm2Config,
@@ -23,22 +24,23 @@ from transformers import (
 from transformers.generation.continuous_batching import ContinuousBatchingManager, RequestState
 
 from understudy.batch import Example
-from understudy.rollouts.continuous import ContinuousRollout, new_enough
+from understudy.rollouts.continuous import ContinuousRollout, is_available
 from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.step import Step
 
-pytestmark = pytest.mark.skipif(not new_enough(), reason="this transformers is too old for continuous batching")
+pytestmark = pytest.mark.skipif(not is_available(), reason="this transformers is too old for continuous batching")
 PROMPTS = ragged_examples(5, seed=1, responses=False)
 STOP = [2, *range(5, 9)]
 SETTINGS = {"max_new_tokens": 12, "stop_ids": STOP, "batch_size": 3}
 
 
-def rollout(model, **fields):
-    return ContinuousRollout(**{**SETTINGS, **fields}).follow(model, words())
+def writer(model, **options):
+    return fakes.writer(ContinuousRollout, model, **{**SETTINGS, **options})
 
 
-def as_generate_does(model, **fields):
-    return GenerateRollout(**{**SETTINGS, **fields}).follow(model, words()).generate(PROMPTS, Step(3))
+def as_generate_does(model, **options):
+    return fakes.writer(GenerateRollout, model, **{**SETTINGS, **options})(PROMPTS, Step(3))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,8 +62,8 @@ def nothing_runs_on():
 def test_sampled_tokens_are_those_of_generate(name):
     """More rows than the cache has room for, so that rows come and go; the same streams, another engine."""
     model = MODELS[name]()
-    fields = {"responses": 2, "temperature": 0.9, "top_p": 0.95}
-    written = rollout(model, **fields).generate(PROMPTS, Step(3))
+    fields = {"n": 2, "temperature": 0.9, "top_p": 0.95}
+    written = writer(model, **fields)(PROMPTS, Step(3))
     assert written == as_generate_does(model, **fields)
     if name != "opt":  # which writes one token for ever
         assert len({len(example.response) for example in written}) > 1, "the test must see rows come and go"
@@ -72,7 +74,7 @@ def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
     model, put_off = tiny("llama"), []
     expected = as_generate_does(model, stop_ids=[2])
 
-    def room(self, prompts, most):
+    def small_cache(self, prompts, longest):
         return ContinuousBatchingConfig(
             page_size=4, num_blocks=6, max_batch_tokens=16, allow_block_sharing=False, safety_margin=0.0
         )
@@ -81,30 +83,30 @@ def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
         put_off.append(state.request_id)
         return plain(state)
 
-    monkeypatch.setattr(ContinuousRollout, "_room", room)
+    monkeypatch.setattr(ContinuousRollout, "_cache_config", small_cache)
     monkeypatch.setattr(RequestState, "create_equivalent_initial_request", noticed)
-    assert rollout(model, stop_ids=[2]).generate(PROMPTS, Step(3)) == expected
+    assert writer(model, stop_ids=[2])(PROMPTS, Step(3)) == expected
     assert put_off
 
 
 def test_prompts_that_are_read_in_parts_are_the_same(monkeypatch):
     model = tiny("llama")
-    monkeypatch.setattr("understudy.rollouts.continuous._FORWARD", 4)
-    assert rollout(model).generate(PROMPTS, Step(3)) == as_generate_does(model)
+    monkeypatch.setattr("understudy.rollouts.continuous._PREFILL_TOKENS", 4)
+    assert writer(model)(PROMPTS, Step(3)) == as_generate_does(model)
 
 
 def test_one_row_at_a_time_fits_where_two_kinds_of_layers_share_the_cache():
     model = MODELS["gemma3 with a sliding window"]()
-    assert rollout(model, batch_size=1).generate(PROMPTS, Step(3)) == as_generate_does(model)
+    assert writer(model, batch_size=1)(PROMPTS, Step(3)) == as_generate_does(model)
 
 
 def test_a_padded_vocabulary_is_cut():
     model = tiny("llama", vocabulary=VOCABULARY + 11)
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = model.lm_head.weight[:11] * 3
-    written = rollout(model, responses=4).generate(PROMPTS, Step(3))
+    written = writer(model, n=4)(PROMPTS, Step(3))
     assert max(token for example in written for token in example.response) < VOCABULARY
-    assert written == as_generate_does(model, responses=4)
+    assert written == as_generate_does(model, n=4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -117,7 +119,7 @@ def test_the_model_is_given_back_as_it_was(attention):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    rollout(model).generate(PROMPTS, Step(0))
+    writer(model)(PROMPTS, Step(0))
     assert torch.equal(torch.rand(3), expected)
     assert model.config._attn_implementation == attention
     assert model.training
@@ -129,32 +131,32 @@ def test_dropout_does_not_write():
     model = tiny("gpt2")
     model.config.attn_pdrop = 0.9
     expected = as_generate_does(model)
-    assert rollout(model.train()).generate(PROMPTS, Step(3)) == expected
+    assert writer(model.train())(PROMPTS, Step(3)) == expected
 
 
 def test_adapters_write():
     model = tiny("llama+lora")
-    plain = rollout(model).generate(PROMPTS, Step(0))
+    plain = writer(model)(PROMPTS, Step(0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(-9)
-    assert rollout(model).generate(PROMPTS, Step(0)) != plain
+    assert writer(model)(PROMPTS, Step(0)) != plain
 
 
 def test_autocast_that_accelerate_lays_over_the_model_is_lifted_off_and_comes_back():
     model = tiny("llama")
-    expected = rollout(model).generate(PROMPTS, Step(0))
+    expected = writer(model)(PROMPTS, Step(0))
     half = MethodType(torch.autocast("cpu", dtype=torch.bfloat16)(LlamaForCausalLM.forward), model)
     model.forward = half
-    assert rollout(model).generate(PROMPTS, Step(0)) == expected
+    assert writer(model)(PROMPTS, Step(0)) == expected
     assert model.forward is half
 
 
 def test_nothing_is_printed_or_logged(capfd, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rollout(tiny("llama")).generate(PROMPTS, Step(0))
+        writer(tiny("llama"))(PROMPTS, Step(0))
     printed = capfd.readouterr()
     assert (printed.out, printed.err, caplog.text) == ("", "", "")
 
@@ -163,28 +165,28 @@ def test_nothing_is_printed_or_logged(capfd, caplog):
 def test_an_interruption_stops_the_thread_and_leaves_the_model_as_it_was(error, monkeypatch):
     model = tiny("llama").train()
     model.set_attn_implementation("eager")
-    writer = rollout(model)
+    generate = writer(model)
 
     def interrupted(self, **_):
         assert self.is_running()
         raise error
 
-    writer.generate(PROMPTS, Step(0))
+    generate(PROMPTS, Step(0))
     before = threading.active_count()
     monkeypatch.setattr(ContinuousBatchingManager, "get_result", interrupted)
     with pytest.raises(error):
-        writer.generate(PROMPTS, Step(0))
+        generate(PROMPTS, Step(0))
     monkeypatch.undo()
     assert threading.active_count() <= before
     assert model.training
     assert model.config._attn_implementation == "eager"
-    assert writer.generate(PROMPTS, Step(0))
+    assert generate(PROMPTS, Step(0))
 
 
 def test_what_fails_in_the_thread_is_raised_here(monkeypatch, capfd):
     model = tiny("llama")
-    writer = rollout(model)
-    writer.generate(PROMPTS, Step(0))
+    generate = writer(model)
+    generate(PROMPTS, Step(0))
     before = model.model.forward
 
     def failing(*_, **__):
@@ -192,18 +194,18 @@ def test_what_fails_in_the_thread_is_raised_here(monkeypatch, capfd):
 
     model.model.forward = failing
     with pytest.raises(RuntimeError, match="the card is on fire"):
-        writer.generate(PROMPTS, Step(0))
+        generate(PROMPTS, Step(0))
     model.model.forward = before
-    assert writer.generate(PROMPTS, Step(0))
+    assert generate(PROMPTS, Step(0))
     assert capfd.readouterr().err == ""
 
 
 def test_a_cache_that_does_not_fit_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(
-        ContinuousRollout, "_room", lambda *_: ContinuousBatchingConfig(num_blocks=10**9, max_batch_tokens=64)
+        ContinuousRollout, "_cache_config", lambda *_: ContinuousBatchingConfig(num_blocks=10**9, max_batch_tokens=64)
     )
     with pytest.raises(ValueError, match=r"^the cache for 3 rows .*: lower rollout\.continuous\.batch_size or max_new"):
-        rollout(tiny("llama")).generate(PROMPTS, Step(0))
+        writer(tiny("llama"))(PROMPTS, Step(0))
 
 
 class Forgetful(LlamaForCausalLM):
@@ -244,42 +246,51 @@ def convolving():
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused_with_a_remedy(make, why):
-    with pytest.raises(ValueError, match=f"^continuous batching cannot write for .*: ({why}); use rollout generate$"):
-        rollout(make()).generate(PROMPTS, Step(0))
+    with pytest.raises(
+        ValueError, match=f"^continuous batching cannot generate with .*: ({why}); use rollout generate$"
+    ):
+        writer(make())(PROMPTS, Step(0))
 
 
 def test_an_older_transformers_is_refused_with_a_remedy(monkeypatch):
     monkeypatch.setattr("understudy.rollouts.continuous.transformers_version", "5.22.9")
     with pytest.raises(ValueError, match=r"needs transformers 5\.23 or later, and this is 5\.22\.9; use"):
-        rollout(tiny("llama"))
+        writer(tiny("llama"))
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"window of 64: lower max_new_tokens"):
-        rollout(tiny("llama")).generate([Example([4] * 60, [])], Step(0))
+        writer(tiny("llama"))([Example([4] * 60, [])], Step(0))
 
 
 def test_a_prompt_may_fill_the_window_to_the_last_position():
-    [written] = rollout(tiny("gpt2"), stop_ids=[52]).generate([Example([4] * 52, [])], Step(0))
+    [written] = writer(tiny("gpt2"), stop_ids=[52])([Example([4] * 52, [])], Step(0))
     assert len(written.response) == 12
 
 
-def test_a_rollout_that_follows_nobody_says_so():
-    with pytest.raises(ValueError, match="follows no model yet"):
-        ContinuousRollout().generate(PROMPTS, Step(0))
+def test_a_rollout_without_a_model_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match=r"has no model yet: bind\(model, tokenizer\)"):
+        ContinuousRollout().generate(PROMPTS, Sampling(), Step(0))
 
 
 def test_a_model_without_any_stop_token_is_refused_with_a_remedy():
     model, tokenizer = tiny("llama"), words()
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"name the stop tokens with rollout\.continuous\.stop_ids"):
-        ContinuousRollout().follow(model, tokenizer)
+        ContinuousRollout().bind(model, tokenizer).generate(PROMPTS, Sampling(), Step(0))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"max_new_tokens": 0}, {"responses": 0}, {"batch_size": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}],
-)
-def test_settings_out_of_range_are_refused(fields):
-    with pytest.raises(ValueError, match="continuous needs"):
-        ContinuousRollout(**fields)
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="continuous needs batch_size >= 1, not 0"):
+        ContinuousRollout(batch_size=0)
+
+
+def test_log_probs_are_those_of_generate_while_other_prompts_are_read(monkeypatch):
+    """Prompts read in parts have rows of logits before they have a token: these may not be taken for anybody's."""
+    model = tiny("llama")
+    monkeypatch.setattr("understudy.rollouts.continuous._PREFILL_TOKENS", 4)
+    expected = as_generate_does(model, logprobs=True, n=2)
+    results = writer(model, logprobs=True, n=2)(PROMPTS, Step(3))
+    for example, other in zip(results, expected, strict=True):
+        assert example.response == other.response
+        assert example.streams["sampled_logprob"] == pytest.approx(other.streams["sampled_logprob"], abs=1e-4)

@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import replace
 
+import fakes
 import pytest
 import torch
 from fakes import VOCABULARY, ragged_examples, tiny, words
@@ -28,7 +29,9 @@ from understudy.batch import Example
 from understudy.fused_linear.tiles import tiling
 from understudy.generation import decoder, sampling
 from understudy.generation.sampling import inverse_cdf, restrict
+from understudy.rollouts import generate
 from understudy.rollouts.generate import GenerateRollout
+from understudy.sampling import Sampling
 from understudy.step import Step
 
 LAST = 1 - 2**-53  # the largest uniform number that can be drawn
@@ -80,32 +83,32 @@ def model_of():
     return lambda name: made.setdefault(name, MODELS[name]())
 
 
-@pytest.fixture(params=["as it is", "over memory of a fixed size", "with weights turned"])
+@pytest.fixture(params=["as it is", "over memory of a fixed size", "with column-major weights"])
 def forward(request, monkeypatch):
     """How a token is read.
 
     The second is what is compiled for long runs, here without the compiler; the third what several threads do.
     """
-    monkeypatch.setattr(decoder._compiled, "_kernel", decoder._look)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if request.param == "with weights turned" else 1)
+    monkeypatch.setattr(decoder._compiled, "_kernel", decoder._forward)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if request.param == "with column-major weights" else 1)
     return {"compiled": request.param == "over memory of a fixed size"}
 
 
-def rollout(model, **fields):
-    return GenerateRollout(**{"max_new_tokens": 12, **fields}).follow(model, words())
+def writer(model, **options):
+    return fakes.writer(GenerateRollout, model, **{"max_new_tokens": 12, **options})
 
 
-def responses(written):
-    return [example.response for example in written]
+def responses(examples):
+    return [example.response for example in examples]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward):
     """Token for token; several stop ids let rows finish early, so that the batch and its cache shrink on the way."""
     model = model_of(name)
-    endless = rollout(model, temperature=0, stop_ids=[2], **forward).generate(PROMPTS, Step(0))
+    endless = writer(model, temperature=0, stop_ids=[2], **forward)(PROMPTS, Step(0))
     stop = [2, *(e.response[min(2 * i, len(e.response) - 1)] for i, e in enumerate(endless[::2]))]
-    ours = rollout(model, temperature=0, stop_ids=stop, **forward).generate(PROMPTS, Step(0))
+    ours = writer(model, temperature=0, stop_ids=stop, **forward)(PROMPTS, Step(0))
     for example in ours:
         own = model.generate(
             input_ids=torch.tensor([example.prompt]),
@@ -117,7 +120,7 @@ def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward)
         assert len({len(example.response) for example in ours}) > 1, "the test must see rows finish at different times"
 
 
-def test_several_threads_write_with_turned_weights_and_put_the_old_ones_back(monkeypatch):
+def test_several_threads_write_with_column_major_weights_and_put_the_old_ones_back(monkeypatch):
     model, strides = tiny("llama", tied=True), []
     before = dict(model.named_parameters(remove_duplicate=False))
     for layer in (model.lm_head, model.model.layers[0].mlp.up_proj, model.model.embed_tokens):
@@ -129,12 +132,13 @@ def test_several_threads_write_with_turned_weights_and_put_the_old_ones_back(mon
     for threads, stride in ((1, 16), (2, 1)):
         strides.clear()
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        rollout(model).generate(PROMPTS, Step(0))
+        writer(model)(PROMPTS, Step(0))
         assert strides[:3] == [16, stride, stride]  # the embedding, which is looked up by rows, is left as it is
-        broken = rollout(model)
-        broken._draw = refuse
-        with pytest.raises(KeyboardInterrupt):
-            broken.generate(PROMPTS, Step(0))
+        broken = writer(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "draw", refuse)
+            with pytest.raises(KeyboardInterrupt):
+                broken(PROMPTS, Step(0))
         after = dict(model.named_parameters(remove_duplicate=False))
         assert all(after[name] is before[name] for name in before)
         assert list(after) == list(before)
@@ -144,23 +148,23 @@ def test_a_model_too_large_to_copy_is_left_as_it_is(monkeypatch):
     model, strides = tiny("llama"), []
     model.lm_head.register_forward_hook(lambda layer, *_: strides.append(layer.weight.stride(0)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(sampling, "_TURNED", 1000)
-    rollout(model).generate(PROMPTS, Step(0))
+    monkeypatch.setattr(sampling, "_COLUMN_MAJOR_LIMIT", 1000)
+    writer(model)(PROMPTS, Step(0))
     assert set(strides) == {16}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sampled_row_is_the_same_written_alone(name, model_of, forward):
-    written = rollout(model_of(name), stop_ids=[2, *range(5, 12)], responses=2, **forward)
-    together = written.generate(PROMPTS, Step(1))
-    assert [example for prompt in PROMPTS for example in written.generate([prompt], Step(1))] == together
+    written = writer(model_of(name), stop_ids=[2, *range(5, 12)], n=2, **forward)
+    together = written(PROMPTS, Step(1))
+    assert [example for prompt in PROMPTS for example in written([prompt], Step(1))] == together
 
 
 def test_sampled_tokens_are_those_of_a_float64_reference(model_of):
     """Every prefix scored anew in float64, without a cache, and inverted with the same uniform numbers."""
     model = model_of("llama")
     exact = tiny("llama").double()
-    for example in rollout(model, temperature=0.8).generate(PROMPTS, Step(2, seed=4)):
+    for example in writer(model, temperature=0.8)(PROMPTS, Step(2, seed=4)):
         uniforms = Step(2, seed=4).stream(12, "student", example.row, 0)
         ids = list(example.prompt)
         for token, uniform in zip(example.response, uniforms, strict=False):
@@ -172,9 +176,7 @@ def test_sampled_tokens_are_those_of_a_float64_reference(model_of):
 def test_sampled_tokens_follow_the_model_s_distribution(model_of):
     """Chi-square of 4000 first tokens; many streams, one prompt."""
     model, prompt, count = model_of("llama"), [4, 7], 4000
-    written = rollout(model, max_new_tokens=1, batch_size=1000, responses=count).generate(
-        [Example(prompt, [])], Step(0)
-    )
+    written = writer(model, max_new_tokens=1, batch_size=1000, n=count)([Example(prompt, [])], Step(0))
     probs = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
     seen = torch.bincount(torch.tensor([example.response[0] for example in written]), minlength=VOCABULARY)
     likely = probs * count >= 5
@@ -245,7 +247,7 @@ def test_a_mass_that_is_reached_exactly_is_enough():
 
 def test_restricted_sampling_draws_only_what_is_allowed(model_of):
     model = model_of("llama")
-    written = rollout(model, max_new_tokens=1, responses=300, top_k=6, top_p=0.8).generate(PROMPTS[:2], Step(0))
+    written = writer(model, max_new_tokens=1, n=300, top_k=6, top_p=0.8)(PROMPTS[:2], Step(0))
     for prompt in PROMPTS[:2]:
         logits = model(torch.tensor([prompt.prompt])).logits[0, -1]
         assert {e.response[0] for e in written if e.row == prompt.row} <= slow_restrict(logits.tolist(), 6, 0.8)
@@ -253,7 +255,7 @@ def test_restricted_sampling_draws_only_what_is_allowed(model_of):
 
 def test_the_first_of_several_stop_tokens_ends_a_response_and_belongs_to_it(model_of):
     stop = [5, 9, 13, 17, 21, 25]
-    written = rollout(model_of("gpt2"), stop_ids=stop).generate(PROMPTS, Step(0))
+    written = writer(model_of("gpt2"), stop_ids=stop)(PROMPTS, Step(0))
     for response in responses(written):
         assert not set(response[:-1]) & set(stop)
     assert len({e.response[-1] for e in written if not e.truncated}) > 1
@@ -262,37 +264,37 @@ def test_the_first_of_several_stop_tokens_ends_a_response_and_belongs_to_it(mode
 def test_a_padding_token_that_equals_the_stop_token_does_no_harm(model_of):
     tokenizer = words()
     stop = [2, *range(5, 12)]
-    before = rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0))
+    before = writer(model_of("llama"), stop_ids=stop)(PROMPTS, Step(0))
     tokenizer.pad_token = tokenizer.eos_token
-    after = GenerateRollout(max_new_tokens=12, stop_ids=stop).follow(model_of("llama"), tokenizer)
-    assert after.generate(PROMPTS, Step(0)) == before
+    after = GenerateRollout().bind(model_of("llama"), tokenizer)
+    assert after.generate(PROMPTS, Sampling(max_new_tokens=12, stop_ids=tuple(stop)), Step(0)) == before
 
 
 def test_a_prompt_that_contains_padding_and_stop_tokens_is_read_whole(model_of):
     model, prompt = model_of("llama"), [0, 2, 0, 2]
-    [written] = rollout(model, temperature=0, max_new_tokens=1).generate([Example(prompt, [])], Step(0))
+    [written] = writer(model, temperature=0, max_new_tokens=1)([Example(prompt, [])], Step(0))
     assert written.response == [int(model(torch.tensor([prompt])).logits[0, -1].argmax())]
 
 
 def test_a_response_without_room_to_end_is_truncated(model_of):
-    [written] = rollout(model_of("llama"), stop_ids=[52], max_new_tokens=3).generate(PROMPTS[:1], Step(0))
+    [written] = writer(model_of("llama"), stop_ids=[52], max_new_tokens=3)(PROMPTS[:1], Step(0))
     assert written.truncated
     assert len(written.response) == 3
 
 
 def test_a_model_s_own_generation_config_is_ignored(model_of):
-    plain = rollout(model_of("llama")).generate(PROMPTS, Step(0))
+    plain = writer(model_of("llama"))(PROMPTS, Step(0))
     opinionated = tiny("llama")
     opinionated.generation_config = GenerationConfig(
         do_sample=True, top_k=5, temperature=0.1, repetition_penalty=3.0, max_new_tokens=2, eos_token_id=2
     )
-    assert rollout(opinionated).generate(PROMPTS, Step(0)) == plain
+    assert writer(opinionated)(PROMPTS, Step(0)) == plain
 
 
 def test_a_model_s_own_stop_tokens_count_beside_the_tokenizer_s():
     model = tiny("llama")
     model.generation_config.eos_token_id = list(range(5, 30))
-    for example in rollout(model).generate(PROMPTS, Step(0)):
+    for example in writer(model)(PROMPTS, Step(0)):
         assert not set(example.response[:-1]) & {2, *range(5, 30)}
 
 
@@ -301,37 +303,37 @@ def test_a_padded_vocabulary_s_rest_is_never_sampled():
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = 20 * model.lm_head.weight[:11]
     for temperature in (0.0, 1.0):
-        for response in responses(rollout(model, temperature=temperature, responses=4).generate(PROMPTS, Step(0))):
+        for response in responses(writer(model, temperature=temperature, n=4)(PROMPTS, Step(0))):
             assert max(response) < VOCABULARY
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_the_number_of_rows_written_at_once_changes_nothing(size, model_of):
-    whole = rollout(model_of("qwen3"), stop_ids=[2, *range(5, 12)], responses=2).generate(PROMPTS, Step(0))
-    parts = rollout(model_of("qwen3"), stop_ids=[2, *range(5, 12)], responses=2, batch_size=size)
-    assert parts.generate(PROMPTS, Step(0)) == whole
+    whole = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2)(PROMPTS, Step(0))
+    parts = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2, batch_size=size)
+    assert parts(PROMPTS, Step(0)) == whole
 
 
 def test_a_row_that_is_asked_twice_gets_two_responses(model_of):
     prompts = [PROMPTS[2], PROMPTS[2]]
-    one, two = rollout(model_of("llama")).generate(prompts, Step(0))
+    one, two = writer(model_of("llama"))(prompts, Step(0))
     assert one.response != two.response
-    assert [one, two] == rollout(model_of("llama"), responses=2).generate(prompts[:1], Step(0))
+    assert [one, two] == writer(model_of("llama"), n=2)(prompts[:1], Step(0))
 
 
 def test_examples_keep_their_pair_when_they_are_answered(model_of):
-    [written] = rollout(model_of("llama")).generate([replace(PROMPTS[0], pair=7)], Step(0))
+    [written] = writer(model_of("llama"))([replace(PROMPTS[0], pair=7)], Step(0))
     assert written.pair == 7
 
 
 def test_writing_happens_without_dropout_and_training_mode_comes_back():
     model = tiny("gpt2")
-    before = rollout(model).generate(PROMPTS, Step(0))
+    before = writer(model)(PROMPTS, Step(0))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
     model.train()
-    assert rollout(model).generate(PROMPTS, Step(0)) == before
+    assert writer(model)(PROMPTS, Step(0)) == before
     assert model.training
     assert all(module.training for module in model.modules())
 
@@ -339,20 +341,20 @@ def test_writing_happens_without_dropout_and_training_mode_comes_back():
 def test_training_mode_comes_back_when_writing_fails():
     model = tiny("llama").train()
     with pytest.raises(IndexError):
-        rollout(model).generate([Example([99], [])], Step(0))
+        writer(model)([Example([99], [])], Step(0))
     assert model.training
 
 
 def test_the_cache_is_used_under_gradient_checkpointing():
     """Without it, every token would read the whole prefix anew: time would grow with the square of the length."""
     model = tiny("llama")
-    plain = rollout(model).generate(PROMPTS, Step(0))
+    plain = writer(model)(PROMPTS, Step(0))
     model.gradient_checkpointing_enable()
     model.config.use_cache = False
     model.train()
     widths = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
-    assert rollout(model).generate(PROMPTS, Step(0)) == plain
+    assert writer(model)(PROMPTS, Step(0)) == plain
     handle.remove()
     assert widths[0] > 1
     assert set(widths[1:]) == {1}
@@ -360,7 +362,7 @@ def test_the_cache_is_used_under_gradient_checkpointing():
 
 def test_no_gradient_is_kept():
     model = tiny("llama")
-    rollout(model).generate(PROMPTS, Step(0))
+    writer(model)(PROMPTS, Step(0))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
 
@@ -369,12 +371,12 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
     with pytest.raises(
         ValueError, match=r"a prompt of 60 tokens and 12 new ones .* window of 64: lower max_new_tokens"
     ):
-        rollout(tiny("llama")).generate([Example([4] * 60, [])], Step(0))
+        writer(tiny("llama"))([Example([4] * 60, [])], Step(0))
 
 
 def test_a_prompt_may_fill_the_window_to_the_last_position():
     for kind in ("llama", "gpt2"):
-        [written] = rollout(tiny(kind), stop_ids=[52]).generate([Example([4] * 52, [])], Step(0))
+        [written] = writer(tiny(kind), stop_ids=[52])([Example([4] * 52, [])], Step(0))
         assert len(written.response) == 12
 
 
@@ -395,44 +397,32 @@ class Forgetful(nn.Module):
 
 def test_a_model_without_a_cache_is_refused_with_a_sentence():
     with pytest.raises(ValueError, match="Forgetful keeps no key-value cache; rollout generate needs one"):
-        rollout(Forgetful(), stop_ids=[2]).generate(PROMPTS, Step(0))
+        writer(Forgetful(), stop_ids=[2])(PROMPTS, Step(0))
 
 
-def test_a_rollout_that_follows_nobody_says_so():
-    with pytest.raises(ValueError, match="follows no model yet"):
-        GenerateRollout().generate(PROMPTS, Step(0))
+def test_a_rollout_without_a_model_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match=r"has no model yet: bind\(model, tokenizer\)"):
+        GenerateRollout().generate(PROMPTS, Sampling(), Step(0))
 
 
 def test_a_model_without_any_stop_token_is_refused_with_a_remedy():
     model, tokenizer = tiny("llama"), words()
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="name the stop tokens with"):
-        GenerateRollout().follow(model, tokenizer)
+        GenerateRollout().bind(model, tokenizer).generate(PROMPTS, Sampling(), Step(0))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"max_new_tokens": 0},
-        {"responses": 0},
-        {"batch_size": 0},
-        {"temperature": -1},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-    ],
-)
-def test_settings_out_of_range_are_refused(fields):
-    with pytest.raises(ValueError, match="generate needs"):
-        GenerateRollout(**fields)
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="generate needs batch_size >= 1, not 0"):
+        GenerateRollout(batch_size=0)
 
 
 def test_a_long_response_looks_at_more_and_more_of_its_memory(model_of, forward):
     """Beyond the first positions looked at, and beyond the first memory asked for; rows leave on the way."""
     prompts = [replace(prompt, prompt=prompt.prompt[:4]) for prompt in PROMPTS]
-    written = rollout(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
-    together = written.generate(prompts, Step(1))
-    assert [example for prompt in prompts for example in written.generate([prompt], Step(1))] == together
+    written = writer(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
+    together = written(prompts, Step(1))
+    assert [example for prompt in prompts for example in written([prompt], Step(1))] == together
     lengths = sorted(len(example.response) for example in together)
     assert lengths[0] < 20
     assert lengths[-1] > 50
@@ -441,9 +431,9 @@ def test_a_long_response_looks_at_more_and_more_of_its_memory(model_of, forward)
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=COMPILES) for name in list(MODELS)[1:])])
 def test_a_compiled_forward_writes_the_same(name, model_of):
     stop = [2, *range(5, 12)]
-    expected = rollout(model_of(name), max_new_tokens=40, stop_ids=stop).generate(PROMPTS[:5], Step(0))
-    compiled = rollout(model_of(name), max_new_tokens=40, stop_ids=stop, compiled=True)
-    assert compiled.generate(PROMPTS[:5], Step(0)) == expected
+    expected = writer(model_of(name), max_new_tokens=40, stop_ids=stop)(PROMPTS[:5], Step(0))
+    compiled = writer(model_of(name), max_new_tokens=40, stop_ids=stop, compiled=True)
+    assert compiled(PROMPTS[:5], Step(0)) == expected
 
 
 def test_a_model_that_cannot_be_compiled_writes_all_the_same(model_of, monkeypatch, caplog):
@@ -451,27 +441,27 @@ def test_a_model_that_cannot_be_compiled_writes_all_the_same(model_of, monkeypat
         raise torch._dynamo.exc.Unsupported("this cannot be compiled")
 
     monkeypatch.setattr(decoder._compiled, "_kernel", refuse)
-    expected = rollout(model_of("llama")).generate(PROMPTS, Step(0))
+    expected = writer(model_of("llama"))(PROMPTS, Step(0))
     with caplog.at_level(logging.WARNING, "understudy.generation.decoder"):
-        assert rollout(model_of("llama"), compiled=True).generate(PROMPTS, Step(0)) == expected
+        assert writer(model_of("llama"), compiled=True)(PROMPTS, Step(0)) == expected
     assert caplog.text.count("this cannot be compiled") == 1
 
 
 def test_what_is_compiled_follows_the_run_unless_it_is_said(model_of, monkeypatch):
     calls = []
-    monkeypatch.setattr(decoder._compiled, "_kernel", lambda *args: calls.append(1) or decoder._look(*args))
+    monkeypatch.setattr(decoder._compiled, "_kernel", lambda *args: calls.append(1) or decoder._forward(*args))
     for said, run, expected in ((None, False, False), (None, True, True), (False, True, False), (True, False, True)):
         calls.clear()
         with tiling(compiled=run):
-            rollout(model_of("llama"), compiled=said).generate(PROMPTS, Step(0))
+            writer(model_of("llama"), compiled=said)(PROMPTS, Step(0))
         assert bool(calls) == expected
 
 
 def test_rows_that_cannot_leave_the_cache_do_no_harm(model_of, monkeypatch):
     stop = [2, *range(5, 30)]
-    expected = rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0))
+    expected = writer(model_of("llama"), stop_ids=stop)(PROMPTS, Step(0))
     monkeypatch.setattr("understudy.generation.decoder.can_drop_rows", lambda cache: False)
-    assert rollout(model_of("llama"), stop_ids=stop).generate(PROMPTS, Step(0)) == expected
+    assert writer(model_of("llama"), stop_ids=stop)(PROMPTS, Step(0)) == expected
 
 
 def test_tokens_of_a_large_vocabulary_are_those_of_a_float64_reference():

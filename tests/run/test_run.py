@@ -249,9 +249,9 @@ def test_the_teachers_answers_are_kept_and_never_taken_for_anothers(home, monkey
 
     original = GenerateRollout.generate
 
-    def generate(self, prompts, step):
-        asked.append(self._author)
-        return original(self, prompts, step)
+    def generate(self, prompts, sampling, step):
+        asked.append(self._bound.author)
+        return original(self, prompts, sampling, step)
 
     monkeypatch.setattr(GenerateRollout, "generate", generate)
     run(home, method="seqkd")

@@ -1,4 +1,4 @@
-"""What a run writes and shows: whole files, harmless texts, and nothing that a log file cannot hold."""
+"""Callbacks: complete files, printable texts, and nothing that a log file cannot hold."""
 
 import io
 import json
@@ -15,12 +15,14 @@ from transformers import TrainerControl, TrainerState
 
 from understudy.batch import Example
 from understudy.methods.kd import KD
+from understudy.rollout import Writer
+from understudy.sampling import Sampling
 from understudy.training.callbacks import (
-    RefuseBrokenGradients,
+    CheckGradients,
+    LogMetrics,
     ShowProgress,
     ShowSamples,
     StopOnInterrupt,
-    WriteMetrics,
 )
 
 ARGS = SimpleNamespace(seed=0, world_size=1, fp16=False, output_dir="runs/x")
@@ -36,7 +38,7 @@ def lines_of(path):
 
 def test_every_log_line_becomes_a_line_of_the_file(tmp_path):
     path = tmp_path / "deep" / "metrics.jsonl"
-    made = trainer(tmp_path, KD(), options={"callbacks": [WriteMetrics(path)]}, logging_steps=2)
+    made = trainer(tmp_path, KD(), options={"callbacks": [LogMetrics(path)]}, logging_steps=2)
     made.train()
     lines = [line for line in lines_of(path) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4]
@@ -47,7 +49,7 @@ def test_every_log_line_becomes_a_line_of_the_file(tmp_path):
 def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "loss": 3}\n{"step": 7, "lo')
-    watch = WriteMetrics(path)
+    watch = LogMetrics(path)
     watch.on_train_begin(ARGS, at(4), None)
     watch.on_log(ARGS, at(6), None, {"loss": 5.0})
     assert lines_of(path) == [{"step": 2, "loss": 1}, {"step": 4, "loss": 2}, {"step": 6, "loss": 5.0}]
@@ -56,22 +58,22 @@ def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
 def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 1}\n')
-    WriteMetrics(path).on_train_begin(ARGS, at(0), None)
+    LogMetrics(path).on_train_begin(ARGS, at(0), None)
     assert path.read_text() == ""
 
 
 def test_lines_that_are_none_of_ours_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('12\nnull\n{"loss": 1}\n[]\n{"step": 1}\n')
-    WriteMetrics(path).on_train_begin(ARGS, at(4), None)
+    LogMetrics(path).on_train_begin(ARGS, at(4), None)
     assert lines_of(path) == [{"step": 1}]
 
 
 def test_only_the_first_process_writes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     other = TrainerState(global_step=1, is_world_process_zero=False)
-    WriteMetrics(path).on_train_begin(ARGS, other, None)
-    WriteMetrics(path).on_log(ARGS, other, None, {"loss": 1.0})
+    LogMetrics(path).on_train_begin(ARGS, other, None)
+    LogMetrics(path).on_log(ARGS, other, None, {"loss": 1.0})
     assert not path.exists()
 
 
@@ -88,7 +90,9 @@ class Speaking:
 def shown(text, folder, width=120):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="truecolor", width=width)
-    samples = ShowSamples(ScriptedRollout(), [Example([4], [5])], Speaking(text), 1, folder / "samples.jsonl", console)
+    samples = ShowSamples(
+        Writer(ScriptedRollout()), [Example([4], [5])], Speaking(text), 1, folder / "samples.jsonl", console
+    )
     samples.on_train_begin(ARGS, at(0), None)
     samples.on_step_end(ARGS, at(1), None)
     return out.getvalue(), lines_of(folder / "samples.jsonl")
@@ -126,7 +130,7 @@ def test_a_long_text_is_shown_by_its_end_and_kept_whole(tmp_path):
 
 
 def test_samples_are_shown_every_so_often_with_the_same_draws(tmp_path):
-    writer = ScriptedRollout()
+    writer = Writer(ScriptedRollout(), Sampling(n=3))
     samples = ShowSamples(writer, ragged_examples(2), words(), 3, tmp_path / "s.jsonl", Console(file=io.StringIO()))
     samples.on_train_begin(ARGS, at(0), None)
     for step in range(1, 8):
@@ -195,8 +199,22 @@ def test_a_broken_gradient_is_refused_wherever_it_is(value):
     model = tiny("llama")
     parameters = list(model.parameters())
     parameters[0].grad = torch.zeros_like(parameters[0])
-    RefuseBrokenGradients().on_pre_optimizer_step(ARGS, at(3), None, model=model)
+    CheckGradients().on_pre_optimizer_step(ARGS, at(3), None, model=model)
     parameters[-1].grad = torch.zeros_like(parameters[-1])
     parameters[-1].grad.view(-1)[3] = value
     with pytest.raises(FloatingPointError, match="at step 3, though the loss is a number"):
-        RefuseBrokenGradients().on_pre_optimizer_step(ARGS, at(3), None, model=model)
+        CheckGradients().on_pre_optimizer_step(ARGS, at(3), None, model=model)
+
+
+class Synced(ScriptedRollout):
+    """Remembers at which steps it heard that the weights have changed."""
+
+    def sync(self, step):
+        self.calls.append(step.number)
+
+
+def test_a_rollout_hears_when_the_student_s_weights_have_changed(tmp_path):
+    rollout = Synced()
+    made = trainer(tmp_path, KD(), rollout=rollout, max_steps=3)
+    made.train()
+    assert rollout.calls == [0, 1, 2, 3]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import ragged_examples, tiny, words
-from loop import difference, logged, rollout, student, trainer, weights
+from fakes import ragged_examples, tiny, writer
+from loop import difference, logged, short_sampling, student, trainer, weights
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon
@@ -26,6 +26,7 @@ from understudy.methods.promptkd import PromptKD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
 from understudy.models.forward import score
+from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
 
@@ -49,7 +50,8 @@ def train(folder, case, processes):
         CASES[case](),
         student().double(),
         LocalTeacher(tiny("llama", width=24, seed=2).double()),
-        rollout(stop_ids=[2, *range(5, 15)]),
+        None,
+        short_sampling(stop_ids=[2, *range(5, 15)]),
         ragged_examples(16),
         options={"eval_dataset": ragged_examples(5, seed=4)},
         max_steps=-1,
@@ -114,11 +116,12 @@ def shard(tied):
 
 def write_sharded(rank):
     """Each process asks for other rows; the second for fewer and, in the end, for none."""
-    writer = rollout(stop_ids=[2, *range(5, 15)], batch_size=2).follow(shard(False), words())
+    model = shard(False)
+    generate = writer(GenerateRollout, model, max_new_tokens=6, stop_ids=[2, *range(5, 15)], batch_size=2)
     examples = ragged_examples(8, responses=False)
-    first = writer.generate(examples[:5] if rank == 0 else examples[5:], Step(0))
-    second = writer.generate(examples[:2] if rank == 0 else [], Step(1))
-    after = loss_and_gradients(writer._model, lambda grad: grad.full_tensor())
+    first = generate(examples[:5] if rank == 0 else examples[5:], Step(0))
+    second = generate(examples[:2] if rank == 0 else [], Step(1))
+    after = loss_and_gradients(model, lambda grad: grad.full_tensor())
     return [(e.row, e.response) for e in first + second], after
 
 
@@ -189,11 +192,11 @@ def test_a_sharded_student_has_the_same_loss_and_gradients(tied, results):
 
 def test_a_sharded_student_writes_what_a_whole_one_would(results):
     """Also where one process has fewer rows to write, shorter ones, or none."""
-    writer = rollout(stop_ids=[2, *range(5, 15)]).follow(student(), words())
+    generate = writer(GenerateRollout, student(), max_new_tokens=6, stop_ids=[2, *range(5, 15)])
     examples = ragged_examples(8, responses=False)
     plain = loss_and_gradients(student(), lambda grad: grad)
     for rank, (first, second) in enumerate([(examples[:5], examples[:2]), (examples[5:], [])]):
-        expected = writer.generate(first, Step(0)) + writer.generate(second, Step(1))
+        expected = generate(first, Step(0)) + generate(second, Step(1))
         written, after = torch.load(results / f"written-{rank}.pt")
         assert written == [(e.row, e.response) for e in expected]
         assert difference(plain, after) < 1e-5, "it must be sharded again, and train"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes import BigramTeacher, ragged_examples, tiny, words
-from loop import arguments, difference, logged, rollout, same, student, teacher, trainer, weights
+from loop import arguments, difference, logged, same, short_sampling, student, teacher, trainer, weights
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
@@ -23,6 +23,7 @@ from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
+from understudy.rollouts.generate import GenerateRollout
 from understudy.scores import divergence_metrics
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
@@ -48,7 +49,8 @@ def cut(folder, method, size, parts, double, **changed):
         method,
         student_model,
         LocalTeacher(local),
-        rollout(stop_ids=[2, *range(5, 15)]),
+        None,
+        short_sampling(stop_ids=[2, *range(5, 15)]),
         ragged_examples(24),
         max_steps=3,
         per_device_train_batch_size=size,
@@ -141,13 +143,12 @@ def test_every_example_is_seen_once_in_an_epoch(tmp_path):
 @pytest.mark.parametrize("method", [KD(), GKD()], ids=["kd", "gkd"])
 def test_logged_numbers_are_what_they_say(method, tmp_path):
     examples = ragged_examples(8)
-    writer = rollout(stop_ids=[2, *range(5, 25)])
-    made = trainer(tmp_path, method, writer=writer, examples=examples, max_steps=1, per_device_train_batch_size=2,
+    sampling = short_sampling(stop_ids=[2, *range(5, 25)])
+    made = trainer(tmp_path, method, sampling=sampling, examples=examples, max_steps=1, per_device_train_batch_size=2,
                    gradient_accumulation_steps=4)  # fmt: skip
     if isinstance(method, GKD):
-        writer.follow(student(), words())
-        examples = writer.generate(examples, Step(0, made.args.seed))
-        writer.follow(made.model, words())
+        untrained = GenerateRollout().bind(student(), words())
+        examples = untrained.generate(examples, sampling, Step(0, made.args.seed))
         assert 0 < sum(e.truncated for e in examples) < 8
     made.train()
     line = made.state.log_history[0]

@@ -24,14 +24,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..evaluation.evaluate import evaluate
+from ..generation.stop_tokens import stop_ids
 from ..methods import METHODS
-from ..models.load import all_stop_ids, load_config, load_model, load_tokenizer, window_of
+from ..models.context_window import context_window
+from ..models.load import load_config, load_model, load_tokenizer
 from ..recipe import Recipe, RecipeError, load
 from ..recipe_yaml import value_of
 from ..rollouts import ROLLOUTS
 from ..rollouts.generate import GenerateRollout
 from ..run.distill import distill, load_data
 from ..run.folder import write
+from ..sampling import Sampling
 from ..teachers import TEACHERS
 from ..teachers.local import LocalTeacher
 from . import statistics as comparison
@@ -129,6 +132,7 @@ def compare(
     for recipe in recipes:
         recipe.check("method", METHODS)
         recipe.check("rollout", ROLLOUTS)
+        recipe.sampling()
     if baseline is not None and baseline not in {c.name for c in entered}:
         raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(c.name for c in entered)}')
     if trial.dataset is None and len({recipe.data.dataset for recipe in recipes}) > 1:
@@ -266,27 +270,27 @@ def judge(model: str, recipe: Recipe, folder: Path, trial: Trial) -> None:
     """Let a model answer as the trial says, on a recipe's data; write evaluation.json and the answers."""
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype="float32").eval()
-    longest = recipe.rollout[1].get("max_new_tokens", GenerateRollout.max_new_tokens)
+    longest = recipe.sampling().max_new_tokens
     data = {"dataset": trial.dataset or recipe.data.dataset, "split": trial.split, "limit": trial.limit}
-    examples = load_data(recipe.data.model_copy(update=data), tokenizer, window_of(load_config(model)), longest)
-    stops, size = all_stop_ids(tokenizer, loaded), trial.batch_size
+    examples = load_data(recipe.data.model_copy(update=data), tokenizer, context_window(load_config(model)), longest)
+    stops, rollout = tuple(stop_ids(tokenizer, loaded)), GenerateRollout(trial.batch_size)
     done = folder / "evaluation.json"
     if done.exists():  # of another trial
         for path in [*folder.glob("answers-*.jsonl"), done]:
             path.unlink()
     found: dict[str, Any] = {}
     for name, temperature in trial.samplings.items():
-        rollout = GenerateRollout(longest, temperature, stop_ids=stops, batch_size=size)
+        sampling = Sampling(longest, temperature, stop_ids=stops)
         kept = {"seed": trial.seed, "output": folder / f"answers-{name}.jsonl"}
-        judged = evaluate(loaded, tokenizer, examples, rollout, metrics=trial.metrics, **kept)
+        judged = evaluate(loaded, tokenizer, examples, rollout, sampling, metrics=trial.metrics, **kept)
         right = [a["correct"] for a in judged.answers]
         found[name] = {"metrics": judged.metrics, "scores": None if None in right else [float(r) for r in right]}
     if trial.exposure and trial.teacher is not None and trial.teacher != model:
         some = replace(examples, examples=examples.examples[: trial.exposure], rows=examples.rows[: trial.exposure])
         teacher = LocalTeacher(trial.teacher, dtype="float32")
         kept = {"seed": trial.seed, "output": folder / "answers-exposure.jsonl"}
-        rollout = GenerateRollout(longest, stop_ids=stops, batch_size=size)
-        judged = evaluate(loaded, tokenizer, some, rollout, teacher, exposure=True, **kept)
+        sampling = Sampling(longest, stop_ids=stops)
+        judged = evaluate(loaded, tokenizer, some, rollout, sampling, teacher, exposure=True, **kept)
         found["exposure"] = {"metrics": judged.metrics, "scores": None, "curves": judged.curves}
     write(done, json.dumps({"trial": asdict(trial), "found": found}, indent=1))
 

@@ -21,6 +21,7 @@ from ..data.formats import Row
 from ..metrics.exact_match import exact_match
 from ..metrics.final_answer import final_answer, is_correct
 from ..rollout import Rollout
+from ..sampling import Sampling
 from ..scores import DIVERGENCE_METRICS
 from ..teacher import Capability, Teacher
 from .distance import distances
@@ -45,6 +46,7 @@ def evaluate(
     tokenizer: Any,
     examples: Examples,
     rollout: Rollout,
+    sampling: Sampling,
     teacher: Teacher | None = None,
     seed: int | Sequence[int] = 0,
     batch_size: int = 32,
@@ -79,7 +81,7 @@ def evaluate(
             seeds that would all give the same answers, and for exposure bias without what it needs.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(examples, rollout, teacher, seeds, metrics, exposure)
+    _check(examples, sampling, teacher, seeds, metrics, exposure)
     by_end = all(final_answer(r) is not None for row in examples.rows for r in row.references)
 
     def judge(text: str, row: Row) -> bool | None:
@@ -91,7 +93,7 @@ def evaluate(
     def write(author: Author, by: Any, path: Path | None) -> Written:
         options: dict[str, Any] = {"author": author, "path": path, "made": task(f"{author}'s answers")}
         pace = None if at_once is None else Pace(at_once)
-        return write_answers(by, tokenizer, examples, rollout, seeds, judge, pace=pace, **options)
+        return write_answers(by, tokenizer, examples, rollout, sampling, seeds, judge, pace=pace, **options)
 
     written = write("student", model, output)
     rounds = [written.answers[start : start + len(examples)] for start in range(0, len(written.answers), len(examples))]
@@ -111,7 +113,6 @@ def evaluate(
         live: Any = teacher
         beside = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
         theirs = write("teacher", live.model, beside)
-        rollout.follow(model, tokenizer)
         own, others = ([answer.example for answer in each.answers] for each in (written, theirs))
         bias = exposure_bias(model, live, own, others, len(tokenizer), batch_size)
         measured["exposure_bias"] = float(bias.percent[-1])
@@ -129,7 +130,7 @@ def distance(
 
 def _check(
     examples: Examples,
-    rollout: Rollout,
+    sampling: Sampling,
     teacher: Teacher | None,
     seeds: Sequence[int],
     metrics: Sequence[str],
@@ -148,18 +149,14 @@ def _check(
         raise ValueError(f"{among[0]} compares the answers to a prompt with each other: give several seeds")
     if len(set(seeds)) < len(seeds):
         raise ValueError("two of the seeds are the same: give every one once")
-    settings = [getattr(rollout, name, value) for name, value in _UNALTERED.items()]
-    if len(seeds) > 1 and settings[0] == 0:
+    if len(seeds) > 1 and sampling.temperature == 0:
         raise ValueError("greedy answers do not depend on the seed: give one seed, or a temperature above 0")
     if exposure and (teacher is None or not teacher.can(Capability.MODEL)):
         raise ValueError("exposure bias needs a teacher that can write: give a local one")
-    if exposure and settings != list(_UNALTERED.values()):
+    if exposure and (sampling.temperature, sampling.top_k, sampling.top_p) != (1, 0, 1):
         raise ValueError(
             "exposure bias is about the models' own distributions: sample at temperature 1, without top-k or top-p"
         )
-
-
-_UNALTERED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def _counts(answers: Sequence[Answer]) -> dict[str, float]:

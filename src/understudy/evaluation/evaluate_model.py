@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from ..generation.stop_tokens import stop_ids
+from ..models.context_window import context_window
 from ..models.load import (
-    all_stop_ids,
     check_tokenizers,
     check_vocabulary,
     load_config,
     load_model,
     load_tokenizer,
     loading,
-    window_of,
 )
-from ..playground.names import resolve
 from ..recipe import Data
 from ..rollouts.generate import GenerateRollout
 from ..run.distill import load_data
+from ..sampling import Sampling
 from ..teachers.local import LocalTeacher
 from .evaluate import Evaluation, evaluate
 from .settings import Protocol
@@ -54,11 +54,10 @@ def judge(question: Question, progress: Progress | None = None) -> Evaluation:
         check_tokenizers(tokenizer, load_tokenizer(question.teacher))
         configs.append(load_config(question.teacher))
         check_vocabulary(tokenizer, configs[1], "the teacher has")
-    asked, window = question.protocol, window_of(*configs)
+    asked, window = question.protocol, context_window(*configs)
     longest = asked.max_new_tokens or min(256, (window or 512) // 2)
     if window is not None and longest >= window:
         raise ValueError(f"--max-new-tokens {longest} leaves no room for a prompt in a window of {window}: lower it")
-    rollout = GenerateRollout(max_new_tokens=longest, temperature=asked.temperature)
     lengths = {"max_length": window or 512 + longest, "max_prompt_length": asked.max_prompt_length}
     examples = load_data(question.data.model_copy(update=lengths), tokenizer, window, longest)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -66,11 +65,10 @@ def judge(question: Question, progress: Progress | None = None) -> Evaluation:
     options: dict[str, Any] = {"metrics": question.metrics, "exposure": question.exposure, "output": question.output}
     if question.teacher is not None:
         with loading("model", question.teacher):
-            options["teacher"] = LocalTeacher(resolve(question.teacher))
+            options["teacher"] = LocalTeacher(question.teacher)
         options["teacher"].to(device)
-    rollout.stop_ids = all_stop_ids(tokenizer, student)
     if question.at_once is None:
         options["at_once"] = 64 if device.type == "cpu" else 256
-    else:
-        rollout.batch_size = question.at_once
-    return evaluate(student, tokenizer, examples, rollout, seed=asked.seeds, progress=progress, **options)
+    rollout = GenerateRollout() if question.at_once is None else GenerateRollout(question.at_once)
+    sampling = Sampling(longest, asked.temperature, stop_ids=tuple(stop_ids(tokenizer, student)))
+    return evaluate(student, tokenizer, examples, rollout, sampling, seed=asked.seeds, progress=progress, **options)

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
 from ..rollout import Rollout
+from ..sampling import Sampling
 from ..step import Step
 
 
@@ -70,6 +71,7 @@ def write_answers(
     tokenizer: Any,
     examples: Examples,
     rollout: Rollout,
+    sampling: Sampling,
     seeds: Sequence[int],
     judge: Callable[[str, Row], bool | None],
     *,
@@ -90,13 +92,11 @@ def write_answers(
         ValueError: for a rollout that gives several responses a prompt, for a file with answers of something else, and
             for one that another process is adding to.
     """
-    if getattr(rollout, "responses", 1) != 1:
-        raise ValueError(
-            "several answers to a prompt are asked for by several seeds: leave the rollout's responses at 1"
-        )
-    rollout.follow(model, tokenizer, author)
+    if sampling.n != 1:
+        raise ValueError("several answers to a prompt are asked for by several seeds: leave the sampling's n at 1")
+    rollout = rollout.bind(model, tokenizer, author)
     prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
-    book = _Book(path, {} if path is None else identity(model, rollout, author), examples.rows, judge)
+    book = _Book(path, {} if path is None else identity(model, rollout, sampling, author), examples.rows, judge)
     tokens, seconds = 0, 0.0
     with _alone(path):
         book.take_up(seeds, [replace(prompt, author=author) for prompt in prompts])
@@ -106,7 +106,7 @@ def write_answers(
             missing.sort(key=lambda prompt: len(prompt.prompt), reverse=True)
             while missing:
                 start = time.perf_counter()
-                written = _first(missing, rollout, pace, Step(0, seed))
+                written = _first(missing, rollout, sampling, pace, Step(0, seed))
                 tokens += sum(len(example.response) for example in written)
                 seconds += time.perf_counter() - start
                 texts = tokenizer.batch_decode([example.response for example in written], skip_special_tokens=True)
@@ -116,10 +116,9 @@ def write_answers(
     return Written([book.answers[seed, e.row] for seed in seeds for e in prompts], tokens, seconds)
 
 
-def identity(model: Any, rollout: Rollout, author: Author) -> dict[str, Any]:
+def identity(model: Any, rollout: Rollout, sampling: Sampling, author: Author) -> dict[str, Any]:
     """What an answer depends on, beside its seed and its prompt: whose weights, and how they are sampled from."""
-    settings = {name: value for name, value in vars(rollout).items() if name[0] != "_" and name != "batch_size"}
-    return {"author": author, "weights": fingerprint(model), "rollout": type(rollout).__name__, **settings}
+    return {"author": author, "weights": fingerprint(model), "rollout": type(rollout).__name__, **asdict(sampling)}
 
 
 def fingerprint(model: Any) -> str:
@@ -132,13 +131,17 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _first(prompts: Sequence[Example], rollout: Rollout, pace: Pace | None, step: Step) -> list[Example]:
+def _first(
+    prompts: Sequence[Example], rollout: Rollout, sampling: Sampling, pace: Pace | None, step: Step
+) -> list[Example]:
     """Answers to the first of `prompts`, to as many as the pace says and memory holds."""
     while True:
-        count = _set_batch(rollout, pace, len(prompts))
+        if pace is not None:
+            rollout = rollout.with_batch_size(pace.size)
+        count = (rollout.batch_size or len(prompts)) if pace is None else pace.size
         start = time.perf_counter()
         try:
-            written = rollout.generate(prompts[:count], step)
+            written = rollout.generate(prompts[:count], sampling, step)
         except torch.OutOfMemoryError:
             if pace is None or pace.size == 1:
                 raise
@@ -149,15 +152,6 @@ def _first(prompts: Sequence[Example], rollout: Rollout, pace: Pace | None, step
         if pace is not None:
             pace.note(len(written), sum(len(example.response) for example in written), time.perf_counter() - start)
         return written
-
-
-def _set_batch(rollout: Rollout, pace: Pace | None, missing: int) -> int:
-    """How many prompts to hand over next. A rollout that has no batch size of its own gets all, but for a pace."""
-    if pace is None:
-        return getattr(rollout, "batch_size", missing)
-    if hasattr(rollout, "batch_size"):
-        rollout.batch_size = pace.size  # type: ignore[attr-defined]
-    return pace.size
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""What comes next in a batch that grows by one token per row at a time.
+"""Next-token logits of a batch that grows by one token per row at a time.
 
-The one idea: a decoder keeps what reading one more token takes (cache, mask, places), and lets rows leave.
-`CompiledDecoder` says the same faster, once its ten seconds of compiling are won back.
+A decoder holds what reading one more token takes (cache, mask, positions), and can drop rows. `CompiledDecoder` does
+the same faster, once its ten seconds of compiling are won back.
 
 Shapes: R rows, T positions read so far (padding on the left), V vocabulary.
 """
@@ -17,29 +17,29 @@ from transformers import Cache
 
 from ..fused_linear.compiling import CompiledFunction
 from ..models.adapters import without_adapters
-from .kv_cache import FixedLayer, RoomyLayer, can_drop_rows, roomy_cache
+from .kv_cache import FixedLayer, PreallocatedLayer, can_drop_rows, preallocated_cache
 
-_STEP = 32  # a compiled forward looks at a multiple of so many positions
+_STEP = 32  # a compiled forward attends to a multiple of so many positions
 
 
 class Decoder:
     """Reads prompts, and then one more token of every row again and again."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], most: int) -> None:
-        """`most`: how many tokens will be read after the prompts, at the most."""
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], longest: int) -> None:
+        """`longest`: how many tokens will be read after the prompts, at the most."""
         width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
         padding = [[0] * (width - len(prompt)) for prompt in prompts]
         self._model = model
-        self._prompts = torch.tensor([[*none, *prompt] for none, prompt in zip(padding, prompts, strict=True)])
-        room = most + _STEP
-        self._mask = torch.tensor([none + [1] * (width - len(none) + room) for none in padding], device=device)
-        self._places = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # in their row, padding not counted
+        self._prompts = torch.tensor([[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)])
+        room = longest + _STEP
+        self._mask = torch.tensor([pad + [1] * (width - len(pad) + room) for pad in padding], device=device)
+        self._positions = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # in their row, padding not counted
         self._read = 0  # T
-        self._cache: Any = roomy_cache(without_adapters(model))
-        self._drops: bool | None = None
-        takes = signature(without_adapters(model).forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self._takes_places = "position_ids" in takes
+        self._cache: Any = preallocated_cache(without_adapters(model))
+        self._can_drop: bool | None = None
+        parameters = signature(without_adapters(model).forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_position_ids = "position_ids" in parameters
 
     def prompts(self) -> Tensor:
         """(R, V) the logits after the prompts."""
@@ -47,17 +47,17 @@ class Decoder:
 
     def tokens(self, tokens: Tensor) -> Tensor:
         """(R, V) the logits after one more token of every row, (R,)."""
-        self._places = self._places[:, -1:] + 1
+        self._positions = self._positions[:, -1:] + 1
         return self._next(tokens[:, None])
 
     def drop(self, keep: Tensor) -> bool:
-        """Go on with the rows `keep` alone, if the cache lets the others go."""
-        if self._drops is None:
-            self._drops = can_drop_rows(self._cache)
-        if self._drops:
+        """Go on with the rows `keep` only, if the cache can drop the others."""
+        if self._can_drop is None:
+            self._can_drop = can_drop_rows(self._cache)
+        if self._can_drop:
             self._cache.batch_select_indices(keep)
-            self._mask, self._places = self._mask[keep], self._places[keep]
-        return self._drops
+            self._mask, self._positions = self._mask[keep], self._positions[keep]
+        return self._can_drop
 
     def _next(self, ids: Tensor) -> Tensor:
         self._read += ids.shape[1]
@@ -69,19 +69,19 @@ class Decoder:
             )
         return output.logits[:, -1]
 
-    def _inputs(self, ids: Tensor, positions: int) -> dict[str, Any]:
-        places = {"position_ids": self._places} if self._takes_places else {}
-        return {"input_ids": ids, "attention_mask": self._mask[:, :positions], **places, **self._options}
+    def _inputs(self, ids: Tensor, length: int) -> dict[str, Any]:
+        position_ids = {"position_ids": self._positions} if self._takes_position_ids else {}
+        return {"input_ids": ids, "attention_mask": self._mask[:, :length], **position_ids, **self._options}
 
 
 class CompiledDecoder(Decoder):
     """The same with a compiled forward for the tokens after the prompts, one for all numbers of rows and positions."""
 
     def tokens(self, tokens: Tensor) -> Tensor:
-        if not all(type(layer) is RoomyLayer for layer in getattr(self._cache, "layers", [None])):
-            return super().tokens(tokens)  # windows and states, whose memory is not laid out by position
+        if not all(type(layer) is PreallocatedLayer for layer in getattr(self._cache, "layers", [None])):
+            return super().tokens(tokens)  # sliding windows and states, whose memory is not laid out by position
         at = torch.tensor([self._read], device=tokens.device)
-        self._read, self._places = self._read + 1, self._places[:, -1:] + 1
+        self._read, self._positions = self._read + 1, self._positions[:, -1:] + 1
         seen = -(-self._read // _STEP) * _STEP
         inputs = self._inputs(tokens[:, None], seen)
         memory = [layer.extend(self._read, seen) for layer in self._cache.layers]
@@ -92,9 +92,9 @@ class CompiledDecoder(Decoder):
         return _compiled(self._model, inputs, memory, at)
 
 
-def _look(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
+def _forward(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
     cache = Cache(layers=[FixedLayer(keys, values, at) for keys, values in memory])
     return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-_compiled = CompiledFunction(_look, "the model cannot be compiled here, which makes writing slower")
+_compiled = CompiledFunction(_forward, "the model cannot be compiled here, which makes generating slower")

@@ -1,7 +1,7 @@
-"""A key-value cache with room to grow, for writing token by token.
+"""A preallocated key-value cache, for generating token by token.
 
-The one idea: transformers' own cache makes itself anew, one token longer, at every token, so that writing T of them
-moves T² / 2. This one writes into memory that it asked for ahead.
+transformers' own cache is copied, one token longer, at every token, so that generating T of them moves T² / 2. This one
+writes into memory that it allocated ahead.
 """
 
 import logging
@@ -14,53 +14,53 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 _log = logging.getLogger(__name__)
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values (R, heads, T, width), as views of the part in use of something longer."""
 
-    _room: tuple[Tensor, Tensor] | None = None
+    _memory: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
         end = used + key_states.shape[-2]
-        self._make_room(key_states, value_states, end)
+        self._reserve(key_states, value_states, end)
         self._write(slice(used, end), key_states, value_states)
         return self._use(end)
 
     def extend(self, length: int, seen: int) -> tuple[Tensor, Tensor]:
-        """Take the next positions into use, up to `length`, for somebody else to write; views of the first `seen`."""
+        """Use the next positions, up to `length`, which the caller writes; returns views of the first `seen`."""
         keys, values = self._use(self.get_seq_length())
-        self._make_room(keys, values, seen)
+        self._reserve(keys, values, seen)
         self._use(length)
-        assert self._room is not None
-        return self._room[0][:, :, :seen], self._room[1][:, :, :seen]
+        assert self._memory is not None
+        return self._memory[0][:, :, :seen], self._memory[1][:, :, :seen]
 
-    def _make_room(self, keys: Tensor, values: Tensor, end: int) -> None:
-        """For `end` positions of states like these; what is in use stays."""
-        before, used = self._room, self.get_seq_length()
+    def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
+        """Allocate memory for `end` positions of states like these; the content stays."""
+        before, used = self._memory, self.get_seq_length()
         if before is None or end >= before[0].shape[-2]:  # never quite full: a view of all is another kind of memory
-            self._room = (_longer(keys, end), _longer(values, end))
+            self._memory = (_with_room(keys, end), _with_room(values, end))
             if before is not None:
                 self._write(slice(0, used), before[0][:, :, :used], before[1][:, :, :used])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self._room is not None:
+        if self._memory is not None:
             used = self.get_seq_length()
-            self._room = (self._room[0][indices], self._room[1][indices])
+            self._memory = (self._memory[0][indices], self._memory[1][indices])
             self._use(used)
 
     def _write(self, at: slice, keys: Tensor, values: Tensor) -> None:
-        assert self._room is not None
-        self._room[0][:, :, at], self._room[1][:, :, at] = keys, values
+        assert self._memory is not None
+        self._memory[0][:, :, at], self._memory[1][:, :, at] = keys, values
 
     def _use(self, end: int) -> tuple[Tensor, Tensor]:
-        assert self._room is not None
-        keys, values = self.keys, self.values = self._room[0][:, :, :end], self._room[1][:, :, :end]
+        assert self._memory is not None
+        keys, values = self.keys, self.values = self._memory[0][:, :, :end], self._memory[1][:, :, :end]
         return keys, values
 
 
-def _longer(states: Tensor, length: int) -> Tensor:
+def _with_room(states: Tensor, length: int) -> Tensor:
     rows, heads, _, width = states.shape
     return states.new_zeros(rows, heads, length + length // 2 + 16, width)  # what is masked may be looked at
 
@@ -97,22 +97,22 @@ class FixedLayer(CacheLayerMixin):
         return self.keys.shape[-2]
 
 
-def roomy_cache(model: Any) -> Any:
-    """An empty cache for `model`, with room in the layers that keep everything; None lets the model make its own."""
+def preallocated_cache(model: Any) -> Any:
+    """An empty cache, preallocated in the layers that hold all positions; None lets the model make its own."""
     supported = getattr(model, "_supports_default_dynamic_cache", None)
     if supported is None or not supported():
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not cache.layers:
-        cache.layer_class_to_replicate = RoomyLayer
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layer_class_to_replicate = PreallocatedLayer
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """Can some of the rows leave the cache? Said in the log where they cannot."""
+    """Can some of the rows leave the cache? Logged where they cannot."""
     layers = getattr(cache, "layers", None)
-    able = bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
-    if not able:
+    can_drop = bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
+    if not can_drop:
         _log.info("the rows of a %s cannot be dropped; finished ones stay in the batch", type(cache).__name__)
-    return able
+    return can_drop

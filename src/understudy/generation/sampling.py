@@ -1,8 +1,9 @@
-"""Sampling: a response's own stream of uniform numbers, and the token that the next of them stands for.
+"""Draw tokens by inverse transform sampling: temperature, top-k, top-p, and a random stream for each response.
 
-The one idea: every response has its own stream, a function of (seed, step, row), and each token is the inverse of the
-cumulative distribution at the next number. So a response does not depend on the batch, the process or the order it was
-written in, and sampling costs one pass over the vocabulary (torch.multinomial draws V exponentials per row).
+Every response has its own stream of uniform numbers, a function of (seed, step, author, row), and each token is the
+inverse of the cumulative distribution at the next number. So a response does not depend on the batch, the process or
+the order it was generated in, and sampling costs one pass over the vocabulary (torch.multinomial draws V exponentials
+per row).
 
 Shapes: R responses, V vocabulary.
 """
@@ -20,16 +21,38 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from ..batch import Author, Example
-from ..rollout import Rollout
+from ..models.context_window import context_window
+from ..rollout import SAMPLED_LOGPROB, Rollout, with_response
+from ..sampling import Sampling
 from ..step import Step
+from .stop_tokens import stop_ids
 
-_TURNED = 2**28  # weights, a gigabyte of them; more are not copied
+_COLUMN_MAJOR_LIMIT = 2**28  # weights, a gigabyte of them; more are not copied
 _GROUP = 128  # tokens that are summed together before the right ones are looked at one by one
 
 
 @dataclass
+class Binding:
+    """The model that a rollout generates with, and what follows from it and its tokenizer."""
+
+    model: Any
+    author: Author
+    vocabulary: int  # tokens of the tokenizer; a padded vocabulary beyond them is never drawn
+    stop_ids: tuple[int, ...]  # where the sampling names none
+    verified: bool = False  # has an engine compared its logits with the model's own?
+
+
+@dataclass(frozen=True)
+class Response:
+    """The tokens of one response and, where they are asked for, their log-probabilities under the model."""
+
+    tokens: list[int]
+    log_probs: list[float] | None = None
+
+
+@dataclass
 class SamplingRollout(Rollout):
-    """Samples from softmax(logits / temperature), restricted to top-k, then top-p; nothing else is applied.
+    """What rollouts of a model in this process share: streams of random numbers, stop tokens, the context window.
 
     A model's own `generation_config` is never inherited but for its stop tokens: on-policy means the student's
     distribution as it is trained.
@@ -37,82 +60,94 @@ class SamplingRollout(Rollout):
 
     name: ClassVar[str]  # in recipes
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0
-    responses: int = 1  # per prompt
-    stop_ids: list[int] | None = None  # default: the tokenizer's and the model's end-of-sequence ids
-    batch_size: int = 64  # rows written at once
+    batch_size: int = 64  # sequences generated at once
 
-    _model: Any = field(default=None, init=False, repr=False)
-    _author: Author = field(default="student", init=False, repr=False)
-    _stop: list[int] = field(default_factory=list, init=False, repr=False)
-    _vocabulary: int = field(default=0, init=False, repr=False)
+    _binding: Binding | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.responses < 1 or self.batch_size < 1:
-            raise ValueError(f"{self.name} needs max_new_tokens, responses and batch_size of at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"{self.name} needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
+        if self.batch_size < 1:
+            raise ValueError(f"{self.name} needs batch_size >= 1, not {self.batch_size}")
 
-    def follow(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "SamplingRollout":
+    def bind(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "SamplingRollout":
+        """As of `Rollout`."""
+        return self._bound_to(Binding(model, author, len(tokenizer), tuple(stop_ids(tokenizer, model))))
+
+    def with_batch_size(self, batch_size: int) -> "SamplingRollout":
+        """As of `Rollout`."""
+        return self._bound_to(self._binding, batch_size=batch_size)
+
+    def _bound_to(self, binding: Binding | None, **changes: Any) -> "SamplingRollout":
+        rollout = replace(self, **changes)
+        rollout._binding = binding
+        return rollout
+
+    @property
+    def _bound(self) -> Binding:
+        if self._binding is None:
+            raise ValueError("this rollout has no model yet: bind(model, tokenizer) returns one that has")
+        return self._binding
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Example], sampling: Sampling, step: Step) -> list[Example]:
         """As of `Rollout`.
 
         Raises:
-            ValueError: for a model without stop tokens.
+            ValueError: for prompts that leave no room in the context window, and for a model without stop tokens.
         """
-        stop = self.stop_ids
-        if stop is None:
-            stop = sorted({*own_stop_ids(model), *_ids(tokenizer.eos_token_id)})
-        if not stop:
+        bound = self._bound
+        if not sampling.stop_ids:
+            sampling = replace(sampling, stop_ids=bound.stop_ids)
+        if not sampling.stop_ids:
             raise ValueError(
                 f"the model has no end-of-sequence token: name the stop tokens with rollout.{self.name}.stop_ids"
             )
-        self._model, self._author, self._stop, self._vocabulary = model, author, stop, len(tokenizer)
-        return self
-
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
-        if self._model is None:
-            raise ValueError("this rollout follows no model yet: call follow(model, tokenizer) first")
-        seen: Counter[int] = Counter()
-        wanted, streams = [], []
+        count: Counter[int] = Counter()  # responses to each row so far
+        repeated, streams = [], []
         for prompt in prompts:
-            for _ in range(self.responses):
-                wanted.append(prompt)
-                streams.append(step.stream(self.max_new_tokens, self._author, prompt.row, seen[prompt.row]))
-                seen[prompt.row] += 1
-        self._check_window(max((len(prompt.prompt) for prompt in wanted), default=0))
-        uniforms = torch.stack(streams) if streams else torch.empty(0, self.max_new_tokens)
-        responses = self._respond([prompt.prompt for prompt in wanted], uniforms)
-        return [
-            replace(prompt, response=response, author=self._author, truncated=response[-1] not in self._stop)
-            for prompt, response in zip(wanted, responses, strict=True)
-        ]
+            for _ in range(sampling.n):
+                repeated.append(prompt)
+                streams.append(step.stream(sampling.max_new_tokens, bound.author, prompt.row, count[prompt.row]))
+                count[prompt.row] += 1
+        _check_context_window(bound.model, max((len(e.prompt) for e in repeated), default=0), sampling.max_new_tokens)
+        uniforms = torch.stack(streams) if streams else torch.empty(0, sampling.max_new_tokens)
+        responses = self._respond([e.prompt for e in repeated], uniforms, sampling)
+        return [_example(e, r, bound.author, sampling) for e, r in zip(repeated, responses, strict=True)]
 
     @abstractmethod
-    def _respond(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
-        """A response to each of R prompts; `uniforms` (R, max_new_tokens) in [0, 1).
+    def _respond(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
+        """A response to each of R prompts; `uniforms` (R, max_new_tokens) in [0, 1); `sampling` has stop tokens.
 
-        R may be 0: a process that has nothing to write still takes part where a sharded model gathers its weights.
+        R may be 0: a process without prompts still takes part where a sharded model gathers its weights.
         """
 
-    def _check_window(self, longest: int) -> None:
-        window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if window is not None and longest + self.max_new_tokens > window:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit into the model's window "
-                f"of {window}: lower max_new_tokens or data.max_prompt_length"
-            )
 
-    def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """(R,) tokens from logits (R, V) and one number in [0, 1) each."""
-        logits = logits[:, : self._vocabulary]
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.float() if self.temperature == 1 else logits.float() / self.temperature
-        return inverse_cdf(restrict(logits, self.top_k, self.top_p), uniforms)
+def _example(prompt: Example, response: Response, author: Author, sampling: Sampling) -> Example:
+    streams = {} if response.log_probs is None else {SAMPLED_LOGPROB: response.log_probs}
+    truncated = response.tokens[-1] not in sampling.stop_ids
+    return with_response(prompt, response.tokens, author, truncated, streams)
+
+
+def _check_context_window(model: Any, longest: int, max_new_tokens: int) -> None:
+    window = context_window(model.config)
+    if window is not None and longest + max_new_tokens > window:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's context window "
+            f"of {window}: lower max_new_tokens or data.max_prompt_length"
+        )
+
+
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """(R,) tokens from logits (R, V) of the real vocabulary and one number in [0, 1) each."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
+    return inverse_cdf(restrict(logits, sampling.top_k, sampling.top_p), uniforms)
+
+
+def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(R,) log softmax(logits) at `tokens` (R,), from logits (R, V), in float32."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -126,7 +161,7 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         mass = ordered.softmax(-1).cumsum(-1)
         dropped = torch.zeros_like(mass, dtype=torch.bool)
-        dropped[:, 1:] = mass[:, :-1] >= top_p  # the mass of the likelier ones is enough; the first is always kept
+        dropped[:, 1:] = mass[:, :-1] >= top_p  # the mass of the likelier ones is enough; the first always stays
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
     return logits
 
@@ -152,16 +187,16 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """(R, 1) the first place whose sum exceeds the target, at the latest where the whole is reached: never a zero."""
+    """(R, 1) the first place whose sum exceeds the target, at the latest where the total is reached: never a zero."""
     reached = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(cumulative, target, right=True), reached)
 
 
 @contextmanager
-def writing(model: nn.Module) -> Iterator[None]:
+def generation_mode(model: nn.Module) -> Iterator[None]:
     """Without dropout, whatever the model does in training; a sharded model (FSDP2) with its weights gathered.
 
-    Gathered once and not at every token: that is faster, and each process may write as many tokens as it needs to.
+    Gathered once and not at every token: that is faster, and each process may generate as many tokens as it needs to.
     """
     was_training = model.training
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -170,7 +205,7 @@ def writing(model: nn.Module) -> Iterator[None]:
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        with nullcontext() if sharded else _turned(model):
+        with nullcontext() if sharded else _column_major_weights(model):
             yield
     finally:
         model.train(was_training)
@@ -180,34 +215,25 @@ def writing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _turned(model: nn.Module) -> Iterator[None]:
-    """With the weights of linear layers stored column by column, which several threads of a CPU multiply faster.
+def _column_major_weights(model: nn.Module) -> Iterator[None]:
+    """Store the weights of linear layers column by column, which several threads of a CPU multiply faster.
 
     As they are stored otherwise, products of 5 to 48 rows took up to three times as long here; embeddings stay.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _turns(layer)]
-    if torch.get_num_threads() == 1 or sum(layer.weight.numel() for layer in layers) > _TURNED:
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _can_be_column_major(layer)]
+    if torch.get_num_threads() == 1 or sum(layer.weight.numel() for layer in layers) > _COLUMN_MAJOR_LIMIT:
         layers = []
-    kept = [layer.weight for layer in layers]
+    weights = [layer.weight for layer in layers]
     try:
         for layer in layers:
             layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t(), requires_grad=False)
         yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
+        for layer, weight in zip(layers, weights, strict=True):
             layer.weight = weight
 
 
-def _turns(layer: nn.Module) -> bool:
+def _can_be_column_major(layer: nn.Module) -> bool:
     weight: Any = layer._parameters.get("weight")
-    whole = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # not FSDP's or ZeRO's part of one
-    return whole and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def own_stop_ids(model: Any) -> list[int]:
-    """The tokens that a model itself says it ends with; None stands for no model."""
-    return _ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    unsharded = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # not FSDP's or ZeRO's part of one
+    return unsharded and weight.device.type == "cpu" and weight.dtype == torch.float32

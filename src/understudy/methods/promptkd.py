@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
 from ..method import Method, MethodContext
+from ..models.context_window import context_window
 from ..models.forward import score, score_no_grad
 from ..models.parity import can_fuse
 from ..rollout import Writers
@@ -236,12 +237,12 @@ class PromptedTeacher(Teacher):
     def _checked(self, batch: Batch) -> Batch:
         """The batch as the teacher reads it, on its device; refused where it does not fit behind the prompt."""
         batch = batch.as_read_by_teacher()
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = context_window(self.model.config)
         width = batch.input_ids.shape[1] + len(self.prompt)
         if window is not None and width > window:
             raise ValueError(
                 f"{batch.input_ids.shape[1]} tokens behind a soft prompt of {len(self.prompt)} do not fit into the "
-                f"teacher's window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
+                f"teacher's context window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
             )
         return batch.to(self.model.device)
 

@@ -11,8 +11,6 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data.examples import stop_ids
-from ..generation.sampling import own_stop_ids
 from ..playground.names import resolve
 from ..recipe import RecipeError
 
@@ -131,18 +129,6 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
     if student.chat_template != teacher.chat_template:
         logger.warning("student and teacher have different chat templates; the student's is used")
-
-
-def all_stop_ids(tokenizer: Any, *models: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, its chat template's, and what the models say they end with."""
-    found = set(stop_ids(tokenizer)).union(*map(own_stop_ids, models))
-    return sorted(i for i in found if i < len(tokenizer))
-
-
-def window_of(*configs: Any) -> int | None:
-    """How many positions models of all these configurations have; None if no configuration says."""
-    windows = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-    return min((window for window in windows if window), default=None)
 
 
 def reason(error: Exception) -> str:

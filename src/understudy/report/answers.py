@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from ..batch import Batch, Example
+from ..generation.stop_tokens import stop_ids
+from ..models.context_window import context_window
 from ..models.forward import score_no_grad
-from ..models.load import all_stop_ids, check_tokenizers, load_config, load_model, load_tokenizer, window_of
+from ..models.load import check_tokenizers, load_config, load_model, load_tokenizer
 from ..models.parity import can_fuse
 from ..recipe import Recipe, load
 from ..rollouts.generate import GenerateRollout
 from ..run.distill import load_data
+from ..sampling import Sampling
 from ..scores import Scores, divergence_metrics
 from ..step import Step
 from .content import finite, reference_folders, reference_models
@@ -60,15 +63,14 @@ def _ask(runs: Sequence[RunFolder], count: int) -> dict[str, Any]:
     known = reference_models(runs)
     recipe = load(runs[0].path / "recipe.yaml")
     tokenizer = load_tokenizer(str(runs[0].path / "student"))
-    longest = recipe.rollout[1].get("max_new_tokens", GenerateRollout.max_new_tokens)
+    longest = recipe.sampling().max_new_tokens
     teacher = _load(known["teacher"], _dtype(recipe), device) if "teacher" in known else None
-    window = window_of(load_config(str(runs[0].path / "student")))
+    window = context_window(load_config(str(runs[0].path / "student")))
     examples, about = _prompts(runs[0], recipe, tokenizer, window, longest, count)
 
     def write(model: Any) -> list[Example]:
-        stop = all_stop_ids(tokenizer, *filter(None, (model, teacher)))
-        rollout = GenerateRollout(max_new_tokens=longest, temperature=0.0, stop_ids=stop)
-        return rollout.follow(model, tokenizer).generate(examples.examples, Step(0, 0))
+        sampling = Sampling(longest, temperature=0.0, stop_ids=tuple(stop_ids(tokenizer, model, teacher)))
+        return GenerateRollout().bind(model, tokenizer).generate(examples.examples, sampling, Step(0, 0))
 
     prompts: list[dict[str, Any]] = [
         {"prompt": row.prompt, "reference": next(iter(row.references), None), "answers": []} for row in examples.rows

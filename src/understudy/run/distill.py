@@ -9,12 +9,11 @@ A run lives in one folder, `training.output_dir`:
 The same command again resumes an interrupted run from its last complete checkpoint.
 """
 
-import copy
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,17 +29,17 @@ from .. import metrics
 from ..batch import Example
 from ..data.examples import Examples, examples_from_rows, load_examples
 from ..evaluation.evaluate import distance, evaluate
-from ..generation.response_cache import KeptAnswers
+from ..generation.response_cache import CachedRollout
+from ..generation.stop_tokens import stop_ids
 from ..method import Method
 from ..methods import METHODS
+from ..models.context_window import context_window
 from ..models.load import (
-    all_stop_ids,
     check_tokenizers,
     check_vocabulary,
     load_config,
     load_tokenizer,
     loading,
-    window_of,
 )
 from ..models.student import load_student, student_config, tokenizer_name
 from ..playground.names import is_playground, rows
@@ -48,11 +47,13 @@ from ..recipe import Data, Recipe, RecipeError
 from ..recipe_arguments import convert
 from ..registry import did_you_mean
 from ..reward import Reward, RewardModel, function
+from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
+from ..sampling import Sampling
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import TEACHERS, check_provides
-from ..training.callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
+from ..training.callbacks import LogMetrics, ShowSamples, StopOnInterrupt
 from ..training.trainer import StudentTrainer, last_checkpoint
 from .folder import check_unchanged, claim, write
 from .summary import summarize
@@ -123,7 +124,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
     """Build what a recipe describes. Mistakes are looked for in the order of what finding them costs."""
     method: Method = recipe.build("method", METHODS, **_reward(recipe))
-    rollout = recipe.build("rollout", ROLLOUTS)
+    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
     uses_teacher = bool(method.requires) or "teacher" in method.authors
     if uses_teacher and recipe.teacher is None:
         message = f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
@@ -151,9 +152,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
                 configs.append(load_config(name))
                 check_vocabulary(tokenizer, configs[-1], "the teacher has")
     writes = method.authors - {"dataset"}
-    window = window_of(*configs)
+    window = context_window(*configs)
     window = None if window is None else window - method.teacher_prefix_tokens
-    train, held_out, corpus = _datasets(recipe, method, tokenizer, window, rollout.max_new_tokens if writes else 1)
+    train, held_out, corpus = _datasets(recipe, method, tokenizer, window, sampling.max_new_tokens if writes else 1)
 
     set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
     with recipe.locating("student"):
@@ -161,27 +162,28 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     teacher = teacher if uses_teacher else None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded here, where mistakes have a place
-    if rollout.stop_ids is None:
-        rollout.stop_ids = all_stop_ids(tokenizer, student, teacher_model)
+    if not sampling.stop_ids:
+        sampling = replace(sampling, stop_ids=tuple(stop_ids(tokenizer, student, teacher_model)))
     folder = Path(arguments.output_dir or ".")
-    teacher_writer = None
+    teacher_rollout = None
     if "teacher" in writes and teacher is not None:
-        writer = copy.copy(rollout).follow(teacher_model, tokenizer, "teacher")
-        teacher_writer = KeptAnswers(writer, folder / "teacher_answers.jsonl")
+        bound = rollout.bind(teacher_model, tokenizer, "teacher")
+        teacher_rollout = CachedRollout(bound, folder / "teacher_answers.jsonl")
     trainer = StudentTrainer(
         student,
         teacher,
         method,
         rollout,
+        sampling,
         processing_class=tokenizer,
-        teacher_rollout=teacher_writer,
-        response_metrics=_judge(recipe, rollout, tokenizer, held_out) if recipe.evaluate.metrics else None,
+        teacher_rollout=teacher_rollout,
+        response_metrics=_judge(recipe, rollout, sampling, tokenizer, held_out) if recipe.evaluate.metrics else None,
         budget=recipe.budget,
         corpus=corpus,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        callbacks=[WriteMetrics(folder / "metrics.jsonl")],
+        callbacks=[LogMetrics(folder / "metrics.jsonl")],
     )
     shown = recipe.evaluate
     if shown.patience is not None:
@@ -190,7 +192,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         every = shown.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
         source = held_out or train
         examples = [source[i] for i in range(min(shown.show, len(source)))]
-        trainer.add_callback(ShowSamples(rollout, examples, tokenizer, every, folder / "samples.jsonl", console))
+        trainer.add_callback(
+            ShowSamples(trainer.writers.student, examples, tokenizer, every, folder / "samples.jsonl", console)
+        )
     return Run(recipe, trainer, teacher, tokenizer, folder, train, held_out)
 
 
@@ -214,7 +218,7 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
 
 
 def _judge(
-    recipe: Recipe, rollout: Any, tokenizer: Any, held_out: Examples | None
+    recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
 ) -> Callable[[Any], dict[str, float]]:
     """What a student's greedy answers to the held-out prompts come to, as numbers."""
     names = recipe.evaluate.metrics
@@ -222,11 +226,10 @@ def _judge(
         raise recipe.error("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
     with recipe.locating("evaluate.metrics"):
         metrics.check(names)
-    greedy = copy.copy(rollout)
-    greedy.temperature, greedy.responses = 0.0, 1
+    greedy = replace(sampling, temperature=0.0, n=1)
 
     def judge(student: Any) -> dict[str, float]:
-        found = evaluate(student, tokenizer, held_out, greedy, metrics=names).metrics
+        found = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
         return {
             name: value for name, value in found.items() if not name.startswith(("seconds", "tokens_per", "examples"))
         }
@@ -244,7 +247,7 @@ def own_samples(run: Run, count: int = 64) -> dict[str, float]:
         return {}
     source = run.held_out or run.train
     prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
-    written = trainer.writers.student.generate(prompts, Step(0, trainer.args.seed))
+    written = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, teacher, written, trainer.vocabulary)
 

@@ -1,4 +1,4 @@
-"""What watches a run: the method's schedules, broken gradients, Ctrl-C, metrics, samples, the progress display."""
+"""Callbacks of the training loop: schedules, budget, gradient check, Ctrl-C, metrics file, samples, progress bar."""
 
 import json
 import math
@@ -17,46 +17,60 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..batch import Example
-from ..budget import Spending, amount
+from ..budget import amount
 from ..method import Method
-from ..rollout import Rollout
+from ..rollout import Rollout, Writer
 from ..step import Step
+from .spending import Spending
 
-_SHOWN = ("loss", "forward_kl", "reverse_kl", "tokens_per_second")
+_PROGRESS_METRICS = ("loss", "forward_kl", "reverse_kl", "tokens_per_second")
 
 
-class AdvanceMethod(TrainerCallback):
-    """Moves the method's schedules on after each optimizer step."""
+class AfterStep(TrainerCallback):
+    """Tells the method after each optimizer step how far the run is, for its schedules."""
 
     def __init__(self, method: Method, spending: Spending) -> None:
         self.method, self.spending = method, spending
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        total = self.spending.foreseen(state.global_step, state.max_steps)
+        total = self.spending.expected_steps(state.global_step, state.max_steps)
         self.method.after_step(Step(state.global_step, args.seed, total))
 
 
-class KeepToBudget(TrainerCallback):
-    """Ends the run with the step at which its budget is used up, as if this were the last that it was to have.
+class SyncRollout(TrainerCallback):
+    """Tells the student's rollout when the student's weights have changed: after a step, and after resuming."""
 
-    `agreed` is what all processes take a step's seconds for.
+    def __init__(self, rollout: Rollout) -> None:
+        self.rollout = rollout
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rollout.sync(Step(state.global_step, args.seed))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rollout.sync(Step(state.global_step, args.seed))
+
+
+class StopAtBudget(TrainerCallback):
+    """Ends the run with the step at which its budget is used up, as if `max_steps` had been this step.
+
+    `agree` returns the same number of seconds on all processes.
     """
 
-    def __init__(self, spending: Spending, agreed: Callable[[float], float]) -> None:
-        self.spending, self.agreed = spending, agreed
+    def __init__(self, spending: Spending, agree: Callable[[float], float]) -> None:
+        self.spending, self.agree = spending, agree
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.spending.end_step(self.agreed)
+        self.spending.end_step(self.agree)
         if self.spending.share >= 1:
-            state.max_steps = min(state.max_steps, state.global_step + 1)  # the one at hand is counted a moment later
+            state.max_steps = min(state.max_steps, state.global_step + 1)  # this step is counted a moment later
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.spending.share >= 1:
             control.should_log = True  # a budget rarely ends where a line is due
 
 
-class RefuseBrokenGradients(TrainerCallback):
-    """Ends the run before a gradient that is not a number reaches the weights, and then a checkpoint."""
+class CheckGradients(TrainerCallback):
+    """Raises an error before a gradient that is not finite reaches the weights, and then a checkpoint."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:  # there the scaler skips such steps, and lowers the scale
@@ -71,41 +85,41 @@ class RefuseBrokenGradients(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after the step at hand, with a checkpoint; a second one ends it at once.
+    """The first Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
 
     In a run of several processes the signal reaches them at different steps, so there it keeps its usual meaning.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._before: Any = None
+        self._previous_handler: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._interrupt)
+            self._previous_handler = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, *_: Any) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
 
 
-class WriteMetrics(TrainerCallback):
-    """Appends every log line to a JSONL file; a resumed run first drops the lines it is about to write again."""
+class LogMetrics(TrainerCallback):
+    """Appends every log line to a JSONL file; a resumed run first drops the lines that it will write again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _keep_until(self.path, state.global_step)
+            _drop_after(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -113,45 +127,44 @@ class WriteMetrics(TrainerCallback):
 
 
 class ShowSamples(TrainerCallback):
-    """Every so many steps, lets the student answer the same few prompts, prints the answers and keeps them as JSONL."""
+    """Every so many steps, prints responses of the student to the same few prompts and appends them to a JSONL file."""
 
     def __init__(
         self,
-        rollout: Rollout,
+        writer: Writer,
         examples: Sequence[Example],
         tokenizer: Any,
         every: int,
         path: Path,
         console: Console | None = None,
     ) -> None:
-        self.rollout, self.examples, self.tokenizer = rollout, list(examples), tokenizer
+        self.writer, self.examples, self.tokenizer = writer, list(examples), tokenizer
         self.every, self.path = every, path
-        self.console = console or get_console()  # the progress display's, so that neither writes over the other
+        self.console = console or get_console()  # the progress bar's, so that neither writes over the other
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _keep_until(self.path, state.global_step)
+            _drop_after(self.path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.every or state.global_step % self.every or not self.examples:
             return
-        answers = self.rollout.generate(self.examples, Step(0, args.seed))
-        answers = answers[:: len(answers) // len(self.examples)]  # the first of several to a prompt
+        responses = self.writer(self.examples, Step(0, args.seed), n=1)
         if not state.is_world_process_zero:
             return
         names = ("prompt", "student", "reference")
-        columns = [Column(name, overflow="fold") for name in names]  # not every writing has spaces to break a line at
+        columns = [Column(name, overflow="fold") for name in names]  # not every script has spaces to break a line at
         table = Table(*columns, title=f"step {state.global_step}", show_lines=True)
-        for example, answer in zip(self.examples, answers, strict=True):
-            said = (example.prompt, answer.response, example.response)
-            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
-            table.add_row(*(Text(_harmless(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
+        for example, sample in zip(self.examples, responses, strict=True):
+            columns_ids = (example.prompt, sample.response, example.response)
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in columns_ids]
+            table.add_row(*(Text(_printable(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
             _append(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
         self.console.print(table)
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with rate, remaining time and the current losses; with a budget, of the steps that it will do for."""
+    """A progress bar with rate, remaining time and current losses; with a budget, over the steps it is enough for."""
 
     def __init__(self, console: Console | None = None, spending: Spending | None = None) -> None:
         self.spending = spending or Spending()
@@ -169,24 +182,24 @@ class ShowProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.task = self.progress.add_task("distil", **self._reached(state), rate="", losses="")
+            self.task = self.progress.add_task("distil", **self._position(state), rate="", losses="")
             self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.task is not None:
             speed = self.progress.tasks[self.task].speed
             rate = f"{speed:.2f} steps/s" if speed else ""
-            self.progress.update(self.task, **self._reached(state), rate=rate)
+            self.progress.update(self.task, **self._position(state), rate=rate)
 
-    def _reached(self, state: Any) -> dict[str, Any]:
-        """How far the run is, of how many steps, and what share of its budget that took."""
+    def _position(self, state: Any) -> dict[str, Any]:
+        """Fields of the bar: steps done, steps expected and the share of the budget that is spent."""
         steps, budget = state.global_step, self.spending.budget
         spent = "" if budget is None else f"{self.spending.share:.0%} of {amount({budget.kind: budget.limit})}"
-        return {"completed": steps, "total": self.spending.foreseen(steps, state.max_steps), "spent": spent}
+        return {"completed": steps, "total": self.spending.expected_steps(steps, state.max_steps), "spent": spent}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if self.task is not None:
-            losses = "  ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
+            losses = "  ".join(f"{name} {logs[name]:.4g}" for name in _PROGRESS_METRICS if name in logs)
             if losses:
                 self.progress.update(self.task, losses=losses)
 
@@ -194,8 +207,8 @@ class ShowProgress(TrainerCallback):
         self.progress.stop()
 
 
-def _harmless(text: str) -> str:
-    """Without what a terminal would obey instead of showing: control codes, and marks that turn the writing around."""
+def _printable(text: str) -> str:
+    """Replace what a terminal would execute instead of showing: control codes, and marks that change text direction."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\t", " "))
 
 
@@ -204,14 +217,14 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL file that are later than `step`, and a last line that was cut off."""
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that are later than `step`, and a torn last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")

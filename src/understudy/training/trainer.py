@@ -12,7 +12,6 @@ The loss of an optimizer step is Σ weight · value over all its tokens on all p
 does not depend on how the step is split into micro-batches and processes.
 """
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
@@ -28,19 +27,21 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batch import Batch, Example, micro_batches
-from ..budget import Budget, Spending, paced
+from ..budget import Budget
 from ..fused_linear.compiling import compiling_pays_off
 from ..fused_linear.tiles import tiling
 from ..method import Method, MethodContext
 from ..models.forward import score
 from ..models.parity import can_fuse
-from ..rollout import Rollout, Writers
-from ..scores import DIVERGENCE_METRICS, Scores, divergence_metrics
+from ..rollout import Rollout, Writer, Writers
+from ..sampling import Sampling
+from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
-from .callbacks import AdvanceMethod, KeepToBudget, RefuseBrokenGradients, ShowProgress
-from .step_metrics import Window
+from .callbacks import AfterStep, CheckGradients, ShowProgress, StopAtBudget, SyncRollout
+from .spending import Spending, follow_budget
+from .step_metrics import StepMetrics
 
 STATE_FILE = "distillation.safetensors"
 
@@ -53,8 +54,9 @@ class StudentTrainer(Trainer):
         teacher: scores the responses; None for methods that need no scores.
         method: what to train on and what to minimise.
         rollout: generates the student's responses (and, if the teacher is a live model, the teacher's).
+        sampling: its sampling parameters.
         processing_class: the tokenizer that student and teacher share; required.
-        teacher_rollout: generates the teacher's responses instead of the rollout.
+        teacher_rollout: generates the teacher's responses instead of the rollout; bound to the teacher's model.
         response_metrics: from the student to further metrics, which `evaluate` returns as well.
         budget: the tokens or seconds that the run may spend; it ends when this or its steps are used up, and its
             schedules end with it.
@@ -70,6 +72,7 @@ class StudentTrainer(Trainer):
         teacher: Teacher | None,
         method: Method,
         rollout: Rollout | None = None,
+        sampling: Sampling | None = None,
         *,
         processing_class: Any,
         args: TrainingArguments | None = None,
@@ -95,13 +98,13 @@ class StudentTrainer(Trainer):
         accelerator_config.dispatch_batches = False  # nor could they be sent to other processes
         self.spending = Spending(budget)
         if budget is not None:
-            callbacks = [KeepToBudget(self.spending, self._first_process_s), *callbacks]
+            callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
         super().__init__(
             model=student,
             args=args,
             data_collator=cast(Any, list),  # examples stay ragged until Batch.from_examples
             processing_class=processing_class,
-            callbacks=[RefuseBrokenGradients(), AdvanceMethod(method, self.spending), *callbacks],
+            callbacks=[CheckGradients(), AfterStep(method, self.spending), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
@@ -117,9 +120,9 @@ class StudentTrainer(Trainer):
         self.pad = processing_class.pad_token_id
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
-        self.window = self._new_window()
+        self.step_metrics = StepMetrics()
         self._fused = can_fuse(student)
-        self.writers = self._writers(rollout, teacher_rollout)
+        self.writers = self._writers(rollout, sampling or Sampling(), teacher_rollout)
 
     @property
     def tokens_seen(self) -> int:
@@ -137,15 +140,19 @@ class StudentTrainer(Trainer):
         if self.spending.budget is None or scheduler is given:
             return scheduler
         warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
-        return paced(scheduler, self.spending, num_training_steps, warmup)
+        return follow_budget(scheduler, self.spending, num_training_steps, warmup)
 
-    def _writers(self, rollout: Rollout | None, teacher_rollout: Rollout | None) -> Writers:
+    def _writers(self, rollout: Rollout | None, sampling: Sampling, teacher_rollout: Rollout | None) -> Writers:
         if rollout is None:
             return Writers()
         teacher = self.teacher if "teacher" in self.method.authors else None
         if teacher_rollout is None and teacher is not None and teacher.can(Capability.MODEL):
-            teacher_rollout = copy.copy(rollout).follow(teacher.model, self.processing_class, "teacher")
-        return Writers(rollout.follow(self.model, self.processing_class), teacher_rollout)
+            teacher_rollout = rollout.bind(teacher.model, self.processing_class, "teacher")
+        student = rollout.bind(self.model, self.processing_class)
+        self.add_callback(SyncRollout(student))
+        return Writers(
+            Writer(student, sampling), None if teacher_rollout is None else Writer(teacher_rollout, sampling)
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         at, most = self.state.global_step, self.state.max_steps
@@ -156,15 +163,15 @@ class StudentTrainer(Trainer):
         drawn = list(islice(epoch_iterator, num_batches))
         if not drawn:
             return [], None
-        step = Step(at, self.args.seed, self.spending.foreseen(at, most))
-        with self.window.spent("generate"):
+        step = Step(at, self.args.seed, self.spending.expected_steps(at, most))
+        with self.step_metrics.timer("generate"):
             examples = self.method.collect(list(chain(*drawn)), self.writers, step)
         batches = [Batch.from_examples(part, self.pad, device) for part in micro_batches(examples, len(drawn))]
         for batch in batches:
-            self.window.saw(batch)
+            self.step_metrics.count(batch)
         if self.teacher is not None and self.method.requires:
             self.teacher.prefetch(batches)
-        with self.window.spent("learn"):
+        with self.step_metrics.timer("learn"):
             self.method.before_step(batches, self.teacher, self.model, step)
         counts = [sum(b.normalizer(self.method.reduction) for b in batches), sum(len(b.tokens) for b in batches)]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
@@ -173,7 +180,7 @@ class StudentTrainer(Trainer):
         return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], normalizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.window.spent("learn"):
+        with self.step_metrics.timer("learn"):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(
@@ -196,7 +203,7 @@ class StudentTrainer(Trainer):
         """Σ weight · value over the batch's tokens; the caller divides by the normalizer."""
         method, teacher = self.method, cast(Any, None)
         if self.teacher is not None and method.requires:
-            with self.window.spent("score"):
+            with self.step_metrics.timer("score"):
                 teacher = self.teacher.score(batch).cut(self.vocabulary)
         weights = batch.weights(method.reduction)
 
@@ -204,9 +211,9 @@ class StudentTrainer(Trainer):
             values = method.loss(teacher, student, batch)
             if diagnose and self.teacher is not None and teacher is not None:
                 if self.teacher.can(Capability.TOP_K):
-                    self.window.observed(divergence_metrics(teacher, student))
+                    self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.window.observed(method.metrics(teacher, student, batch))
+                    self.step_metrics.record(method.metrics(teacher, student, batch))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
@@ -220,9 +227,6 @@ class StudentTrainer(Trainer):
             fused=self._fused,
         )
 
-    def _new_window(self) -> Window:
-        return Window([*DIVERGENCE_METRICS])
-
     def _is_logged(self) -> bool:
         """Will this step's metrics be logged? Only then are the two models compared for logging."""
         every = max(int(self.state.logging_steps or 1), 1)
@@ -231,7 +235,7 @@ class StudentTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self.window.close(self.accelerator)
+            logs |= self.step_metrics.log_line(self.accelerator)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -247,7 +251,7 @@ class StudentTrainer(Trainer):
         if dataset is None:
             raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
         examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
-        training, self.window = self.window, self._new_window()  # evaluation has its own counts
+        training, self.step_metrics = self.step_metrics, StepMetrics()  # evaluation has its own counts
         saved_state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         total, normalizer = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model = cast(nn.Module, self.model)
@@ -256,12 +260,12 @@ class StudentTrainer(Trainer):
             part = examples[start : start + self.args.per_device_eval_batch_size]
             part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
             batch = Batch.from_examples(part, self.pad, self.args.device)
-            self.window.saw(batch)
+            self.step_metrics.count(batch)
             with self.compute_loss_context_manager():
                 total += self._weighted_loss(model, batch, diagnose=True)
             normalizer += batch.normalizer(self.method.reduction)
-        line = self.window.close(self.accelerator)
-        self.window = training
+        line = self.step_metrics.log_line(self.accelerator)
+        self.step_metrics = training
         if saved_state:
             self.method.load_state_dict(saved_state)  # what it collected here was not for training
         total, normalizer = self.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
@@ -307,7 +311,7 @@ class StudentTrainer(Trainer):
             state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
             self.spending.resume(state.pop("spent").tolist())
             self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
-        self.window = self._new_window()
+        self.step_metrics = StepMetrics()
         try:
             with tiling(compiled=self._compiles()):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
