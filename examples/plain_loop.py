@@ -1,25 +1,27 @@
-"""On-policy distillation (GKD) with nothing hidden: the library's pieces in a loop of one's own, without a trainer.
+"""On-policy distillation (GKD) in a training loop of your own, without a trainer.
 
 python examples/plain_loop.py
 """
 
+from functools import partial
+
 import torch
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from understudy.batch import Batch, Example
-from understudy.divergences import JensenShannon
-from understudy.models.forward import score
-from understudy.rollouts.generate import GenerateRollout
-from understudy.sampling import Sampling
-from understudy.step import Step
-from understudy.teachers.local import LocalTeacher
+from understudy import Batch, Example, GenerateRollout, JensenShannon, LocalTeacher, Sampling, Scores, Step, score
 
 
 def tiny(width: int, spread: float) -> LlamaForCausalLM:
-    """A model of random weights; from_pretrained does as well."""
+    """A model with random weights."""
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=12, **shape, eos_token_id=0, initializer_range=spread))
+
+
+def distance(teacher: Scores, weights: Tensor, student: Scores) -> Tensor:
+    """The mean JSD over the response tokens, computed inside the student's forward, in place of its logits."""
+    return (weights * teacher.divergence_to(student, JensenShannon(beta=0.5))).sum()
 
 
 def main(steps: int = 60) -> list[float]:
@@ -32,18 +34,13 @@ def main(steps: int = 60) -> list[float]:
     student, teacher = tiny(32, 0.02), LocalTeacher(tiny(64, 0.2))
     rollout, sampling = GenerateRollout().bind(student, tokenizer), Sampling(max_new_tokens=8)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    divergence = JensenShannon(beta=0.5)
     losses = []
     for number in range(steps):
-        asked = [prompts[(16 * number + i) % len(prompts)] for i in range(16)]
-        batch = Batch.from_examples(
-            rollout.generate(asked, sampling, Step(number)), pad=0
-        )  # what the student writes, as ids
-        judged = teacher.score(batch)  # what the teacher thinks of every token of it
+        examples = [prompts[(16 * number + i) % len(prompts)] for i in range(16)]
+        responses = rollout.generate(examples, sampling, Step(number))  # the student's own, as token ids
+        batch = Batch.from_examples(responses, pad=0)
         weights = batch.weights("token") / batch.normalizer("token")
-        loss = score(
-            student, batch, lambda own: (weights * judged.divergence_to(own, divergence)).sum(), weights=weights
-        )
+        loss = score(student, batch, partial(distance, teacher.score(batch), weights), weights=weights)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

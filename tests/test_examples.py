@@ -1,19 +1,37 @@
-"""The examples run, and do what they say."""
+"""The examples run as their pages say: methods, teachers and rollouts of one's own, named in a recipe or in a loop."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import ragged_examples, tiny
+from fakes import VOCABULARY, ragged_examples, tiny, words
+from folders import characters, llama, sums, write
 from loop import logged, student, teacher, trainer
+from servers import response_server, top_k_server
+from transformers import AutoModelForCausalLM
 
-from understudy.batch import Batch
-from understudy.methods.kd import KD
-from understudy.step import Step
-from understudy.teachers.local import LocalTeacher
+from understudy import (
+    GKD,
+    KD,
+    Batch,
+    Capability,
+    Dense,
+    Example,
+    LocalTeacher,
+    ReverseKL,
+    Sampling,
+    Scores,
+    Step,
+    distill,
+    load,
+)
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
+TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2}
+SEVERAL = Sampling(max_new_tokens=6, n=16)
+TRAINING |= {"use_cpu": True, "disable_tqdm": True}
 
 
 def example(name):
@@ -23,43 +41,162 @@ def example(name):
     return module
 
 
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Trains a tiny student as a recipe says, with the examples' folder as the working directory; returns the log."""
+    monkeypatch.chdir(FOLDER)
+    models = {name: llama(tmp_path / name, seed) for seed, name in enumerate(("student", "teacher"))}
+
+    def run(folder="run", **blocks):
+        content = {
+            "student": {"model": str(models["student"])},
+            "teacher": {"local": {"model": str(models["teacher"])}},
+            "method": "gkd",
+            "rollout": {"generate": {"max_new_tokens": 6}},
+            "data": {"dataset": str(sums(tmp_path / "sums.jsonl")), "max_length": 24},
+            "training": {**TRAINING, "output_dir": str(tmp_path / folder)},
+            "evaluate": {"show": 0},
+        }
+        distill(load(write(tmp_path / f"{folder}.yaml", {**content, **blocks})))
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "loss" in line]
+
+    run.models = models
+    return run
+
+
 def test_the_plain_loop_learns():
     losses = example("plain_loop").main(steps=50)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
-def test_the_custom_method_moves_its_target_once_per_step_and_learns(tmp_path):
-    method = example("custom_method").Interpolated(start=0.2)
+def test_opd_runs_from_a_recipe_and_logs_its_metric(recipe):
+    lines = recipe(method={"opd:OPD": {}})
+    assert len(lines) == 3
+    assert all({"advantage", "reverse_kl"} <= line.keys() for line in lines)
+
+
+def test_opd_s_expected_gradient_is_the_reverse_kl_s():
+    """Enumerated over one-token responses: Σ q(v) ∇L(v) = ∇KL(q‖p)."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(7, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    logits = q.clone().requires_grad_()
+    log_q = logits.log_softmax(-1)
+    batch = Batch.from_examples([Example([1], [v], "student") for v in range(7)], 0)
+    scores = [Scores(batch.tokens, Dense(x.expand(7, 7))) for x in (p, log_q)]
+    (q.exp() * example("opd").OPD().loss(*scores, batch)).sum().backward()
+    other = q.clone().requires_grad_()
+    ReverseKL()(p[None], other.log_softmax(-1)[None]).sum().backward()
+    torch.testing.assert_close(logits.grad, other.grad)
+
+
+def test_opd_trains_with_a_teacher_that_provides_the_chosen_token_alone(tmp_path):
+    class Chosen(LocalTeacher):
+        provides = frozenset({Capability.CHOSEN})
+
+    made = trainer(tmp_path, example("opd").OPD(), with_teacher=Chosen(teacher().model), sampling=SEVERAL, max_steps=20)
+    made.train()
+    advantage = logged(made, "advantage")
+    assert -sum(advantage[-5:]) < -0.8 * sum(advantage[:5]), "the reverse KL falls"
+
+
+def test_taid_runs_from_a_recipe(recipe):
+    assert len(recipe(method={"taid:TAID": {"start": 0.2}})) == 3
+
+
+def test_taid_moves_its_target_once_per_step_and_learns(tmp_path):
+    method = example("taid").TAID(start=0.2)
     made = trainer(tmp_path, method, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     made.train()
     assert float(method.share) == 1.0
     assert logged(made, "forward_kl")[-1] < logged(made, "forward_kl")[0]
 
 
-def test_the_custom_method_s_limits_are_no_loss_and_forward_kl():
-    method, batch = example("custom_method").Interpolated(start=0.0), Batch.from_examples(ragged_examples(4), 0)
+def test_taid_s_limits_are_no_loss_and_forward_kl():
+    method, batch = example("taid").TAID(start=0.0), Batch.from_examples(ragged_examples(4), 0)
     q, p = LocalTeacher(student()).score(batch), teacher().score(batch)
-    torch.testing.assert_close(method.loss(q, p, batch), torch.zeros(len(batch.tokens)), atol=1e-5, rtol=0)
-    method.advance(Step(5, total=5))
-    torch.testing.assert_close(method.loss(q, p, batch), KD().loss(q, p, batch), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(method.loss(p, q, batch), torch.zeros(len(batch.tokens)), atol=1e-5, rtol=0)
+    method.after_step(Step(5, total=5))
+    torch.testing.assert_close(method.loss(p, q, batch), KD().loss(p, q, batch), atol=1e-5, rtol=1e-4)
 
 
-def test_the_custom_method_resumes_from_its_own_state():
-    method = example("custom_method").Interpolated()
-    method.advance(Step(3, total=7))
-    other = example("custom_method").Interpolated()
+def test_taid_resumes_from_its_own_state():
+    method = example("taid").TAID()
+    method.after_step(Step(3, total=7))
+    other = example("taid").TAID()
     other.load_state_dict(method.state_dict())
     assert other.share == method.share != torch.tensor(0.4)
 
 
-def test_the_custom_teacher_averages_probabilities_and_teaches(tmp_path):
-    members = [LocalTeacher(tiny("llama", seed=seed)) for seed in (3, 4)]
-    ensemble, batch = example("custom_teacher").Ensemble(members), Batch.from_examples(ragged_examples(4), 0)
-    mean = sum(member.score(batch).log_probs.exp() for member in members) / 2
+def test_the_ensemble_averages_probabilities_and_teaches(tmp_path):
+    models = [tiny("llama", seed=seed) for seed in (3, 4)]
+    ensemble, batch = example("ensemble_teacher").Ensemble(models), Batch.from_examples(ragged_examples(4), 0)
+    mean = sum(LocalTeacher(model).score(batch).log_probs.exp() for model in models) / 2
     torch.testing.assert_close(ensemble.score(batch).log_probs.exp(), mean, atol=1e-6, rtol=0)
     made = trainer(tmp_path, KD(), with_teacher=ensemble, max_steps=10)
     made.train()
     assert logged(made)[-1] < logged(made)[0]
+
+
+def test_the_ensemble_runs_from_a_recipe(recipe):
+    models = [str(path) for path in recipe.models.values()]
+    assert len(recipe(method="kd", teacher={"ensemble_teacher:Ensemble": {"models": models}})) == 3
+
+
+def test_the_http_teacher_runs_from_a_recipe_with_the_losses_of_the_local_teacher(recipe, tmp_path):
+    """With all tokens as the top K the K+1 events are the whole distribution."""
+    vocabulary = len(characters())
+    local = recipe("local")
+    with top_k_server(LocalTeacher(str(recipe.models["teacher"]))) as url:
+        fields = {"url": url, "k": vocabulary, "tokenizer": str(recipe.models["teacher"])}
+        served = recipe(teacher={"http_teacher:HTTPTeacher": fields})
+    assert [line["loss"] for line in served] == pytest.approx([line["loss"] for line in local], rel=1e-4)
+
+
+def test_the_http_teacher_s_top_k_gives_a_lower_bound_and_the_chosen_token(tmp_path):
+    local, batch = teacher(), Batch.from_examples(ragged_examples(5), 0)
+    learner = LocalTeacher(student()).score(batch)
+    whole, values = local.score(batch), []
+    with top_k_server(local) as url:
+        for k in (1, 5, 20, VOCABULARY):
+            scores = example("http_teacher").HTTPTeacher(url, k).score(batch)
+            torch.testing.assert_close(scores.chosen, whole.chosen)
+            values.append(scores.divergence_to(learner, GKD().divergence).mean())
+    assert values == sorted(values)
+    torch.testing.assert_close(values[-1], whole.divergence_to(learner, GKD().divergence).mean(), rtol=1e-4, atol=0)
+
+
+def test_the_http_teacher_asks_for_all_micro_batches_of_a_step_at_once():
+    batches = [Batch.from_examples(ragged_examples(3, seed=seed), 0) for seed in range(3)]
+    with top_k_server(teacher()) as url:
+        remote = example("http_teacher").HTTPTeacher(url, 4)
+        remote.prefetch(batches)
+        pending = list(remote._pending.values())
+        scores = [remote.score(batch) for batch in batches]
+        assert len(pending) == 3
+        assert not remote._pending
+        for batch, prefetched in zip(batches, scores, strict=True):
+            assert torch.equal(prefetched.log_probs, example("http_teacher").HTTPTeacher(url, 4).score(batch).log_probs)
+
+
+def test_the_socket_rollout_runs_from_a_recipe_and_generates_with_the_weights_of_each_step(recipe, tmp_path):
+    """The responses depend on the weights, so that equal losses mean equal weights on the server at every step."""
+    local = recipe("local")
+    server_model = AutoModelForCausalLM.from_pretrained(recipe.models["teacher"])
+    with response_server(server_model, characters()) as (port, loaded):
+        fields = {"port": port, "weights": str(tmp_path / "weights.safetensors"), "max_new_tokens": 6}
+        served = recipe(rollout={"socket_rollout:SocketRollout": fields})
+    assert [line["loss"] for line in served] == [line["loss"] for line in local]
+    assert [line["response_length"] for line in served] == [line["response_length"] for line in local]
+    assert len(loaded) >= 3
+
+
+def test_the_socket_rollout_generates_n_responses_to_each_prompt(tmp_path):
+    model, prompts = tiny("llama"), ragged_examples(4, responses=False)
+    with response_server(tiny("llama", seed=5), words()) as (port, _):
+        rollout = example("socket_rollout").SocketRollout(port, str(tmp_path / "w.safetensors"))
+        responses = rollout.bind(model, words()).generate(prompts, Sampling(max_new_tokens=5, n=3), Step(2))
+    assert [e.row for e in responses] == [row for row in range(4) for _ in range(3)]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))

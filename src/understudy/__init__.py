@@ -7,7 +7,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from .batch import Batch, Example, micro_batches
+    from .batch import Author, Batch, Example, Reduction, micro_batches
     from .budget import Budget
     from .data.examples import Examples, load_examples
     from .divergences import (
@@ -20,17 +20,22 @@ if typing.TYPE_CHECKING:
         SkewReverseKL,
         TotalVariation,
     )
+    from .fused_linear.distributions import Dense, Projected, TopK
     from .fused_linear.loss import fused_divergence
-    from .method import Method
+    from .generation.stop_tokens import stop_ids
+    from .method import Method, MethodContext
     from .methods.dpkd import DPKD
     from .methods.gkd import GKD
     from .methods.kd import KD
     from .methods.promptkd import PromptKD
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
-    from .models.forward import score
+    from .metric import Metric, Score
+    from .models.forward import score, score_no_grad
     from .recipe import Recipe, load
+    from .reward import Reward, RewardModel
     from .rollout import Rollout, Writer, Writers
+    from .rollouts.continuous import ContinuousRollout
     from .rollouts.generate import GenerateRollout
     from .run.distill import distill
     from .sampling import Sampling
@@ -42,8 +47,8 @@ if typing.TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "batch": ("Batch", "Example", "micro_batches"),
+_NAMES_BY_MODULE = {
+    "batch": ("Author", "Batch", "Example", "Reduction", "micro_batches"),
     "budget": ("Budget",),
     "data.examples": ("Examples", "load_examples"),
     "divergences": (
@@ -56,35 +61,40 @@ _HOMES = {
         "SkewReverseKL",
         "TotalVariation",
     ),
-    "method": ("Method",),
+    "fused_linear.distributions": ("Dense", "Projected", "TopK"),
+    "fused_linear.loss": ("fused_divergence",),
+    "generation.stop_tokens": ("stop_ids",),
+    "method": ("Method", "MethodContext"),
     "methods.dpkd": ("DPKD",),
     "methods.gkd": ("GKD",),
     "methods.kd": ("KD",),
     "methods.promptkd": ("PromptKD",),
     "methods.seqkd": ("SeqKD",),
     "methods.sft": ("SFT",),
-    "fused_linear.loss": ("fused_divergence",),
-    "models.forward": ("score",),
+    "metric": ("Metric", "Score"),
+    "models.forward": ("score", "score_no_grad"),
     "recipe": ("Recipe", "load"),
+    "reward": ("Reward", "RewardModel"),
     "rollout": ("Rollout", "Writer", "Writers"),
+    "rollouts.continuous": ("ContinuousRollout",),
     "rollouts.generate": ("GenerateRollout",),
-    "sampling": ("Sampling",),
     "run.distill": ("distill",),
+    "sampling": ("Sampling",),
     "scores": ("Scores",),
     "step": ("Step",),
     "teacher": ("Capability", "Teacher"),
     "teachers.local": ("LocalTeacher",),
     "training.trainer": ("StudentTrainer",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
-__all__ = [*_HOME_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_MODULE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
