@@ -120,9 +120,18 @@ def test_a_foreign_file_is_refused_and_stays_as_it_is(case, tmp_path):
     path.write_bytes(foreign((tmp_path / "whole.jsonl").read_bytes())[case])
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"mine\.jsonl:\d+ is .*: give another file for the answers, or delete this"):
-        write(path, Portions(dies_at=0))
+        write(path, Portions(room=0))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path], "not even a lock lies beside it"
+
+
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
+    other = tmp_path / "answers.jsonl.lock"
+    other.write_text("the only copy")
+    with pytest.raises(ValueError, match=r"answers\.jsonl\.lock is no lock, .*: give another file for the answers"):
+        write(tmp_path / "answers.jsonl")
+    assert other.read_text() == "the only copy"
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_an_empty_file_may_take_answers(tmp_path):

@@ -332,13 +332,11 @@ def _digest(seed: int, examples: Examples, rollout: GenerateRollout, *models: An
 
 def result(folder: Path, trial: Trial) -> Result | str:
     """What a run's folder holds of this trial, or why there is nothing."""
-    file, run = folder / "evaluation.json", folder / "run.json"
-    if not file.exists():
-        failed = folder / "failed.txt"
-        return failed.read_text(encoding="utf-8") if failed.exists() else "the process was killed"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if content["trial"] != json.loads(json.dumps(asdict(trial))):
-        return "judged in another trial"
+    file, run, failed = folder / "evaluation.json", folder / "run.json", folder / "failed.txt"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if content is None or content["trial"] != json.loads(json.dumps(asdict(trial))):
+        other = "the process was killed" if content is None else "judged in another trial"
+        return failed.read_text(encoding="utf-8") if failed.exists() else other
     found = content["found"]
     cost = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
     return Result(

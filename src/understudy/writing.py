@@ -174,6 +174,8 @@ def _alone(path: Path | None) -> Iterator[None]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file for the answers, such as {path / 'answers.jsonl'}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if _lock_of(path).exists() and _lock_of(path).stat().st_size:
+        raise ValueError(f"{_lock_of(path)} is no lock, which would be empty: give another file for the answers")
     lock = FileLock(_lock_of(path), timeout=0)
     try:
         lock.acquire()
