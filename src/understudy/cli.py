@@ -107,8 +107,10 @@ def evaluate(
     if lm_eval is None and data is None:
         raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
     _quiet()
-    from .terminal import progress, show_evaluation
+    from .terminal import check_measured, progress, show_evaluation
 
+    if output is not None:
+        check_measured(output)
     if lm_eval is not None:
         from .evaluation.lm_eval import run_tasks
 

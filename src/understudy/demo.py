@@ -80,7 +80,6 @@ def _judge(name: str, model: str, run: dict[str, Any] | None, folder: Path, quic
     """Let a model answer the held-out problems; the judgement is kept in its folder, where the report finds it."""
     trial = Trial(TEACHER, limit=20 if quick else 500)
     place = Path(run["folder"]) if run else folder / "teacher"
-    place.mkdir(parents=True, exist_ok=True)
     judge(model, load(recipes() / "playground" / "kd.yaml"), place, trial)
     judged = result(place, trial)
     assert isinstance(judged, Result)

@@ -14,6 +14,8 @@ from .budget import spent
 from .evaluation.evaluate import Evaluation
 from .run.folder import write
 
+_MEASURED = {"title", "metrics", "signatures", "curves"}  # what an evaluation's JSON file has
+
 
 def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
     """What a run came to, and where it is."""
@@ -47,12 +49,35 @@ def show_evaluation(result: Evaluation, title: str, output: Path | None, console
     for name, signature in result.signatures.items():
         console.print(f"{name}: {signature}", soft_wrap=True, highlight=False)
     if output is not None:
-        measured = output.with_name(f"{output.stem}.metrics.json")
+        measured = _measured(output)
         numbers = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
         found = {"title": title, "metrics": numbers, "signatures": result.signatures, "curves": result.curves}
         output.parent.mkdir(parents=True, exist_ok=True)
         write(measured, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
         console.print(f"{f'answers: {output}   ' if result.answers else ''}all numbers: {measured}", soft_wrap=True)
+
+
+def check_measured(output: Path) -> None:
+    """Change nothing, and refuse an `output` beside which lies a file of the name of its JSON file that is none.
+
+    Raises:
+        ValueError: naming the file, with the remedy.
+    """
+    file = _measured(output)
+    for path in (file, file.with_name(f"{file.name}.partial")):
+        try:
+            ours = path == file and json.loads(file.read_bytes()).keys() == _MEASURED
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours and path.exists():
+            message = f"{path} exists already and was not written by an evaluation"
+            raise ValueError(f"{message}: give another --output, or move that file")
+
+
+def _measured(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.metrics.json")
 
 
 def progress() -> Progress:

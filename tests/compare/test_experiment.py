@@ -8,8 +8,9 @@ import yaml
 from folders import llama
 from rich.console import Console
 
-from understudy.compare.experiment import Contestant, Trial, budget_override, compare, contestants
-from understudy.recipe import RecipeError
+from understudy.compare.experiment import Contestant, Trial, budget_override, compare, contestants, judge
+from understudy.recipe import RecipeError, load
+from understudy.report.folders import read_answers
 
 QUIET = Console(quiet=True)
 
@@ -51,7 +52,8 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
         for seed in range(1):
             folder = output / name / f"seed-{seed}"
             assert json.loads((folder / "run.json").read_text())["seed"] == seed
-            assert len((folder / "answers-T=1.jsonl").read_text().splitlines()) == 12
+            [answers] = folder.glob("answers-T=1.*.jsonl")
+            assert len(answers.read_text().splitlines()) == 12
     rows = text.splitlines()
     assert "accuracy (greedy)" in rows[0]
     assert "chrf (T=1)" in rows[0]
@@ -79,6 +81,43 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
     compare(entered[:2], output, trial, seeds=1, baseline="kd", console=QUIET)
     assert {p for p, at in before.items() if p.stat().st_mtime_ns != at} == {gone}
     assert json.loads(gone.read_text())["found"]["greedy"]["scores"] == answers
+
+
+@pytest.mark.slow
+def test_another_trial_leaves_files_that_no_evaluation_wrote(home, tmp_path):
+    """Of a model of its own, whose answers belong to other weights when it has learned more."""
+    model = llama(tmp_path / "model", seed=3)
+    recipe, folder = load(home / "kd.yaml"), tmp_path / "judged"
+    folder.mkdir()
+    mine = {name: folder / name for name in ("answers-mine.jsonl", "answers-greedy.jsonl", "notes.txt")}
+    for name, file in mine.items():
+        file.write_text(f"my own {name}")
+    for limit in (4, 6, 4):
+        judge(str(model), recipe, folder, Trial(str(home / "test"), limit=limit))
+        assert len(read_answers(folder)["greedy"]) == limit
+        assert {name: file.read_text() for name, file in mine.items()} == {name: f"my own {name}" for name in mine}
+    before = read_answers(folder)["greedy"]
+    llama(tmp_path / "model", seed=4)
+    judge(str(model), recipe, folder, Trial(str(home / "test"), limit=4))
+    after = read_answers(folder)["greedy"]
+    assert [line["id"] for line in after] != [line["id"] for line in before]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("comparison.json", "comparison.md", "kd/seed-0/log.txt", "kd/seed-0/failed.txt", "kd/seed-0/evaluation.json"),
+        *("kd/seed-0/run.json", "kd/seed-0/checkpoint-3/state.json"),
+    ],
+)
+def test_files_that_no_comparison_wrote_are_refused_and_stay(name, home, tmp_path):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"my": "own"}')
+    with pytest.raises(ValueError, match=r"exists already and was not written by .*: give another --output"):
+        compare(contestants([home / "kd.yaml"]), tmp_path / "out", Trial(), console=QUIET)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == '{"my": "own"}'
 
 
 def test_a_sweep_makes_a_contestant_of_every_value(home):

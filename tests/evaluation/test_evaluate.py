@@ -265,6 +265,25 @@ def refused(monkeypatch, capsys, *arguments):
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.jsonl", '{"a": 1}\n{"a": 2}'),
+        ("mine.jsonl", "the only copy"),
+        ("mine.metrics.json", '{"accuracy": 1}'),
+        ("mine.metrics.json", "the only copy"),
+        ("mine.metrics.json.partial", "the only copy"),
+    ],
+)
+def test_the_command_leaves_files_that_it_did_not_write(name, content, home, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).write_text(content)
+    arguments = (home / "student", "--data", home / "sums.jsonl", "--limit", 2, "--output", tmp_path / "mine.jsonl")
+    said = refused(monkeypatch, capsys, *arguments)
+    assert f"{tmp_path}/{name}" in said
+    assert ": give another " in said
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
 def test_a_protocol_that_is_none_is_refused_with_the_nearest(home, monkeypatch, capsys):
     said = refused(monkeypatch, capsys, home / "student", "--data", home / "sums.jsonl", "--protocol", "minilm")
     assert 'no protocol "minilm"; did you mean "minillm"?' in said

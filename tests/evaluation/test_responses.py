@@ -98,6 +98,49 @@ def test_a_line_that_was_cut_is_written_again(tmp_path):
         assert path.read_bytes() == whole
 
 
+def foreign(whole):
+    """What may lie where answers are to be kept, and is no file of ours."""
+    return {
+        "no newline": b"the only copy",
+        "a line without a newline": b'{"seed": 1, "row": 0}',
+        "lines, the last without a newline": b'{"a": 1}\n{"a": 2}',
+        "an empty line": b"\n",
+        "bytes": b"\xff\xfe\n\x00",
+        "a note behind answers": whole + b"my own note",
+        "a note before a torn answer": b"my own note\n" + whole[:-5],
+        "answers of others, torn": whole.replace(b'"id": "', b'"id": "0')[:-5],
+    }
+
+
+@pytest.mark.parametrize("case", foreign(b""))
+def test_a_foreign_file_is_refused_and_stays_as_it_is(case, tmp_path):
+    write(tmp_path / "whole.jsonl")
+    path = tmp_path / "deep" / "mine.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(foreign((tmp_path / "whole.jsonl").read_bytes())[case])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"mine\.jsonl:\d+ is .*: give another file for the answers, or delete this"):
+        write(path, Portions(room=0))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path], "not even a lock lies beside it"
+
+
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
+    other = tmp_path / "answers.jsonl.lock"
+    other.write_text("the only copy")
+    with pytest.raises(ValueError, match=r"answers\.jsonl\.lock is no lock, .*: give another file for the answers"):
+        write(tmp_path / "answers.jsonl")
+    assert other.read_text() == "the only copy"
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_an_empty_file_may_take_answers(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.touch()
+    write(path)
+    assert len(lines(path)) == 40
+
+
 def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
     path = tmp_path / "answers.jsonl"
     few = replace(EXAMPLES, examples=EXAMPLES.examples[:5], rows=EXAMPLES.rows[:5])

@@ -102,6 +102,17 @@ def written(place, output, **options):
     return page, ended, json.loads((output / "report.json").read_text())
 
 
+@pytest.mark.parametrize("name", ["report.html", "report.json", "png/mine.png"])
+def test_files_that_no_report_wrote_are_refused_and_stay(name, tmp_path):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="exists already and was not written by a report: give another --output"):
+        written(make_run(tmp_path / "run"), tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
 def test_a_run_is_told_with_its_numbers(tmp_path):
     page, ended, content = written(make_run(tmp_path / "run"), tmp_path / "out")
     [run] = content["runs"]

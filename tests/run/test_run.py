@@ -67,7 +67,7 @@ def test_a_run_leaves_everything_behind(method, home):
     kept = {"teacher_answers.jsonl"} if "seqkd" in str(method) else set()
     assert {path.name for path in folder.iterdir()} == kept | {
         *("recipe.yaml", "run.json", "before.json", "metrics.jsonl", "samples.jsonl", "student"),
-        *("checkpoint-1", "checkpoint-2"),
+        *("checkpoint-1", "checkpoint-2", ".understudy"),
     }
     assert json.loads((folder / "run.json").read_text()) == summary
     assert summary["steps"] == 2
@@ -139,6 +139,71 @@ def test_adapters_on_a_student_made_from_the_teacher_are_merged(origin, home):
 
 def snapshot(folder):
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def contents(folder):
+    """Every file's bytes, and every folder."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+NAMES = ["run.json", "metrics.jsonl", "recipe.yaml", "teacher_answers.jsonl", "run.json.partial", ".understudy"]
+NAMES += ["checkpoint-500/model.bin", "student/model.bin", "report/index.html", "soft_prompt/mine.txt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("restart", [False, True])
+def test_files_that_no_run_wrote_are_refused_and_stay(name, restart, home):
+    file = home / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    (home / "run" / "thesis.txt").write_text("the only copy")
+    before = contents(home / "run")
+    taken = home / "run" / name.split("/")[0]
+    with pytest.raises(RecipeError, match=rf"{taken} exists already and was not written by a run: give another train"):
+        run(home, restart=restart, method="sft")
+    assert contents(home / "run") == before
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_recipe_with_a_mistake_writes_nothing_into_a_folder(restart, home):
+    (home / "run").mkdir()
+    (home / "run" / "thesis.txt").write_text("the only copy")
+    before = contents(home / "run")
+    with pytest.raises(DataError):
+        run(home, restart=restart, data={"dataset": str(home / "nope.jsonl")})
+    assert contents(home / "run") == before
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"method": "nosuch"}, {"data": {"dataset": "nope.jsonl"}}, {"student": {"model": "./nowhere"}}], ids=str
+)
+def test_a_restart_with_a_mistake_leaves_the_finished_run(mistake, home):
+    run(home, method="sft")
+    before = contents(home / "run")
+    with pytest.raises(ValueError, match=r"nosuch|nope\.jsonl|nowhere"):
+        run(home, restart=True, **{"method": "sft", **mistake})
+    assert contents(home / "run") == before
+
+
+def test_a_restart_deletes_only_what_runs_and_reports_write(home):
+    run(home, method="sft")
+    mine = ["thesis.txt", "checkpoint-best/notes.txt", "answers-mine.jsonl", "report/notes.txt"]
+    for name in mine:
+        (home / "run" / name).parent.mkdir(exist_ok=True)
+        (home / "run" / name).write_text("mine")
+    (home / "run" / "checkpoint-77").mkdir()
+    run(home, restart=True, method="sft")
+    assert [(home / "run" / name).read_text() for name in mine] == ["mine"] * len(mine)
+    assert not (home / "run" / "checkpoint-77").exists()
+
+
+def test_a_restart_asks_the_teacher_again(home):
+    run(home, method="seqkd")
+    kept = home / "run" / "teacher_answers.jsonl"
+    right = kept.read_text()
+    kept.write_text("".join(json.dumps([*json.loads(line)[:2], [5, 2], False]) + "\n" for line in right.splitlines()))
+    run(home, method="seqkd", restart=True)
+    assert sorted(kept.read_text().splitlines()) == sorted(right.splitlines())
 
 
 def test_a_finished_run_says_so_and_changes_nothing(home, capsys):

@@ -1,6 +1,6 @@
 """Comparing recipes: the same data, the same evaluation, several seeds.
 
-    OUTPUT/<contestant>/seed-<n>/   a run's folder, and in it evaluation.json, answers-*.jsonl and log.txt
+    OUTPUT/<contestant>/seed-<n>/   a run's folder, and in it evaluation.json, log.txt and answers-*.jsonl
     OUTPUT/reference/               what the teacher and the warm start answer
     OUTPUT/comparison.json, .md     every result, and the table
 
@@ -23,7 +23,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .. import mark
+from ..data.examples import Examples
 from ..evaluation.evaluate import evaluate
+from ..evaluation.responses import identity
 from ..methods import METHODS
 from ..models.student import all_stop_ids, load_config, load_model, load_tokenizer, teacher_name, window_of
 from ..playground.names import resolve
@@ -136,14 +139,17 @@ def compare(
             "the recipes have different datasets: name the one that all students are judged on, with --data"
         )
     jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
-    _refuse_others(jobs)
     extra = _references(recipes)
+    _check_free(output, [folder for *_, folder in jobs], [reference_folder(output, model) for model in extra.values()])
+    _refuse_others(jobs)
     if trial.exposure:
         if "teacher" not in extra:
             raise RecipeError(
                 "exposure bias needs one teacher for all recipes that name one, and there are several or none"
             )
         trial = replace(trial, teacher=extra["teacher"])
+    output.mkdir(parents=True, exist_ok=True)
+    mark.mark(output, "comparison")
     threads = max(1, (os.cpu_count() or 1) // parallel)
     tasks: list[tuple[Any, ...]] = []  # what is to be done, the folder that it is done in, and what with
     tasks += [(_judge_reference, reference_folder(output, m), m, entered[0], trial) for m in extra.values()]
@@ -180,6 +186,16 @@ def _recipe_of(contestant: Contestant, seed: int, folder: Path) -> Recipe:
     """What is run in the folder."""
     place = f"training.output_dir={json.dumps(str(folder))}"
     return contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
+
+
+def _check_free(output: Path, runs: Sequence[Path], references: Sequence[Path]) -> None:
+    """Change nothing, and refuse folders with files that the comparison would replace and did not write."""
+    remedy = "give another --output"
+    mark.check(output, "comparison", remedy)
+    for folder in runs:
+        mark.check(folder, "run", remedy)
+    for folder in (*runs, *references):
+        mark.check(folder, "judgement", remedy)
 
 
 def _refuse_others(jobs: Sequence[tuple[Contestant, int, Path]]) -> None:
@@ -240,7 +256,7 @@ def _child(work: Any, arguments: list[Any], threads: int) -> None:
 
 def _run(folder: Path, contestant: Contestant, seed: int, trial: Trial) -> None:
     """Train one contestant with one seed and judge its student; what goes wrong is written to failed.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     (folder / "failed.txt").unlink(missing_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=120)
@@ -254,8 +270,14 @@ def _run(folder: Path, contestant: Contestant, seed: int, trial: Trial) -> None:
 
 
 def _judge_reference(folder: Path, model: str, contestant: Contestant, trial: Trial) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     judge(model, contestant.load(), folder, trial)
+
+
+def _claim(folder: Path) -> None:
+    """Mark a folder, made where there is none, as one that holds what a judgement writes."""
+    mark.check(folder, "judgement", "give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.mark(folder, "judgement")
 
 
 def reference_folder(output: Path, model: str) -> Path:
@@ -263,43 +285,59 @@ def reference_folder(output: Path, model: str) -> Path:
 
 
 def judge(model: str, recipe: Recipe, folder: Path, trial: Trial) -> None:
-    """Let a model answer as the trial says, on a recipe's data; write evaluation.json and the answers."""
+    """Let a model answer as the trial says, on a recipe's data; write evaluation.json and the answers.
+
+    Every file of answers is named after all that they depend on, so that those of another trial or of other weights
+    stay, and the same ones are taken up.
+
+    Raises:
+        ValueError: for a folder with an evaluation.json that no judgement wrote.
+    """
+    _claim(folder)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype="float32").eval()
     longest = recipe.rollout[1].get("max_new_tokens", GenerateRollout.max_new_tokens)
     data = {"dataset": trial.dataset or recipe.data.dataset, "split": trial.split, "limit": trial.limit}
     examples = load_data(recipe.data.model_copy(update=data), tokenizer, window_of(load_config(model)), longest)
     stops, size = all_stop_ids(tokenizer, loaded), trial.batch_size
-    done = folder / "evaluation.json"
-    if done.exists():  # of another trial
-        for path in [*folder.glob("answers-*.jsonl"), done]:
-            path.unlink()
     found: dict[str, Any] = {}
     for name, temperature in trial.samplings.items():
         rollout = GenerateRollout(longest, temperature, stop_ids=stops, batch_size=size)
-        kept = {"seed": trial.seed, "output": folder / f"answers-{name}.jsonl"}
-        judged = evaluate(loaded, tokenizer, examples, rollout, metrics=trial.metrics, **kept)
+        file = folder / f"answers-{name}.{_digest(trial.seed, examples, rollout, loaded)}.jsonl"
+        judged = evaluate(loaded, tokenizer, examples, rollout, seed=trial.seed, metrics=trial.metrics, output=file)
         right = [a["correct"] for a in judged.answers]
-        found[name] = {"metrics": judged.metrics, "scores": None if None in right else [float(r) for r in right]}
+        scores = None if None in right else [float(r) for r in right]
+        found[name] = {"metrics": judged.metrics, "scores": scores, "answers": file.name}
     if trial.exposure and trial.teacher is not None and trial.teacher != model:
         some = replace(examples, examples=examples.examples[: trial.exposure], rows=examples.rows[: trial.exposure])
         teacher = LocalTeacher(resolve(trial.teacher), vocabulary=len(tokenizer), dtype="float32")
-        kept = {"seed": trial.seed, "output": folder / "answers-exposure.jsonl"}
         rollout = GenerateRollout(longest, stop_ids=stops, batch_size=size)
+        file = folder / f"answers-exposure.{_digest(trial.seed, some, rollout, loaded, teacher.model)}.jsonl"
+        kept = {"seed": trial.seed, "output": file}
         judged = evaluate(loaded, tokenizer, some, rollout, teacher, exposure=True, **kept)
-        found["exposure"] = {"metrics": judged.metrics, "scores": None, "curves": judged.curves}
-    write(done, json.dumps({"trial": asdict(trial), "found": found}, indent=1))
+        found["exposure"] = {
+            "metrics": judged.metrics,
+            "scores": None,
+            "curves": judged.curves,
+            "answers": file.name,
+        }
+    write(folder / "evaluation.json", json.dumps({"trial": asdict(trial), "found": found}, indent=1))
+
+
+def _digest(seed: int, examples: Examples, rollout: GenerateRollout, *models: Any) -> str:
+    """8 hexadecimal digits that change with whatever the models' answers to the examples depend on."""
+    settings = [identity(model, rollout, "student") for model in models]
+    content = json.dumps([seed, settings, [example.prompt for example in examples.examples]], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def result(folder: Path, trial: Trial) -> Result | str:
     """What a run's folder holds of this trial, or why there is nothing."""
-    file, run = folder / "evaluation.json", folder / "run.json"
-    if not file.exists():
-        failed = folder / "failed.txt"
-        return failed.read_text(encoding="utf-8") if failed.exists() else "the process was killed"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if content["trial"] != json.loads(json.dumps(asdict(trial))):
-        return "judged in another trial"
+    file, run, failed = folder / "evaluation.json", folder / "run.json", folder / "failed.txt"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if content is None or content["trial"] != json.loads(json.dumps(asdict(trial))):
+        other = "the process was killed" if content is None else "judged in another trial"
+        return failed.read_text(encoding="utf-8") if failed.exists() else other
     found = content["found"]
     cost = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
     return Result(

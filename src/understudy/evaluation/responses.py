@@ -23,6 +23,8 @@ from ..data.formats import Row
 from ..rollout import Rollout
 from ..step import Step
 
+_OPENING = b'{"seed": '  # of every line
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -98,8 +100,11 @@ def write_answers(
     prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
     book = _Book(path, {} if path is None else identity(model, rollout, author), examples.rows, judge)
     tokens, seconds = 0, 0.0
+    asked = [replace(prompt, author=author) for prompt in prompts]
+    if path is not None and path.is_file() and not _lock_of(path).exists():
+        book.check(seeds, asked)  # before a lock is put beside a file that may be somebody else's
     with _alone(path):
-        book.take_up(seeds, [replace(prompt, author=author) for prompt in prompts])
+        book.take_up(seeds, asked)
         made(len(book.answers))
         for seed in seeds:
             missing = [prompt for prompt in prompts if (seed, prompt.row) not in book.answers]
@@ -169,7 +174,9 @@ def _alone(path: Path | None) -> Iterator[None]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file for the answers, such as {path / 'answers.jsonl'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock", timeout=0)
+    if _lock_of(path).exists() and _lock_of(path).stat().st_size:
+        raise ValueError(f"{_lock_of(path)} is no lock, which would be empty: give another file for the answers")
+    lock = FileLock(_lock_of(path), timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -178,6 +185,10 @@ def _alone(path: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
 class _Book:
@@ -199,14 +210,30 @@ class _Book:
                 file.write("".join(json.dumps(a.line, ensure_ascii=False) + "\n" for a in answers).encode())
 
     def take_up(self, seeds: Sequence[int], prompts: Sequence[Example]) -> None:
-        """Remember what the file has for these seeds and prompts; an earlier evaluation may have asked for more."""
-        if self.path is None:
+        """Remember what the file has for these seeds and prompts, and cut off what a killed process left of a line."""
+        if self.path is None or not self.path.exists():
             return
+        whole = self.check(seeds, prompts)
+        if whole < self.path.stat().st_size:
+            with self.path.open("rb+") as file:
+                file.truncate(whole)
+
+    def check(self, seeds: Sequence[int], prompts: Sequence[Example]) -> int:
+        """Change nothing, refuse a file with anything but answers, and return how many bytes its whole lines have.
+
+        A last line without its end is a part of an answer only behind answers, and where it begins as one; an earlier
+        evaluation may have asked for more seeds and prompts than this one.
+        """
+        if self.path is None or not self.path.exists():
+            return 0
         remedy = "give another file for the answers, or delete this one to have them written anew"
-        for number, text in enumerate(_whole_lines(self.path), 1):
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        lines, torn = content[:whole].splitlines(), content[whole:]
+        for number, text in enumerate(lines, 1):
             try:
                 line = json.loads(text)
-                seed, row, key, answer = line["seed"], line["row"], line["id"], str(line["answer"])
+                seed, row, key, answer = int(line["seed"]), int(line["row"]), line["id"], str(line["answer"])
                 response, truncated = [int(token) for token in line["tokens"]], bool(line["truncated"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{self.path}:{number} is no answer that was kept here: {remedy}") from None
@@ -217,6 +244,9 @@ class _Book:
                 raise ValueError(f"{self.path}:{number} is an answer of {kind}: {remedy}")
             example = replace(prompts[row], response=response, truncated=truncated)
             self.answers[seed, row] = self._answer(seed, example, answer)
+        if torn and not (lines and (torn.startswith(_OPENING) or _OPENING.startswith(torn))):
+            raise ValueError(f"{self.path}:{len(lines) + 1} is no answer that was kept here: {remedy}")
+        return whole
 
     def _answer(self, seed: int, example: Example, text: str) -> Answer:
         row = self.rows[example.row]
@@ -235,15 +265,3 @@ class _Book:
 
     def _id(self, seed: int, prompt: Example) -> str:
         return hashlib.sha256(f"{self.author}{seed} {prompt.row} {prompt.prompt}".encode()).hexdigest()[:16]
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file; what a killed process left of a last one is cut off the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return whole.splitlines()

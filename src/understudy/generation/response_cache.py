@@ -22,23 +22,30 @@ class KeptAnswers(Rollout):
 
     def __init__(self, rollout: Rollout, path: Path) -> None:
         self.rollout, self.path = rollout, path
-        self._kept: dict[tuple[int, str], tuple[list[int], bool]] = {}
+        self._kept: dict[tuple[int, str], tuple[list[int], bool]] | None = None  # until it is asked the first time
         self._cut = False  # does the file end within a line, as a killed run leaves it?
-        if path.exists():
-            text = path.read_text()
+
+    def _read(self) -> dict[tuple[int, str], tuple[list[int], bool]]:
+        """What the file has when the first answer is asked for: a run that begins again has deleted it by then."""
+        kept: dict[tuple[int, str], tuple[list[int], bool]] = {}
+        if self.path.exists():
+            text = self.path.read_text()
             self._cut = not text.endswith("\n")
             for line in text.splitlines():
                 try:
                     row, prompt, response, truncated = json.loads(line)
                 except (ValueError, TypeError):
                     continue
-                self._kept[row, prompt] = response, truncated
+                kept[row, prompt] = response, truncated
+        return kept
 
     def follow(self, model: Any, tokenizer: Any, author: Author = "teacher") -> "KeptAnswers":
         self.rollout.follow(model, tokenizer, author)
         return self
 
     def generate(self, prompts: Sequence[Example], step: Step) -> list[Example]:
+        if self._kept is None:
+            self._kept = self._read()
         keys = [_key(e) for e in prompts]
         missing = {key: e for key, e in zip(keys, prompts, strict=True) if key not in self._kept}
         if missing:

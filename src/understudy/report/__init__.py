@@ -34,6 +34,7 @@ def write_report(
     Raises:
         ValueError: for a place without a run, and a run's file that cannot be read.
     """
+    from .. import mark
     from .folders import read
 
     runs = read(places)
@@ -46,6 +47,7 @@ def write_report(
     from .page import page
 
     output = output or (places[0] / "report" if len(places) == 1 else Path("runs/report"))
+    mark.check(output, "report", "give another --output")
     found = content(runs, places)
     ended = not found["unfinished"]
     ranking = (
@@ -54,7 +56,9 @@ def write_report(
     ranked = sorted(runs, key=lambda run: ranking.index(run.name) if run.name in ranking else len(ranking))
     found["answers"] = side_by_side(ranked, places, prompts, _why_not(models, ended or again is None))
     drawn = charts(found)
-    (output / "png").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    mark.mark(output, "report")
+    (output / "png").mkdir(exist_ok=True)
     for chart in (chart for section in drawn.values() for chart in section):
         png(chart, output / "png" / f"{chart.name}.png")
     write(output / "report.json", json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

@@ -19,7 +19,7 @@ from ..run.distill import load_data
 from ..scores import Scores, can_project, compare, opinion
 from ..step import Step
 from .content import finite, reference_folders, reference_models
-from .folders import RunFolder, dig, read_lines
+from .folders import RunFolder, dig, read_answers
 
 MOST = 6  # students that are asked
 
@@ -159,10 +159,8 @@ def _judged(runs: Sequence[RunFolder], places: Sequence[Path], count: int) -> di
         return None
     judged = [name for name in dig(first[0].evaluation, "found") or {} if name in first[0].answers]
     protocol = next(iter(judged or first[0].answers))
-    beside = {name: folder / f"answers-{protocol}.jsonl" for name, folder in reference_folders(runs, places).items()}
-    kept = {name: read_lines(path) for name, path in beside.items()} | {
-        r.name: r.answers.get(protocol, []) for r in first
-    }
+    beside = {name: read_answers(folder) for name, folder in reference_folders(runs, places).items()}
+    kept = {name: of.get(protocol, []) for name, of in [*beside.items(), *((r.name, r.answers) for r in first)]}
     prompts = []
     for line in first[0].answers[protocol][:count]:
         same = {name: next((a for a in of if a.get("prompt") == line.get("prompt")), None) for name, of in kept.items()}

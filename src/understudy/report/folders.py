@@ -17,6 +17,7 @@ import yaml
 _SIGNS = ("recipe.yaml", "metrics.jsonl", "failed.txt")  # any of these makes a folder a run's
 _DEPTHS = ("*", "*/*", "*/*/*")  # OUTPUT/<recipe>/<option>=<value>/seed-<n>
 _SEED = re.compile(r"seed-(\d+)")
+_ANSWERS = re.compile(r"answers-(.+)\.[0-9a-f]{8}\.jsonl")  # compare.judge
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RunFolder:
     failed: str | None = None  # why, where a comparison's run has failed
     evaluation: dict[str, Any] | None = None  # evaluation.json: {"trial": …, "found": …}
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # *.metrics.json of `understudy evaluate`
-    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # answers-<sampling>.jsonl of a comparison
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # a comparison's, by sampling
     changed: float = 0.0  # when anything was logged last, in seconds since 1970
 
     @property
@@ -102,6 +103,7 @@ def _read(path: Path, name: str) -> RunFolder:
     summary, evaluation, failed = path / "run.json", path / "evaluation.json", path / "failed.txt"
     recipe, before = path / "recipe.yaml", path / "before.json"
     logged = path / "metrics.jsonl"
+    judged = read_json(evaluation) if evaluation.is_file() else None
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
     return RunFolder(
         path=path,
@@ -113,17 +115,24 @@ def _read(path: Path, name: str) -> RunFolder:
         before=read_json(before).get("own_samples", {}) if before.is_file() else {},
         summary=read_json(summary) if summary.is_file() else None,
         failed=failed.read_text(encoding="utf-8").strip() if failed.is_file() else None,
-        evaluation=read_json(evaluation) if evaluation.is_file() else None,
+        evaluation=judged,
         measured={p.name.removesuffix(".metrics.json"): read_json(p) for p in sorted(path.glob("*.metrics.json"))},
-        answers=_answers(path),
+        answers=read_answers(path),
         changed=logged.stat().st_mtime if logged.is_file() else 0.0,
     )
 
 
-def _answers(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The students' answers that were judged, by sampling, in the order of the rows."""
-    files = [file for file in sorted(path.glob("answers-*.jsonl")) if not file.stem.endswith(".teacher")]
-    lines = {file.stem.removeprefix("answers-"): read_lines(file) for file in files}
+def read_answers(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The answers that were judged, by sampling, in the order of the rows; of a judgement under way, those so far."""
+    file = path / "evaluation.json"
+    found = dig(read_json(file), "found") if file.is_file() else None
+    if isinstance(found, dict):
+        names = {name: str(dig(part, "answers") or f"answers-{name}.jsonl") for name, part in found.items()}
+        files = {name: path / Path(file).name for name, file in names.items() if (path / Path(file).name).is_file()}
+    else:
+        under_way = sorted(path.glob("answers-*.jsonl"), key=lambda file: file.stat().st_mtime)
+        files = {match[1]: file for file in under_way if (match := _ANSWERS.fullmatch(file.name))}
+    lines = {name: read_lines(file) for name, file in files.items()}
     return {name: sorted(of, key=lambda line: (line.get("seed", 0), line.get("row", 0))) for name, of in lines.items()}
 
 

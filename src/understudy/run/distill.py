@@ -3,6 +3,7 @@
 A run lives in one folder, `training.output_dir`:
 
     recipe.yaml     the resolved recipe          metrics.jsonl   every log line
+    .understudy     a mark: the rest is a run's  before.json     what it began with
     checkpoint-N/   to resume from               samples.jsonl   answers shown as the student learned
     student/        the result                   run.json        versions, hardware, counts, seconds, final metrics
 
@@ -57,7 +58,7 @@ from ..teacher import Teacher
 from ..teachers import TEACHERS
 from ..training.callbacks import ShowSamples, StopOnInterrupt, WriteMetrics
 from ..training.trainer import DistillationTrainer, last_checkpoint
-from .folder import check_unchanged, claim, write
+from .folder import check_free, check_unchanged, claim, write
 from .summary import summarize
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -91,15 +92,19 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     arguments = training_arguments(recipe)
     folder = Path(arguments.output_dir or ".")
     with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            claim(folder, recipe, restart)
-    if (folder / "run.json").exists() and (folder / "student").exists():
+        check_free(folder, recipe, restart)
+    if not restart and (folder / "run.json").exists() and (folder / "student").exists():
         console.print(f"{folder} is finished already; --restart runs it again", soft_wrap=True)
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
     run = build(recipe, arguments, console)
+    if not restart:
+        check_unchanged(folder, recipe, run.train)
+    run.trainer.accelerator.wait_for_everyone()  # nothing is deleted before every process has found all it needs
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            claim(folder, recipe, restart)
     checkpoint = last_checkpoint(folder)
-    check_unchanged(folder, recipe, run.train)
     if checkpoint:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
         before = json.loads((folder / "before.json").read_text(encoding="utf-8"))["own_samples"]

@@ -3,47 +3,71 @@
 import errno
 import json
 import os
-import shutil
 from pathlib import Path
 
 import yaml
 from transformers import TrainingArguments
 
+from .. import mark
 from ..data.examples import Examples
 from ..recipe import Recipe, load
 from ..recipe_yaml import RecipeError
 from ..training.trainer import last_checkpoint
 
 _DEAR = ("student", "teacher_answers.jsonl")  # what takes long to compute, beside checkpoints
-_RESULTS = (  # all that a run writes
-    *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl", "soft_prompt"),
-    *("metrics.jsonl", "samples.jsonl", "before.json", "run.json", "report"),
-)
+_REMEDY = "give another training.output_dir"
 
 
-def claim(folder: Path, recipe: Recipe, restart: bool) -> None:
-    """Make the folder this recipe's, and refuse one that belongs to another: nothing computed is overwritten."""
+def check_free(folder: Path, recipe: Recipe, restart: bool) -> None:
+    """Change nothing, and refuse a folder with another recipe's run, or with files that a run would replace.
+
+    Raises:
+        RecipeError: naming what is in the way, with the remedy.
+    """
     file = folder / "recipe.yaml"
     same = _is_of(file, recipe)
     if not same and file.exists() and file.resolve() == recipe.source.resolve():
         message = f"{folder} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
-        raise recipe.complaint("training.output_dir", f"{message}: give another training.output_dir")
+        raise recipe.complaint("training.output_dir", f"{message}: {_REMEDY}")
+    try:
+        mark.check(folder, "run", _REMEDY)
+    except ValueError as error:
+        raise recipe.complaint("training.output_dir", str(error)) from None
     if not same and not restart and is_dear(folder):
-        message = f"{folder} holds a run of another recipe: give another training.output_dir, or --restart"
-        raise recipe.complaint("training.output_dir", f"{message} to delete that run")
+        message = f"{folder} holds a run of another recipe: {_REMEDY}, or --restart to delete that run"
+        raise recipe.complaint("training.output_dir", message)
+    nearest = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    if not nearest.is_dir():
+        raise _not_writable(folder, recipe, errno.EEXIST if nearest == folder else errno.ENOTDIR)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _not_writable(folder, recipe, errno.EACCES)
+
+
+def claim(folder: Path, recipe: Recipe, restart: bool) -> None:
+    """Make the folder this recipe's, and delete what an earlier run left there that is not to be gone on from.
+
+    Raises:
+        RecipeError: as `check_free`, and where nothing can be written.
+    """
+    check_free(folder, recipe, restart)
+    file = folder / "recipe.yaml"
+    same = _is_of(file, recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        mark.mark(folder, "run")
         if restart or not same:
-            _clear(folder, _RESULTS)
+            mark.clear(folder, "run", keep=("recipe.yaml",))
         if not same:
             write(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-        elif not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        message = f"the run's folder {folder} cannot be written ({error.strerror}): give another training.output_dir"
-        raise recipe.complaint("training.output_dir", message) from None
+        raise _not_writable(folder, recipe, error.errno) from None
+
+
+def _not_writable(folder: Path, recipe: Recipe, code: int | None) -> RecipeError:
+    reason = os.strerror(code or errno.EIO)
+    return recipe.complaint("training.output_dir", f"the run's folder {folder} cannot be written ({reason}): {_REMEDY}")
 
 
 def is_dear(folder: Path) -> bool:
@@ -53,7 +77,7 @@ def is_dear(folder: Path) -> bool:
 
 def _is_of(file: Path, recipe: Recipe) -> bool:
     """Is this the resolved recipe of a run of `recipe`?"""
-    if not file.exists():
+    if not file.is_file():
         return False
     try:
         return load(file).resolved() == recipe.resolved()
@@ -61,17 +85,10 @@ def _is_of(file: Path, recipe: Recipe) -> bool:
         return False
 
 
-def _clear(folder: Path, names: tuple[str, ...]) -> None:
-    """Delete what a run wrote into its folder, and nothing else that may lie there."""
-    for name in names:
-        for path in folder.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def check_unchanged(folder: Path, recipe: Recipe, train: Examples) -> None:
     """Refuse to go on with other data than a run began with: its order and the teacher's answers belong to the rows."""
     file = folder / "before.json"
-    if not file.exists() or not is_dear(folder):
+    if not is_dear(folder) or not file.exists():
         return
     if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != train.fingerprint:
         message = f"{train.source} is not what it was when the run in {folder} began"
