@@ -1,6 +1,5 @@
 """What watches a run: the method's schedules, broken gradients, Ctrl-C, metrics, samples, the progress display."""
 
-import json
 import math
 import signal
 import threading
@@ -18,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..batch import Example
 from ..budget import Spending, amount
+from ..files import append_jsonl, read_jsonl, write_jsonl
 from ..method import Method
 from ..rollout import Rollout
 from ..step import Step
@@ -105,11 +105,11 @@ class WriteMetrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _keep_until(self.path, state.global_step)
+            _drop_lines_after(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _append(self.path, {"step": state.global_step, **logs})
+            append_jsonl(self.path, {"step": state.global_step, **logs})
 
 
 class ShowSamples(TrainerCallback):
@@ -130,7 +130,7 @@ class ShowSamples(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _keep_until(self.path, state.global_step)
+            _drop_lines_after(self.path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.every or state.global_step % self.every or not self.examples:
@@ -146,7 +146,7 @@ class ShowSamples(TrainerCallback):
             said = (example.prompt, answer.response, example.response)
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
             table.add_row(*(Text(_harmless(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
-            _append(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
+            append_jsonl(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
         self.console.print(table)
 
 
@@ -199,19 +199,8 @@ def _harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\t", " "))
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL file that are later than `step`, and a last line that was cut off."""
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that are later than `step`, and what is no such line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+    lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int | float)]
+    write_jsonl(path, [line for line in lines if line["step"] <= step])

@@ -13,7 +13,6 @@ not depend on how the step is cut into micro-batches and processes.
 """
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batch import Batch, Example, deal
 from ..budget import Budget, Spending, paced
@@ -36,6 +34,7 @@ from ..scores import COMPARED, Knowledge, Scores, can_project, compare, score
 from ..step import Step
 from ..teacher import Teacher
 from .callbacks import AdvanceMethod, KeepToBudget, RefuseBrokenGradients, ShowProgress
+from .checkpoint import last_checkpoint
 from .step_metrics import Window
 
 STATE_FILE = "distillation.safetensors"
@@ -298,21 +297,6 @@ class DistillationTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
                     callback.progress.stop()  # gives the terminal its cursor back, also after an error
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end: a killed run may leave a part of one.
-
-    The trainer's state is the last file of a checkpoint to be written.
-    """
-    found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
 
 
 def _check(method: Method, teacher: Teacher | None) -> None:
