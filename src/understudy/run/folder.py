@@ -71,7 +71,7 @@ class RunFolder:
     def read_failed(self) -> str | None:
         return self.failed.read_text(encoding="utf-8").strip() if self.failed.is_file() else None
 
-    def read_measured(self) -> dict[str, dict[str, Any]]:
+    def read_measurements(self) -> dict[str, dict[str, Any]]:
         """What `understudy evaluate --output` measured, by the name of its file of responses."""
         paths = sorted(self.path.glob(f"*{_MEASURED}"))
         return {path.name.removesuffix(_MEASURED): read_json(path) for path in paths}
