@@ -37,7 +37,7 @@ _MaxPromptLength = Annotated[int | None, typer.Option(help="The longest prompt; 
 def demo(
     folder: Annotated[Path, typer.Option(help="The folder for the runs.")] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few steps of everything, as a check that it works.")
+        bool, typer.Option("--quick", help="A few steps of everything, as a check.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, students and sampling.")] = 0,
 ) -> None:
@@ -53,7 +53,7 @@ def distill(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/playground/gkd.yaml.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="Dotted overrides, such as training.max_steps=100."),
+        typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as training.max_steps=100."),
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete the earlier run in the folder and begin again.")
@@ -220,7 +220,7 @@ def report(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The folder for the report; by default report/ in that of the runs.")
+        Path | None, typer.Option(help="The report's folder; by default report/ in RUNS.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, max=8, help="Prompts whose responses are shown side by side.")] = 4,
     no_models: Annotated[bool, typer.Option("--no-models", help="Load no models; show only saved responses.")] = False,

@@ -104,6 +104,6 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     _, warm, supervised, on_policy = (row["accuracy"] for row in rows)
     console.print(
-        f"GKD: {100 * (on_policy - warm):+.1f} points over its warm start, {100 * (on_policy - supervised):+.1f} points "
-        "over supervised KD with the same number of training tokens."
+        f"GKD: {100 * (on_policy - warm):+.1f} points over its warm start, "
+        f"{100 * (on_policy - supervised):+.1f} points over supervised KD with the same number of training tokens."
     )

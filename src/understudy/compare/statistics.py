@@ -91,7 +91,7 @@ class TableRow:
     difference: Mapping[str, Difference]  # protocol → the difference from the baseline, where responses are paired
     gap_closed: Mapping[
         str, Mapping[str, float]
-    ]  # protocol → metric → share of the way from the warm start to the teacher
+    ]  # protocol → metric → share of the gap from warm start to teacher
     seconds: Spread | None
     cpu_seconds: Spread | None
     tokens: Spread | None

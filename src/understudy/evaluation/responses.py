@@ -97,8 +97,8 @@ def generate_responses(
 
     def response(seed: int, example: Example, text: str) -> Response:
         row = examples.rows[example.row]
-        shown = {"prompt": row.prompt, "response": text, "references": list(row.references)}
-        return Response(example, file.line(seed, example, **shown, correct=is_correct(text, row)))
+        columns = {"prompt": row.prompt, "response": text, "references": list(row.references)}
+        return Response(example, file.line(seed, example, **columns, correct=is_correct(text, row)))
 
     tokens, seconds = 0, 0.0
     if not file.has_lock:

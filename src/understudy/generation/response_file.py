@@ -37,11 +37,11 @@ class ResponseFile:
         content = f"{self._depends_on}{seed} {prompt.row} {prompt.prompt}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def line(self, seed: int, response: Example, **more: Any) -> dict[str, Any]:
-        """The line of a response, with what `more` its readers want to see."""
-        head = {"seed": seed, "row": response.row}
-        tail = {"truncated": response.truncated, "tokens": response.response, "id": self.id(seed, response)}
-        return head | more | tail
+    def line(self, seed: int, example: Example, **columns: Any) -> dict[str, Any]:
+        """The line of a response, with further columns for its readers."""
+        head = {"seed": seed, "row": example.row}
+        tail = {"truncated": example.truncated, "tokens": example.response, "id": self.id(seed, example)}
+        return head | columns | tail
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Add lines to the file, in one write."""

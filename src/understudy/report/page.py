@@ -279,6 +279,6 @@ def _first_disagreement(tokens: Sequence[Mapping[str, Any]]) -> str:
         return text + "every token is the teacher's most likely one."
     token = tokens[first]
     return (
-        f"{text}first disagreement at token {first + 1}, {token['text']!r}, where the teacher has {token['likeliest']!r} "
-        f"(p {token['likeliest_p']:.2f})."
+        f"{text}first disagreement at token {first + 1}, {token['text']!r}, where the teacher has "
+        f"{token['likeliest']!r} (p {token['likeliest_p']:.2f})."
     )
