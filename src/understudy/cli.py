@@ -1,15 +1,11 @@
 """The command line. Heavy imports happen inside the commands, so that help and mistakes are shown at once."""
 
-import errno
-import linecache
 import sys
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="understudy",
@@ -36,9 +32,7 @@ _MaxPromptLength = Annotated[int | None, typer.Option(help="The longest prompt; 
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="The folder for the runs.")] = Path("runs/demo"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few steps of everything, as a check.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, as a check.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, students and sampling.")] = 0,
 ) -> None:
     """Distil a small model that learns arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
@@ -219,9 +213,7 @@ def report(
             help="Folders of runs, or a folder that holds some, such as that of compare.", show_default=False
         ),
     ],
-    output: Annotated[
-        Path | None, typer.Option(help="The report's folder; by default report/ in RUNS.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The report's folder; by default report/ in RUNS.")] = None,
     prompts: Annotated[int, typer.Option(min=1, max=8, help="Prompts whose responses are shown side by side.")] = 4,
     no_models: Annotated[bool, typer.Option("--no-models", help="Load no models; show only saved responses.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Write the report again until all runs have ended.")] = False,
@@ -248,50 +240,20 @@ def methods() -> None:
 
 def main() -> None:
     """Run the command line: a mistake is one sentence and exit code 2, with --debug after a traceback."""
+    from .terminal import INTERRUPTED, explain
+
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         code = app(arguments, standalone_mode=False)
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        code = _explain(error)
+        code = explain(error)
     except KeyboardInterrupt:
-        code = _INTERRUPTED
-    if code == _INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
         typer.echo("interrupted", err=True)
     sys.exit(code or 0)
-
-
-def _explain(error: Exception) -> int:
-    """Print an error as one sentence and return the exit code."""
-    name = type(error).__name__
-    # Errors of the command line's own parsing say more with the option that they are about.
-    message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
-    if name == "Interrupted":
-        typer.echo(message, err=True)
-        return 130
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
-        message = (
-            "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
-        )
-    elif name == "OutOfMemoryError":
-        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
-    elif not _is_for_users(error):
-        message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
-    typer.echo(f"error: {message}", err=True)
-    return 2
-
-
-def _is_for_users(error: Exception) -> bool:
-    """Was this error raised for users, by the command line, the system or this package, or is it a bug?"""
-    own = type(error).__module__.startswith("understudy.")
-    if own or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
-        return True
-    if not isinstance(error, ValueError | ArithmeticError):
-        return False
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    raised = linecache.getline(frame.f_code.co_filename, line)
-    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in raised
 
 
 def _pair(text: str) -> tuple[str, str]:

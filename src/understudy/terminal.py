@@ -1,18 +1,28 @@
-"""Tables that the command line prints: what a run came to, and the metrics of an evaluation."""
+"""What the command line prints: tables of a run and of an evaluation, progress bars, and an error as one sentence.
 
+Nothing heavy is imported: an error in the arguments is reported at once.
+"""
+
+import errno
 import json
+import linecache
 import math
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .budget import spent
-from .evaluation.evaluate import Evaluation
 from .files import write_atomic
+
+if TYPE_CHECKING:
+    from .evaluation.evaluate import Evaluation
+
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 _MEASURED = {"title", "metrics", "signatures", "curves"}  # what an evaluation's JSON file has
 
@@ -33,7 +43,7 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"student: {summary['folder']}/student   everything else: {summary['folder']}", soft_wrap=True)
 
 
-def show_evaluation(result: Evaluation, title: str, output: Path | None, console: Console | None = None) -> None:
+def show_evaluation(result: "Evaluation", title: str, output: Path | None, console: Console | None = None) -> None:
     """Print the metrics as a table. All numbers go to a JSON file beside `output`, the file of responses."""
     console = console or Console()
     several = any(name.endswith("_std") for name in result.metrics)
@@ -82,3 +92,35 @@ def progress() -> Progress:
     """Progress bars for long tasks, on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def explain(error: Exception) -> int:
+    """Print an error as one sentence and return the exit code."""
+    name = type(error).__name__
+    # Errors of the command line's own parsing say more with the option that they are about.
+    message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
+    if name == "Interrupted":
+        sys.stderr.write(f"{message}\n")
+        return INTERRUPTED
+    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
+        message = (
+            "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
+        )
+    elif name == "OutOfMemoryError":
+        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
+    elif not _is_for_users(error):
+        message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
+    sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Was this error raised for users, by the command line, the system or this package, or is it a bug?"""
+    own = type(error).__module__.startswith("understudy.")
+    if own or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
+        return True
+    if not isinstance(error, ValueError | ArithmeticError):
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    raised = linecache.getline(frame.f_code.co_filename, line)
+    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in raised

@@ -73,10 +73,9 @@ def evaluate(
         seed: of sampling; each of several gives a response to every prompt.
         batch_size: sequences that model and teacher read at once when they are compared.
         metrics: further ones of the folder metrics/, out of 100, over the rows that have references.
-        exposure_bias: let the teacher respond to the prompts, too, and measure `exposure_bias`.
+        exposure_bias: let the teacher respond, too, and measure `exposure_bias`.
         output: a JSONL file of responses, from which an interrupted evaluation is resumed; the teacher's go beside it.
-        first_batch_size: responses generated at once in the beginning; more as long as that is faster
-            (`responses.BatchSizeSearch`). Without it the rollout's own batch size stays.
+        first_batch_size: where `responses.BatchSizeSearch` begins; by default the rollout's own batch size stays.
         progress: a display for how much is done.
 
     Raises:
@@ -99,8 +98,7 @@ def evaluate(
     own = [response.example for response in generated.responses]
     if teacher is not None:
         on_progress = _task(progress, "distance to the teacher", len(own))
-        starts = range(0, len(own), len(examples))
-        parts = [own[start : start + len(examples)] for start in starts]
+        parts = [own[start : start + len(examples)] for start in range(0, len(own), len(examples))]
         by_seed = [distances(model, teacher, part, len(tokenizer), batch_size, on_progress) for part in parts]
         numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
