@@ -3,7 +3,7 @@
 Both begin at the recipes' warm start, with the same teacher, prompts, forward KL, batch, optimizer and schedule; half
 of the batches are the student's own responses, at most 48 tokens, and half the dataset's, which is TRL's default.
 TRL trains for a fixed number of steps; this package for that many, half and a quarter of them, each with a schedule to
-its end. The judge is greedy accuracy on 500 test problems; its time is nobody's.
+its end. Measured is greedy accuracy on 500 test problems, outside the time.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from understudy import GenerateRollout
+from understudy.data.load import load_data
 from understudy.demo import recipes
 from understudy.evaluation.evaluate import evaluate
 from understudy.generation.stop_tokens import stop_ids
 from understudy.models.load import load_model, load_tokenizer
 from understudy.recipe import Data, load
-from understudy.run.distill import distill, load_data
-from understudy.sampling import Sampling
+from understudy.run.distill import distill
 
 from .measure import in_child, save, table
 

@@ -69,7 +69,9 @@ def test_the_mathematics_imports_torch_alone():
         name = f"understudy.{module}"
         for part in {name, *graph.find_descendants(name)}:
             imported = {other.partition(".")[0] for other in graph.find_modules_directly_imported_by(part)}
-            assert imported <= allowed, f"{part} imports {sorted(imported - allowed)}; the mathematics needs torch alone"
+            assert imported <= allowed, (
+                f"{part} imports {sorted(imported - allowed)}; the mathematics needs torch alone"
+            )
 
 
 def test_no_file_is_longer_than_a_reader_can_hold():

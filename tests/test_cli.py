@@ -84,9 +84,9 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
 
 def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
     written = []
-    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_: "the table")
+    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: "the table")
     monkeypatch.setattr("understudy.report.write_report", lambda places: (written.extend(places) or "page", True))
-    (tmp_path / "sft.yaml").touch()
+    write(tmp_path / "sft.yaml", described(tmp_path))
     for options, expected in (([], []), (["--report"], [tmp_path])):
         command = ["understudy", "compare", str(tmp_path / "sft.yaml"), "--output", str(tmp_path), *options]
         monkeypatch.setattr(sys, "argv", command)

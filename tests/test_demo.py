@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from understudy.data.load import load_data
 from understudy.demo import TEACHER, recipes, run_demo
 from understudy.evaluation.evaluate import evaluate
 from understudy.generation.stop_tokens import stop_ids
@@ -14,7 +15,6 @@ from understudy.playground.ship import LIMIT
 from understudy.playground.vocabulary import tokenizer
 from understudy.recipe import Data, load
 from understudy.rollouts.generate import GenerateRollout
-from understudy.run.distill import load_data
 from understudy.sampling import Sampling
 
 
@@ -32,20 +32,20 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
     assert "points over supervised KD" in shown
     assert (tmp_path / "runs" / "report" / "report.html").exists()
     assert str(tmp_path / "runs") in shown
-    teacher, warm, fixed, own = rows
+    teacher, warm, supervised, on_policy = rows
     assert warm["parameters"] * 10 <= teacher["parameters"]
-    assert fixed["tokens"] > 0
-    assert own["tokens"] > 0
+    assert supervised["tokens"] > 0
+    assert on_policy["tokens"] > 0
     assert (tmp_path / "runs" / "gkd" / "student" / "model.safetensors").exists()
 
 
-def test_both_ways_of_the_demo_start_alike_and_see_the_same_problems():
-    fixed, own = (load(recipes() / "playground" / f"{name}.yaml") for name in ("kd", "gkd"))
-    assert (fixed.student, fixed.teacher, fixed.data) == (own.student, own.teacher, own.data)
-    assert {**fixed.training, "max_steps": 0} == {**own.training, "max_steps": 0}
+def test_both_methods_of_the_demo_start_alike_and_train_on_the_same_problems():
+    kd, gkd = (load(recipes() / "playground" / f"{name}.yaml") for name in ("kd", "gkd"))
+    assert (kd.student, kd.teacher, kd.data) == (gkd.student, gkd.teacher, gkd.data)
+    assert {**kd.training, "max_steps": 0} == {**gkd.training, "max_steps": 0}
 
 
-def test_the_shipped_teacher_is_small_and_reads_what_the_code_makes():
+def test_the_shipped_teacher_is_small_and_has_the_vocabulary_of_the_code():
     folder = resolve(TEACHER)
     shipped, built = load_tokenizer(TEACHER), tokenizer()
     assert shipped.get_vocab() == built.get_vocab()

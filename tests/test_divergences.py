@@ -175,7 +175,7 @@ def test_pull_is_q_times_the_derivative_of_value_by_q(divergence):
     log_p, log_q = random_pair(50)
     leaf = log_q.clone().requires_grad_()
     expected = torch.autograd.grad(divergence.value(log_p, leaf).sum(), leaf)[0]
-    torch.testing.assert_close(divergence.pull(log_p, log_q), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(divergence.grad_log_q(log_p, log_q), expected, rtol=1e-9, atol=1e-11)
 
 
 @every
@@ -318,14 +318,14 @@ def test_nothing_is_nan_where_probabilities_vanish(divergence, dtype):
         value = divergence(teacher, student)
         assert not value.isnan().any()
         assert (value > -1e-6).all()
-        assert divergence.pull(teacher, student).isfinite().all()
+        assert divergence.grad_log_q(teacher, student).isfinite().all()
         assert gradient(divergence, teacher, student).isfinite().all()
 
 
 def test_alpha_beta_pull_does_not_overflow_where_the_student_has_nearly_forgotten_a_token():
     log_p = torch.tensor([[math.log(0.5), math.log(0.5)]])
     log_q = torch.tensor([[0.0, -100.0]])
-    torch.testing.assert_close(AlphaBeta(1.0, 0.0).pull(log_p, log_q)[:, 1], -log_p.exp()[:, 1])
+    torch.testing.assert_close(AlphaBeta(1.0, 0.0).grad_log_q(log_p, log_q)[:, 1], -log_p.exp()[:, 1])
     torch.testing.assert_close(AlphaBeta(1.0, 0.0)(log_p, log_q), ForwardKL()(log_p, log_q))
 
 
@@ -496,13 +496,13 @@ def test_alpha_beta_is_continuous_where_its_denominators_vanish(a, b, dtype):
 
 
 def test_between_takes_the_teacher_first():
-    from understudy.fused_linear.loss import Dense
+    from understudy.fused_linear.distributions import Dense
     from understudy.scores import Scores
 
     tokens = torch.zeros(1, dtype=torch.long)
     teacher, student = Scores(tokens, Dense(P.log()[None])), Scores(tokens, Dense(Q.log()[None]))
-    assert ForwardKL().between(teacher, student).item() == pytest.approx(0.396058, abs=1e-6)
-    assert ReverseKL().between(teacher, student).item() == pytest.approx(0.365274, abs=1e-6)
+    assert teacher.divergence_to(student, ForwardKL()).item() == pytest.approx(0.396058, abs=1e-6)
+    assert teacher.divergence_to(student, ReverseKL()).item() == pytest.approx(0.365274, abs=1e-6)
 
 
 @dataclass(frozen=True)

@@ -358,9 +358,9 @@ MISTAKES = {
         {"evaluate": {"dataset": "{home}/prompts.jsonl"}, "method": "kd"},
         r"kd trains on responses, and no row of {home}/prompts.jsonl has one",
     ),
-    "longer than the window": (
+    "longer than the context length": (
         {"data": {"dataset": "{home}/sums.jsonl", "max_length": 65}},
-        r"line \d+: data.max_length 65 is longer than the models' window of 64: lower it",
+        r"line \d+: data.max_length 65 is more than the models' context length 64: lower it",
     ),
     "no room for a prompt": (
         {"rollout": {"generate": {"max_new_tokens": 32}}},
@@ -543,13 +543,13 @@ def test_debug_shows_the_traceback_and_then_the_sentence(say, home):
         (("{home}/teacher",), r"Missing option '--data'"),
         (
             ("{home}/teacher", "--data", "{home}/sums.jsonl", "--column", "answer"),
-            r"--column answer should be ours=theirs",
+            r"--column answer should be column=name",
         ),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--column", "answr=a"), r'"answr".* did you mean "answer"'),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--limit", "0"), r"limit is 0"),
         (
             ("{home}/teacher", "--data", "{home}/sums.jsonl", "--max-new-tokens", "64"),
-            r"--max-new-tokens 64 leaves no room for a prompt in a window of 64",
+            r"--max-new-tokens 64 leaves no room for a prompt in a context length of 64",
         ),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--max-new-tokens", "x"), r"--max-new-tokens"),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--temperature", "-1"), r"temperature >= 0"),

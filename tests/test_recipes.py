@@ -27,7 +27,8 @@ from understudy.models.load import load_tokenizer
 from understudy.models.student import teacher_name
 from understudy.playground.names import is_playground
 from understudy.recipe import Recipe, RecipeError, load
-from understudy.run.distill import Run, build, training_arguments
+from understudy.run.arguments import training_arguments
+from understudy.run.build import Run, build
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").rglob("*.yaml"))]

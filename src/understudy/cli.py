@@ -1,15 +1,11 @@
-"""The command line. Heavy imports happen inside the commands, so that help and mistakes answer at once."""
+"""The command line. Heavy imports happen inside the commands, so that help and mistakes are shown at once."""
 
-import errno
-import linecache
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="understudy",
@@ -22,13 +18,24 @@ app = typer.Typer(
 )
 
 
+_Split = Annotated[str, typer.Option(help="The dataset's split to evaluate on.")]
+_Limit = Annotated[int | None, typer.Option(help="Evaluate on the first so many rows.")]
+_Metrics = Annotated[
+    list[str] | None, typer.Option("--metric", help="Also measure this, such as rouge_l, bleu or chrf.")
+]
+_MaxNewTokens = Annotated[
+    int | None, typer.Option(help="The longest response; by default 256, or half of the model's context length.")
+]
+_MaxPromptLength = Annotated[int | None, typer.Option(help="The longest prompt; longer ones keep their end.")]
+
+
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+    folder: Annotated[Path, typer.Option(help="The folder for the runs.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, as a check.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, students and sampling.")] = 0,
 ) -> None:
-    """Watch a small model learn arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
+    """Distil a small model that learns arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
     _quiet()
     from .demo import run_demo
 
@@ -39,21 +46,22 @@ def demo(
 def distill(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/playground/gkd.yaml.", show_default=False)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted, such as training.max_steps=100.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as training.max_steps=100."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Delete what an earlier run left and begin again.")
+        bool, typer.Option("--restart", help="Delete the earlier run in the folder and begin again.")
     ] = False,
 ) -> None:
-    """Train a student as a recipe says. The same command again resumes an interrupted run."""
+    """Train a student by a recipe. The same command again resumes an interrupted run."""
     from .recipe import load
 
-    described = load(recipe, overrides or [])
+    loaded = load(recipe, overrides or [])
     _quiet()
     from .run.distill import distill
     from .terminal import show_run
 
-    show_run(distill(described, restart=restart))
+    show_run(distill(loaded, restart=restart))
 
 
 @app.command()
@@ -67,97 +75,129 @@ def evaluate(
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness instead, such as mmlu,bbh.")
     ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Whose distribution to compare with, on the model's answers.")
+    teacher: Annotated[str | None, typer.Option(help="Measure the distance to this model's distributions.")] = None,
+    split: _Split = "test",
+    limit: _Limit = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="The data's own column names, such as completion=de.")
     ] = None,
-    split: Annotated[str, typer.Option(help="The dataset's split.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Evaluate so many rows from the beginning.")] = None,
-    columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, such as completion=de.")] = None,
     template: Annotated[str | None, typer.Option(help="A format string over the data's columns: the prompt.")] = None,
     protocol: Annotated[
         str, typer.Option(help="greedy, or minillm: T = 1, five seeds, 256 + 256 tokens. Options below change it.")
     ] = "greedy",
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="The longest answer; by default 256, or half of the model's window.")
-    ] = None,
-    max_prompt_length: Annotated[int | None, typer.Option(help="The longest prompt; longer ones keep the end.")] = None,
+    max_new_tokens: _MaxNewTokens = None,
+    max_prompt_length: _MaxPromptLength = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)] = None,
     seed: Annotated[
-        list[int] | None, typer.Option("--seed", help="Seed of sampling; several give several answers.")
+        list[int] | None, typer.Option("--seed", help="Seed of sampling; several give several responses a prompt.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Answers written at once; by default as many as is fastest.")
+        int | None, typer.Option(min=1, help="Responses generated at once; by default as many as is fastest.")
     ] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="Also measure this, such as rouge_l, bleu or chrf.")
-    ] = None,
+    metric: _Metrics = None,
     exposure_bias: Annotated[
-        bool, typer.Option("--exposure-bias", help="Let the teacher answer, too: what reading itself costs the model.")
+        bool, typer.Option("--exposure-bias", help="Measure exposure bias, for which the teacher responds, too.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Keep every answer here, as JSONL, to go on from.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSONL file of responses, to resume from.")] = None,
 ) -> None:
-    """Let a model answer a dataset's prompts; say how good the answers are, and how far from a teacher they are."""
-    from .evaluation.settings import protocol as named
+    """Evaluate a model on a dataset: accuracy and text metrics of its responses, and the distance to a teacher."""
     from .metrics import check
 
-    lengths = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
-    asked = named(protocol).but(temperature=temperature, seeds=tuple(seed) if seed else None, **lengths)
+    changes = _sampling(protocol, temperature, seed) | _given(
+        max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length
+    )
     renamed = dict(_pair(column) for column in columns or []) or None
     check(metric or [])
     if lm_eval is None and data is None:
         raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
     _quiet()
-    from .terminal import progress, show_evaluation
+    from .terminal import check_measured, show_evaluation
 
+    if output is not None:
+        check_measured(output)
     if lm_eval is not None:
         from .evaluation.lm_eval import run_tasks
 
         result = run_tasks(model, lm_eval.split(","), limit, batch_size)
         return show_evaluation(result, f"{model} on {lm_eval}", output)
-    from .evaluation.evaluate_model import Question, judge
-    from .recipe import Data
+    block = {"dataset": str(data), "split": split, "limit": limit, "columns": renamed, "template": template}
+    changes |= {"teacher": teacher, "metrics": tuple(metric or ()), "exposure_bias": exposure_bias}
+    _evaluate(model, block, {**changes, "batch_size": batch_size}, output)
 
-    block = Data(dataset=str(data), split=split, limit=limit, columns=renamed, template=template)
-    question = Question(model, block, asked, teacher, tuple(metric or ()), exposure_bias, batch_size, output)
-    with progress() as shown:
-        result = judge(question, shown)
-    show_evaluation(result, f"{model} on {data}", output)
+
+def _evaluate(model: str, data: dict[str, Any], settings: dict[str, Any], output: Path | None) -> None:
+    from .evaluation.evaluate_model import evaluate_model
+    from .evaluation.settings import EvalSettings
+    from .recipe import Data
+    from .terminal import progress, show_evaluation
+
+    with progress() as display:
+        result = evaluate_model(model, EvalSettings(Data(**data), **settings), output, display)
+    show_evaluation(result, f"{model} on {data['dataset']}", output)
+
+
+def _sampling(protocol: str, temperature: float | None, seeds: list[int] | None) -> dict[str, Any]:
+    """The settings of a protocol, with the options that change them."""
+    from .evaluation.settings import protocol as named
+
+    return {**named(protocol), **_given(temperature=temperature, seeds=tuple(seeds) if seeds else None)}
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the command line gave."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
 def compare(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes to compare.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted, for all of them.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="An override for all recipes, such as training.max_steps=100.")
+    ] = None,
     sweep: Annotated[
         str | None, typer.Option(help="One option's values, such as method.gkd.on_policy=0,0.5,1.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="What each run may spend: tokens=100000 or seconds=60.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
-    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are shared.")] = 1,
-    baseline: Annotated[str | None, typer.Option(help="A recipe's name; the others' differences from it.")] = None,
-    data: Annotated[str | None, typer.Option(help="Judge on this dataset (default: the recipes' own).")] = None,
-    split: Annotated[str, typer.Option(help="The split to judge on.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Judge on so many rows from the beginning.")] = None,
-    metrics: Annotated[list[str] | None, typer.Option("--metric", help="Such as bleu, chrf, rouge_l.")] = None,
-    temperatures: Annotated[list[float] | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with the seeds 0, 1, …")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    baseline: Annotated[
+        str | None, typer.Option(help="A recipe's name; differences of the others from it are tested.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluate on this dataset (default: the recipes' own).")] = None,
+    split: _Split = "test",
+    limit: _Limit = None,
+    max_new_tokens: _MaxNewTokens = None,
+    max_prompt_length: _MaxPromptLength = None,
+    metrics: _Metrics = None,
+    temperatures: Annotated[
+        list[float] | None, typer.Option("--temperature", help="Evaluate at this temperature, or several; 0 is greedy.")
+    ] = None,
     exposure: Annotated[
-        int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on so many of the prompts.")
+        int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on the first so many prompts.")
     ] = 0,
-    output: Annotated[Path, typer.Option(help="Where the runs and the table go.")] = Path("runs/compare"),
-    page: Annotated[bool, typer.Option("--report", help="Write the report of it as well.")] = False,
+    output: Annotated[Path, typer.Option(help="The folder for runs and table.")] = Path("runs/compare"),
+    page: Annotated[bool, typer.Option("--report", help="Write a report, too.")] = False,
 ) -> None:
-    """Run several recipes with several seeds, judge the students alike, and print a table. Again: goes on."""
-    from .recipe import RecipeError
+    """Run several recipes with several seeds, evaluate all students alike, print a table. Again: resumes."""
+    from .metrics import check
+    from .recipe import Data, RecipeError
 
     if missing := [str(path) for path in recipes if not path.is_file()]:
         raise RecipeError(f"there is no recipe {missing[0]}")
+    check(metrics or [])
     _quiet()
-    from .compare.experiment import Trial, budget_override, compare, contestants
+    from .compare.experiment import compare
+    from .compare.variants import budget_override, common_dataset, variants
+    from .evaluation.settings import EvalSettings
 
-    changed = [*(overrides or []), *([budget_override(budget)] if budget is not None else [])]
-
-    trial = Trial(data, split, limit, tuple(temperatures or [0.0]), tuple(metrics or ()), exposure)
-    typer.echo(compare(contestants(recipes, changed, sweep), output, trial, seeds, parallel, baseline))
+    compared = variants(
+        recipes, [*(overrides or []), *([budget_override(budget)] if budget is not None else [])], sweep
+    )
+    block = Data(dataset=data or common_dataset(compared), split=split, limit=limit)
+    settings = EvalSettings(block, metrics=tuple(metrics or ()))
+    settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    options: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": seeds}
+    typer.echo(compare(compared, output, settings, **options, parallel=parallel, baseline=baseline))
     if page:
         from .report import write_report
 
@@ -168,18 +208,21 @@ def compare(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Runs' folders, or a folder of runs, such as compare's.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="Folders of runs, or a folder that holds some, such as that of compare.", show_default=False
+        ),
     ],
-    output: Annotated[Path | None, typer.Option(help="Where it goes; by default report/ in the folder.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, max=8, help="How many prompts are answered side by side.")] = 4,
-    no_models: Annotated[bool, typer.Option("--no-models", help="Load no models: show only answers kept.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Write it again until all runs have ended.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The report's folder; by default report/ in RUNS.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=8, help="Prompts whose responses are shown side by side.")] = 4,
+    no_models: Annotated[bool, typer.Option("--no-models", help="Load no models; show only saved responses.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Write the report again until all runs have ended.")] = False,
 ) -> None:
-    """Write a page, pictures and a JSON file about runs: finished, in progress, or a whole comparison."""
+    """Write a report about runs or a comparison, finished or in progress: a page, charts and a JSON file."""
     from . import report as reports
-    from .report.folders import find
+    from .report.folders import find_runs
 
-    find(runs)
+    find_runs(runs)
     _quiet()
     options = (runs, output, prompts, not no_models)
     path = reports.watch(*options) if watch else reports.write_report(*options)[0]
@@ -197,61 +240,31 @@ def methods() -> None:
 
 def main() -> None:
     """Run the command line: a mistake is one sentence and exit code 2, with --debug after a traceback."""
+    from .terminal import INTERRUPTED, explain
+
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         code = app(arguments, standalone_mode=False)
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        code = _explain(error)
+        code = explain(error)
     except KeyboardInterrupt:
-        code = _INTERRUPTED
-    if code == _INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
         typer.echo("interrupted", err=True)
     sys.exit(code or 0)
 
 
-def _explain(error: Exception) -> int:
-    """Say what went wrong in a sentence and return the exit code."""
-    name = type(error).__name__
-    # Errors of the command line's own parsing say more with the option that they are about.
-    message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
-    if name == "Interrupted":
-        typer.echo(message, err=True)
-        return 130
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
-        message = (
-            "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
-        )
-    elif name == "OutOfMemoryError":
-        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
-    elif not _is_meant_for_people(error):
-        message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
-    typer.echo(f"error: {message}", err=True)
-    return 2
-
-
-def _is_meant_for_people(error: Exception) -> bool:
-    """Was this error raised to be read, by the command line, by the system or by this package, or is it a bug?"""
-    ours = type(error).__module__.startswith("understudy.")
-    if ours or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
-        return True
-    if not isinstance(error, ValueError | ArithmeticError):
-        return False
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    raised = linecache.getline(frame.f_code.co_filename, line)
-    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in raised
-
-
 def _pair(text: str) -> tuple[str, str]:
-    ours, separator, theirs = text.partition("=")
+    column, separator, name = text.partition("=")
     if not separator:
-        raise ValueError(f"--column {text} should be ours=theirs, such as completion=de")
-    return ours, theirs
+        raise ValueError(f"--column {text} should be column=name, such as completion=de")
+    return column, name
 
 
 def _quiet() -> None:
-    """Let only warnings of libraries through, and none of their progress bars."""
+    """Show only warnings of libraries, and none of their progress bars."""
     import logging
     import os
 

@@ -1,7 +1,7 @@
-"""The demo: a small model learns arithmetic, first from worked solutions, then from its teacher, in two ways.
+"""The demo: distil a small model for arithmetic, after a warm start by SFT, with supervised KD and with GKD.
 
-The two ways start from the same warm student and train on the same number of response tokens: supervised distillation
-on the solutions of the dataset, and GKD on the student's own.
+Both start from the same warm student and train on the same number of response tokens: supervised KD on the worked
+solutions of the dataset, GKD on student samples.
 """
 
 import time
@@ -12,19 +12,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .compare.experiment import Trial, judge, result
+from .compare.evaluations import evaluate_into, named_settings, read_result
 from .compare.statistics import Result
+from .data.load import load_data
+from .evaluation.settings import EvalSettings
 from .models.load import load_model, load_tokenizer
-from .recipe import load
+from .recipe import Data, load
 from .report import write_report
-from .run.distill import distill, load_data
+from .run.distill import distill
+from .run.folder import RunFolder
 
 TEACHER = "playground:arithmetic"
 _QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", "evaluate.show=1"]
 
 
 def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console | None = None) -> list[dict[str, Any]]:
-    """Run all of it, print a table and return its rows: model, parameters, accuracy, tokens, seconds."""
+    """Run the demo, print a table and return its rows: model, parameters, accuracy, tokens, seconds."""
     console = console or Console()
     start = time.perf_counter()
     console.rule("[bold]understudy[/]: a small model learns to play the big one's part")
@@ -40,22 +43,21 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
         return distill(recipe, restart=True, console=console)
 
     warm = train("warm_start")
-    student = (f"student.model={warm['folder']}/student", "training.learning_rate=5e-3")
-    own = train("gkd", *student)
-    tokens_per_step = _dataset_tokens_per_step(own)
-    steps = max(1, round(own["tokens"] / tokens_per_step))
-    fixed = train("kd", *student, f"training.max_steps={steps}")
+    start_from = (f"student.model={warm['folder']}/student", "training.learning_rate=5e-3")
+    on_policy = train("gkd", *start_from)
+    steps = max(1, round(on_policy["tokens"] / _dataset_tokens_per_step()))
+    supervised = train("kd", *start_from, f"training.max_steps={steps}")
 
-    console.rule("500 problems that nobody has seen" if not quick else "a few problems")
-    entered = {
+    console.rule("500 held-out problems" if not quick else "a few held-out problems")
+    models = {
         "teacher": (TEACHER, None),
         "student after SFT": (f"{warm['folder']}/student", warm),
-        "  then supervised KD": (f"{fixed['folder']}/student", fixed),
-        "  then GKD (λ = 0.5)": (f"{own['folder']}/student", own),
+        "  then supervised KD": (f"{supervised['folder']}/student", supervised),
+        "  then GKD (λ = 0.5)": (f"{on_policy['folder']}/student", on_policy),
     }
-    rows = [_judge(name, model, run, folder, quick) for name, (model, run) in entered.items()]
+    rows = [_evaluate(name, model, run, folder, quick) for name, (model, run) in models.items()]
     _show(rows, console)
-    runs = [Path(run["folder"]) for run in (warm, fixed, own)]
+    runs = [Path(run["folder"]) for run in (warm, supervised, on_policy)]
     page, _ = write_report(runs, folder / "report", models=not quick)
     console.print(f"report: {page}", soft_wrap=True)
     console.print(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", soft_wrap=True)
@@ -68,41 +70,40 @@ def recipes() -> Path:
     return installed if installed.exists() else Path(str(resources.files("understudy"))).parents[1] / "recipes"
 
 
-def _dataset_tokens_per_step(run: dict[str, Any]) -> float:
-    """How many response tokens a step of supervised training sees, to give both ways the same number."""
+def _dataset_tokens_per_step() -> float:
+    """The mean number of response tokens in a step of supervised training, to give both methods the same number."""
     recipe = load(recipes() / "playground" / "kd.yaml")
     examples = load_data(recipe.data.model_copy(update={"limit": 2000}), load_tokenizer(TEACHER), None, 1)
     mean = sum(len(example.response) for example in examples) / len(examples)
     return mean * recipe.training["per_device_train_batch_size"]
 
 
-def _judge(name: str, model: str, run: dict[str, Any] | None, folder: Path, quick: bool) -> dict[str, Any]:
-    """Let a model answer the held-out problems; the judgement is kept in its folder, where the report finds it."""
-    trial = Trial(TEACHER, limit=20 if quick else 500)
-    place = Path(run["folder"]) if run else folder / "teacher"
-    place.mkdir(parents=True, exist_ok=True)
-    judge(model, load(recipes() / "playground" / "kd.yaml"), place, trial)
-    judged = result(place, trial)
-    assert isinstance(judged, Result)
+def _evaluate(name: str, model: str, run: dict[str, Any] | None, folder: Path, quick: bool) -> dict[str, Any]:
+    """Evaluate a model on the held-out problems; the evaluation is kept in its folder, where the report finds it."""
+    settings = named_settings(EvalSettings(Data(dataset=TEACHER, split="test", limit=20 if quick else 500)))
+    place = RunFolder(Path(run["folder"]) if run else folder / "teacher")
+    evaluate_into(place, model, settings)
+    result = read_result(place, settings)
+    assert isinstance(result, Result)
     return {
         "model": name,
         "parameters": sum(p.numel() for p in load_model(model).parameters()),
-        "accuracy": judged.metrics["greedy"]["accuracy"],
+        "accuracy": result.metrics["greedy"]["accuracy"],
         "tokens": None if run is None else run["tokens"],
         "seconds": None if run is None else run["seconds"],
     }
 
 
 def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("model", title="exact answers on held-out problems (greedy), and what the training took")
+    table = Table("model", title="accuracy on held-out problems (greedy), and what the training cost")
     for name in ("parameters", "accuracy", "tokens", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         trained = ("", "") if row["tokens"] is None else (f"{row['tokens']:,}", f"{row['seconds']:.0f}")
         table.add_row(row["model"], f"{row['parameters']:,}", f"{row['accuracy']:.1%}", *trained)
     console.print(table)
-    _, warm, fixed, own = (row["accuracy"] for row in rows)
+    _, warm, supervised, on_policy = (row["accuracy"] for row in rows)
     console.print(
-        f"GKD: {100 * (own - warm):+.1f} points over its warm start, {100 * (own - fixed):+.1f} points over supervised "
-        "KD with the same number of training tokens."
+        f"GKD: {100 * (on_policy - warm):+.1f} points over its warm start, "
+        f"{100 * (on_policy - supervised):+.1f} points over supervised KD with the same number of training tokens."
     )

@@ -1,40 +1,50 @@
-"""What the command line prints of results: tables for people."""
+"""What the command line prints: tables of a run and of an evaluation, progress bars, and an error as one sentence.
 
+Nothing heavy is imported: an error in the arguments is reported at once.
+"""
+
+import errno
 import json
+import linecache
 import math
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .budget import spent
-from .evaluation.evaluate import Evaluation
-from .run.folder import write
+from .files import write_atomic
+
+if TYPE_CHECKING:
+    from .evaluation.evaluate import Evaluation
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+_MEASURED = {"title", "metrics", "signatures", "curves"}  # what an evaluation's JSON file has
 
 
 def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
-    """What a run came to, and where it is."""
+    """Print what a run came to, and where its student is."""
     console = console or Console()
-    own = summary["own_samples"]
-    if own["before"]:
-        table = Table(
-            "on the student's own samples", "before", "after", title="distance to the teacher, nats per token"
-        )
+    distance = summary["student_samples"]
+    if distance["before"]:
+        table = Table("on student samples", "before", "after", title="distance to the teacher, nats per token")
         for name in ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"):
-            table.add_row(name, f"{own['before'][name]:.4g}", f"{own['after'][name]:.4g}")
+            table.add_row(name, f"{distance['before'][name]:.4g}", f"{distance['after'][name]:.4g}")
         console.print(table)
-    found = "".join(f", {name} {value:.4g}" for name, value in summary["metrics"].items() if name == "eval_loss")
-    console.print(f"{summary['steps']} steps, {summary['tokens']} response tokens, {summary['seconds']:.1f} s{found}")
+    loss = "".join(f", {name} {value:.4g}" for name, value in summary["metrics"].items() if name == "eval_loss")
+    console.print(f"{summary['steps']} steps, {summary['tokens']} response tokens, {summary['seconds']:.1f} s{loss}")
     if budget := summary.get("budget"):
         console.print(f"spent {spent(budget)}; ended by {budget['ended_by']}")
     console.print(f"student: {summary['folder']}/student   everything else: {summary['folder']}", soft_wrap=True)
 
 
-def show_evaluation(result: Evaluation, title: str, output: Path | None, console: Console | None = None) -> None:
-    """The metrics as a table. Beside `output`, which keeps the answers, everything measured goes to a JSON file."""
+def show_evaluation(result: "Evaluation", title: str, output: Path | None, console: Console | None = None) -> None:
+    """Print the metrics as a table. All numbers go to a JSON file beside `output`, the file of responses."""
     console = console or Console()
     several = any(name.endswith("_std") for name in result.metrics)
     table = Table("metric", "value", *(["± over seeds"] if several else []))
@@ -47,15 +57,70 @@ def show_evaluation(result: Evaluation, title: str, output: Path | None, console
     for name, signature in result.signatures.items():
         console.print(f"{name}: {signature}", soft_wrap=True, highlight=False)
     if output is not None:
-        measured = output.with_name(f"{output.stem}.metrics.json")
+        measured = _measured(output)
         numbers = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
-        found = {"title": title, "metrics": numbers, "signatures": result.signatures, "curves": result.curves}
+        content = {"title": title, "metrics": numbers, "signatures": result.signatures, "curves": result.curves}
         output.parent.mkdir(parents=True, exist_ok=True)
-        write(measured, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-        console.print(f"{f'answers: {output}   ' if result.answers else ''}all numbers: {measured}", soft_wrap=True)
+        write_atomic(measured, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        console.print(f"{f'responses: {output}   ' if result.responses else ''}all numbers: {measured}", soft_wrap=True)
+
+
+def check_measured(output: Path) -> None:
+    """Refuse an `output` whose JSON file of numbers would replace what no evaluation wrote; changes nothing.
+
+    Raises:
+        ValueError: naming the file, with the remedy.
+    """
+    file = _measured(output)
+    for path in (file, file.with_name(f"{file.name}.partial")):
+        try:
+            own = path == file and json.loads(file.read_bytes()).keys() == _MEASURED
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError):
+            own = False
+        if not own and path.exists():
+            message = f"{path} exists already and was not written by an evaluation"
+            raise ValueError(f"{message}: give another --output, or move that file")
+
+
+def _measured(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.metrics.json")
 
 
 def progress() -> Progress:
-    """A bar for every long task, on a terminal."""
+    """Progress bars for long tasks, on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def explain(error: Exception) -> int:
+    """Print an error as one sentence and return the exit code."""
+    name = type(error).__name__
+    # Errors of the command line's own parsing say more with the option that they are about.
+    message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
+    if name == "Interrupted":
+        sys.stderr.write(f"{message}\n")
+        return INTERRUPTED
+    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
+        message = (
+            "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
+        )
+    elif name == "OutOfMemoryError":
+        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
+    elif not _is_for_users(error):
+        message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
+    sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Was this error raised for users, by the command line, the system or this package, or is it a bug?"""
+    own = type(error).__module__.startswith("understudy.")
+    if own or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
+        return True
+    if not isinstance(error, ValueError | ArithmeticError):
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    raised = linecache.getline(frame.f_code.co_filename, line)
+    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in raised

@@ -1,4 +1,4 @@
-"""Comparing recipes: every run in its own process, resumed at the granularity of a run, judged alike."""
+"""Comparing recipes: every run in its own process, resumed at the granularity of a run, all evaluated alike."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,23 @@ import yaml
 from folders import llama
 from rich.console import Console
 
-from understudy.compare.experiment import Contestant, Trial, budget_override, compare, contestants
-from understudy.recipe import RecipeError
+from understudy import cli
+from understudy.compare.evaluations import evaluate_into, named_settings, read_result, with_format_of
+from understudy.compare.experiment import compare
+from understudy.compare.statistics import Result
+from understudy.compare.variants import Variant, budget_override, common_dataset, variants
+from understudy.evaluation.settings import EvalSettings
+from understudy.files import read_jsonl
+from understudy.models.load import load_tokenizer
+from understudy.recipe import Data, RecipeError, load
+from understudy.run.folder import RunFolder
 
 QUIET = Console(quiet=True)
+
+
+def settings_on(home, **options):
+    """Settings for the sums of the test split, or of those in a data block."""
+    return EvalSettings(Data(dataset=str(home / "test"), split="test"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +52,25 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
+def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
     output = home / "out"
-    entered = [
-        *contestants([home / "kd.yaml", home / "gkd.yaml"]),
-        Contestant("lost", home / "kd.yaml", ("data.dataset=./nowhere.jsonl",)),
+    compared = [
+        *variants([home / "kd.yaml", home / "gkd.yaml"]),
+        Variant("lost", home / "kd.yaml", ("data.dataset=./nowhere.jsonl",)),
     ]
-    trial = Trial(str(home / "test"), metrics=("chrf",), temperatures=(0.0, 1.0), exposure=5)
-    text = compare(entered, output, trial, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    settings, options = settings_on(home, metrics=("chrf",)), {"temperatures": (0.0, 1.0), "exposure": 5}
+    text = compare(compared, output, settings, **options, seeds=1, parallel=2, baseline="kd", console=QUIET)
     for name in ("kd", "gkd"):
         for seed in range(1):
             folder = output / name / f"seed-{seed}"
             assert json.loads((folder / "run.json").read_text())["seed"] == seed
-            assert len((folder / "answers-T=1.jsonl").read_text().splitlines()) == 12
+            [responses] = folder.glob("responses-T=1.*.jsonl")
+            assert len(responses.read_text().splitlines()) == 12
     rows = text.splitlines()
     assert "accuracy (greedy)" in rows[0]
     assert "chrf (T=1)" in rows[0]
     assert "exposure_bias (exposure)" in rows[0]
-    curves = json.loads((output / "kd" / "seed-0" / "evaluation.json").read_text())["found"]["exposure"]["curves"]
+    curves = json.loads((output / "kd" / "seed-0" / "evaluation.json").read_text())["results"]["exposure"]["curves"]
     assert curves["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
     assert curves["exposure_bias"]["alive"][0] == 5
     assert [row.split(" | ")[0] for row in rows[2:7]] == [
@@ -68,76 +82,161 @@ def test_recipes_are_run_over_seeds_and_judged_alike_and_once(home):
     ]
     assert "nowhere" in text
     content = json.loads((output / "comparison.json").read_text())
-    assert content["lines"][1]["against"].keys() == {"greedy", "T=1"}
+    assert content["rows"][1]["difference"].keys() == {"greedy", "T=1"}
     assert (output / "comparison.md").read_text() == text
 
-    # Again: finished runs and evaluations stay; one that was lost is made again, with the same result.
+    # Again: finished runs and evaluations stay; one that was lost is computed again, with the same result.
     before = {p: p.stat().st_mtime_ns for p in output.rglob("evaluation.json")}
-    gone = output / "gkd" / "seed-0" / "evaluation.json"
-    answers = json.loads(gone.read_text())["found"]["greedy"]["scores"]
-    gone.unlink()
-    compare(entered[:2], output, trial, seeds=1, baseline="kd", console=QUIET)
-    assert {p for p, at in before.items() if p.stat().st_mtime_ns != at} == {gone}
-    assert json.loads(gone.read_text())["found"]["greedy"]["scores"] == answers
-
-
-def test_a_sweep_makes_a_contestant_of_every_value(home):
-    made = contestants([home / "kd.yaml"], ["training.max_steps=1"], "method.kd.sft_weight=0,0.5")
-    assert [c.name for c in made] == ["kd sft_weight=0", "kd sft_weight=0.5"]
-    assert [c.swept for c in made] == [("method.kd.sft_weight", "0"), ("method.kd.sft_weight", "0.5")]
-    assert made[1].load().method == ("kd", {"sft_weight": 0.5})
-    assert made[1].load().training["max_steps"] == 1
+    lost = output / "gkd" / "seed-0" / "evaluation.json"
+    scores = json.loads(lost.read_text())["results"]["greedy"]["scores"]
+    lost.unlink()
+    compare(compared[:2], output, settings, **options, seeds=1, baseline="kd", console=QUIET)
+    assert {p for p, at in before.items() if p.stat().st_mtime_ns != at} == {lost}
+    assert json.loads(lost.read_text())["results"]["greedy"]["scores"] == scores
 
 
 @pytest.mark.slow
-def test_a_sweep_with_a_budget_says_both_and_who_left_some_of_it(home):
-    """Four answers of one or two digits and their end: a step has 8 to 12 tokens, fewer than 15, and two have more."""
-    from understudy.report.folders import read
+def test_other_settings_leave_files_that_no_evaluation_wrote(home, tmp_path):
+    """With a model whose weights change in between, so that its responses are others."""
+    model = llama(tmp_path / "model", seed=3)
+    folder = tmp_path / "evaluated"
+    folder.mkdir()
+    mine = {name: folder / name for name in ("responses-mine.jsonl", "responses-greedy.jsonl", "notes.txt")}
+    for name, file in mine.items():
+        file.write_text(f"my own {name}")
+
+    def responses(limit):
+        data = Data(dataset=str(home / "test"), split="test", limit=limit)
+        evaluate_into(RunFolder(folder), str(model), named_settings(EvalSettings(data)))
+        return RunFolder(folder).read_responses()["greedy"]
+
+    for limit in (4, 6, 4):
+        assert len(responses(limit)) == limit
+        assert {name: file.read_text() for name, file in mine.items()} == {name: f"my own {name}" for name in mine}
+    before = responses(4)
+    llama(tmp_path / "model", seed=4)
+    after = responses(4)
+    assert [line["id"] for line in after] != [line["id"] for line in before]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("comparison.json", "comparison.md", "kd/seed-0/log.txt", "kd/seed-0/failed.txt", "kd/seed-0/evaluation.json"),
+        *("kd/seed-0/run.json", "kd/seed-0/checkpoint-3/state.json"),
+    ],
+)
+def test_files_that_no_comparison_wrote_are_refused_and_stay(name, home, tmp_path):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"my": "own"}')
+    with pytest.raises(ValueError, match=r"exists already and was not written by .*: give another --output"):
+        compare(variants([home / "kd.yaml"]), tmp_path / "out", settings_on(home), console=QUIET)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == '{"my": "own"}'
+
+
+def test_a_sweep_gives_a_variant_for_every_value(home):
+    swept = variants([home / "kd.yaml"], ["training.max_steps=1"], "method.kd.sft_weight=0,0.5")
+    assert [c.name for c in swept] == ["kd sft_weight=0", "kd sft_weight=0.5"]
+    assert [c.swept for c in swept] == [("method.kd.sft_weight", "0"), ("method.kd.sft_weight", "0.5")]
+    assert swept[1].load().method == ("kd", {"sft_weight": 0.5})
+    assert swept[1].load().training["max_steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_budget_reports_both_and_runs_that_ended_before_it(home):
+    """Four responses of one or two digits and their end: a step has 8 to 12 tokens, below 15, and two have more."""
+    from understudy.report.folders import read_runs
 
     output = home / "swept"
-    entered = contestants([home / "kd.yaml"], [budget_override("tokens=15")], "training.max_steps=1,9")
-    text = compare(entered, output, Trial(str(home / "test")), console=QUIET, parallel=2, baseline=entered[1].name)
+    compared = variants([home / "kd.yaml"], [budget_override("tokens=15")], "training.max_steps=1,9")
+    text = compare(compared, output, settings_on(home), console=QUIET, parallel=2, baseline=compared[1].name)
     assert "- Every run could spend 15 response tokens." in text
     assert "- kd max_steps=1, seed 0: max_steps ended the run with" in text
     assert "- kd max_steps=9" not in text
     content = json.loads((output / "comparison.json").read_text())
     assert content["budget"] == {"tokens": 15}
-    assert content["lines"][1]["budget"] == {"tokens": 15}
+    assert content["rows"][1]["budget"] == {"tokens": 15}
     assert content["sweep"] == {
         "option": "training.max_steps",
         "points": {f"kd max_steps={n}": {"recipe": "kd", "value": n, "written": str(n)} for n in (1, 9)},
     }
     summary = json.loads((output / "kd" / "max_steps=9" / "seed-0" / "run.json").read_text())
     assert summary["budget"] == {"tokens": 15, "spent": summary["tokens"], "ended_by": "budget"}
-    assert [run.name for run in read([output])] == [c.name for c in entered], "a report calls them as the comparison"
+    assert [run.name for run in read_runs([output])] == [c.name for c in compared], "a report has the same names"
 
-    other = contestants([home / "kd.yaml"], [budget_override("tokens=16")], "training.max_steps=1,9")
+    other = variants([home / "kd.yaml"], [budget_override("tokens=16")], "training.max_steps=1,9")
     with pytest.raises(RecipeError, match="with other settings or another budget: give another --output"):
-        compare(other, output, Trial(str(home / "test")), console=QUIET)
+        compare(other, output, settings_on(home), console=QUIET)
 
 
 @pytest.mark.parametrize(
-    ("call", "complaint"),
+    ("call", "error"),
     [
         (lambda home: budget_override("100000"), "a budget is written tokens=N or seconds=N, such as tokens=100000"),
         (lambda home: budget_override("steps=5"), "a budget is written tokens=N"),
         (
-            lambda home: compare(contestants([home / "kd.yaml"], ["budget={tokens: 0}"]), home / "no", Trial()),
+            lambda home: compare(variants([home / "kd.yaml"], ["budget={tokens: 0}"]), home / "no", settings_on(home)),
             "a budget of 0 tokens cannot be spent",
         ),
-        (lambda home: contestants([home / "kd.yaml"], sweep="training.learning_rate"), "a sweep is written key=value"),
-        (lambda home: contestants([home / "kd.yaml", home / "kd.yaml"]), "the same file name"),
+        (lambda home: variants([home / "kd.yaml"], sweep="training.learning_rate"), "a sweep is written key=value"),
+        (lambda home: variants([home / "kd.yaml", home / "kd.yaml"]), "the same file name"),
         (
-            lambda home: compare(contestants([home / "kd.yaml"]), home / "no", Trial(), baseline="sft"),
+            lambda home: compare(variants([home / "kd.yaml"]), home / "no", settings_on(home), baseline="sft"),
             'baseline "sft"',
         ),
         (
-            lambda home: compare(contestants([home / "kd.yaml"], ["method.kd.beta=1"]), home / "no", Trial()),
+            lambda home: compare(variants([home / "kd.yaml"], ["method.kd.beta=1"]), home / "no", settings_on(home)),
             'no field "beta"',
         ),
     ],
 )
-def test_mistakes_are_found_before_anything_is_run(call, complaint, home):
-    with pytest.raises(RecipeError, match=complaint):
+def test_mistakes_are_found_before_anything_is_run(call, error, home):
+    with pytest.raises(RecipeError, match=error):
         call(home)
     assert not Path(home / "no").exists()
+
+
+def test_recipes_with_different_datasets_need_a_dataset_to_be_evaluated_on(home):
+    other = Variant("other", home / "kd.yaml", ("data.dataset=elsewhere",))
+    assert common_dataset(variants([home / "kd.yaml", home / "gkd.yaml"])) == str(home / "train")
+    with pytest.raises(RecipeError, match="different datasets: name the one on which all students are evaluated"):
+        common_dataset([*variants([home / "kd.yaml"]), other])
+
+
+def test_a_row_is_read_in_each_recipe_s_own_way_and_nothing_else_is_the_recipe_s(home):
+    """The problems of the playground, above all, are not those of the seed that the recipe trains on."""
+    changes = ["data.template='{prompt} '", "data.seed=2", "data.limit=3", "data.max_length=12"]
+    named = with_format_of(named_settings(settings_on(home)), load(home / "kd.yaml", changes))
+    data = named["greedy"].data
+    assert data.template == "{prompt} "
+    assert (data.dataset, data.split, data.seed, data.limit) == (str(home / "test"), "test", 0, None)
+
+
+def test_the_evaluation_of_a_student_is_the_same_by_every_command(home, tmp_path, monkeypatch):
+    """`evaluate`, `compare` and the demo: the same problems, lengths, dtype and device, so the same responses."""
+    student = tmp_path / "run" / "student"
+    tokenizer = load_tokenizer("playground:arithmetic")
+    llama(student, seed=3, tokenizer=tokenizer, vocab_size=len(tokenizer), torch_dtype="bfloat16")
+    output = tmp_path / "responses.jsonl"
+    command = ["evaluate", student, "--data", "playground:arithmetic", "--limit", 50, "--output", output]
+    monkeypatch.setattr("sys.argv", ["understudy", *map(str, command)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+
+    changed = load(home / "kd.yaml", ["data.seed=2", "data.limit=90", "rollout.generate.max_new_tokens=5"])
+    block = Data(dataset="playground:arithmetic", split="test", limit=50)
+    settings = with_format_of(named_settings(EvalSettings(block)), changed)
+    folder = RunFolder(tmp_path / "run")
+    evaluate_into(folder, str(student), settings)
+    result = read_result(folder, settings)
+    assert isinstance(result, Result)
+
+    by_command, by_comparison = read_jsonl(output), folder.read_responses()["greedy"]
+    assert sorted(by_command, key=lambda line: line["row"]) == by_comparison
+    assert len(by_comparison) == 50
+    metrics = json.loads((tmp_path / "responses.metrics.json").read_text())["metrics"]
+    for name in ("accuracy", "response_length", "truncated"):
+        assert metrics[name] == result.metrics["greedy"][name]

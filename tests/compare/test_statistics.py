@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from understudy.compare.statistics import Result, Spread, budget_notes, difference, lines, markdown
+from understudy.compare.statistics import Result, Spread, budget_notes, markdown, paired_difference, table_rows
 
 
 def result(accuracy, scores=(), **cost):
@@ -27,37 +27,39 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
         assert sum(s.low <= 1.0 <= s.high for s in spreads) / 2000 == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_bootstrap_sees_a_paired_difference_that_unpaired_scores_hide():
-    """One contestant is right wherever the other is, and on ten problems more: certain, though both are half right."""
-    theirs = np.arange(200) % 2
-    ours = theirs.copy()
-    ours[np.flatnonzero(theirs == 0)[:10]] = 1
-    found = difference([ours], [theirs])
-    assert found.mean == pytest.approx(0.05)
-    assert 0 < found.low < 0.05 < found.high
-    assert found.p < 0.01
-    back = difference([theirs], [ours])
-    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low), abs=0.006)
+def test_the_bootstrap_detects_a_paired_difference_that_unpaired_scores_hide():
+    """One variant is right wherever the other is, and on ten problems more: certain, though both are half right."""
+    baseline = np.arange(200) % 2
+    scores = baseline.copy()
+    scores[np.flatnonzero(baseline == 0)[:10]] = 1
+    difference = paired_difference([scores], [baseline])
+    assert difference.mean == pytest.approx(0.05)
+    assert 0 < difference.low < 0.05 < difference.high
+    assert difference.p < 0.01
+    reverse = paired_difference([baseline], [scores])
+    assert (reverse.mean, reverse.low, reverse.high) == pytest.approx(
+        (-difference.mean, -difference.high, -difference.low), abs=0.006
+    )
 
 
 def test_the_bootstrap_s_p_is_even_where_there_is_no_difference():
     """Under the null hypothesis p < 0.05 in about a twentieth of the cases (somewhat more: there are 3 seeds)."""
     draw = np.random.default_rng(1)
-    small = sum(difference(*(draw.random((2, 3, 150)) < 0.5).astype(float)).p < 0.05 for _ in range(100))
+    small = sum(paired_difference(*(draw.random((2, 3, 150)) < 0.5).astype(float)).p < 0.05 for _ in range(100))
     assert small <= 12
-    same = difference([[1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0]])
+    same = paired_difference([[1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0]])
     assert (same.mean, same.p) == (0.0, 1.0)
 
 
 def test_the_share_of_the_gap_lies_between_warm_start_and_teacher():
-    [line] = lines({"gkd": {0: result(0.5), 1: result(0.7)}}, teacher=result(1.0), start=result(0.2))
-    assert line.closed["greedy"]["accuracy"] == pytest.approx(0.5)
-    [line] = lines({"gkd": {0: result(0.5)}}, teacher=result(0.5), start=result(0.5))
-    assert line.closed == {}
+    [row] = table_rows({"gkd": {0: result(0.5), 1: result(0.7)}}, teacher=result(1.0), start=result(0.2))
+    assert row.gap_closed["greedy"]["accuracy"] == pytest.approx(0.5)
+    [row] = table_rows({"gkd": {0: result(0.5)}}, teacher=result(0.5), start=result(0.5))
+    assert row.gap_closed == {}
 
 
 def test_failed_runs_are_shown_and_the_others_stay():
-    table = lines(
+    table = table_rows(
         {
             "kd": {0: result(0.4, [1, 0, 0, 1], seconds=10.0, tokens=100.0), 1: "the disk is full"},
             "gkd": {0: result(0.6, [1, 1, 0, 1], seconds=30.0, tokens=90.0), 1: result(0.7, [1, 1, 0, 1])},
@@ -65,9 +67,9 @@ def test_failed_runs_are_shown_and_the_others_stay():
         },
         baseline="kd",
     )
-    assert [line.seeds for line in table] == [1, 2, 0]
-    assert table[0].against == {}
-    assert table[1].against["greedy"].mean == pytest.approx(0.25)  # over the seed that both have
+    assert [row.seeds for row in table] == [1, 2, 0]
+    assert table[0].difference == {}
+    assert table[1].difference["greedy"].mean == pytest.approx(0.25)  # over the seed that both have
     assert table[1].seconds is None
     text = markdown(table, [("greedy", "accuracy"), ("greedy", "bleu")], {"teacher": result(1.0)})
     rows = text.splitlines()
@@ -83,8 +85,8 @@ def run_with(spent, by="budget", **budget):
     return result(0.5, budget={**budget, "spent": spent, "ended_by": by})
 
 
-def test_a_budget_is_stated_and_who_did_not_use_it_up_is_named():
-    table = lines(
+def test_a_budget_is_stated_and_runs_that_did_not_use_it_up_are_named():
+    table = table_rows(
         {
             "kd": {0: run_with(1012, tokens=1000), 1: run_with(600, "max_steps", tokens=1000)},
             "gkd": {0: run_with(1001, tokens=1000), 1: "the disk is full"},
@@ -100,7 +102,7 @@ def test_a_budget_is_stated_and_who_did_not_use_it_up_is_named():
     assert text.endswith("".join(f"- {line}\n" for line in ["gkd, seed 1: the disk is full", *expected]))
 
 
-def test_budgets_that_differ_are_told_one_by_one_and_no_budget_is_not_told():
-    table = lines({"kd": {0: run_with(60, seconds=60)}, "gkd": {0: result(0.5)}, "lost": {0: "no teacher"}})
-    assert budget_notes(table) == ["kd could spend 60 seconds of training.", "gkd could spend what it wanted."]
-    assert budget_notes(lines({"gkd": {0: result(0.5)}})) == []
+def test_budgets_that_differ_are_stated_one_by_one_and_no_budget_is_not_stated():
+    table = table_rows({"kd": {0: run_with(60, seconds=60)}, "gkd": {0: result(0.5)}, "lost": {0: "no teacher"}})
+    assert budget_notes(table) == ["kd could spend 60 seconds of training.", "gkd had no budget."]
+    assert budget_notes(table_rows({"gkd": {0: result(0.5)}})) == []

@@ -1,4 +1,4 @@
-"""A model is judged by its own answers: right or wrong, and how far from the teacher's distribution."""
+"""Evaluation of a model by its responses: correct or wrong, text metrics, and the distance to the teacher."""
 
 import json
 import sys
@@ -22,45 +22,45 @@ from understudy.teachers.local import LocalTeacher
 TOKENIZER = characters()
 
 
-class Parrot(Rollout):
-    """Answers what it was told to."""
+class FixedRollout(Rollout):
+    """Generates given responses, by row."""
 
-    def __init__(self, *answers):
-        self.answers = answers
+    def __init__(self, *responses):
+        self.responses_by_row = responses
 
     def bind(self, model, tokenizer, author="student"):
         return self
 
     def generate(self, prompts, sampling, step):
-        texts = [(prompt, self.answers[prompt.row]) for prompt in prompts]
+        texts = [(prompt, self.responses_by_row[prompt.row]) for prompt in prompts]
         return [Example(p.prompt, [*TOKENIZER.encode(a, add_special_tokens=False), 2], row=p.row) for p, a in texts]
 
 
-def judged(rows, *answers):
-    return evaluate(None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot(*answers), Sampling())
+def evaluated(rows, *responses):
+    return evaluate(None, TOKENIZER, examples_from_rows(rows, TOKENIZER), FixedRollout(*responses), Sampling())
 
 
 def test_where_every_reference_has_a_final_answer_only_that_counts():
     rows = [{"prompt": f"{i}+1=", "completion": f"it is\n#### {i + 1}"} for i in range(4)]
-    result = judged(rows, "#### 1", "so 2 #### 2", "#### 30", "it is 4")
-    assert [answer["correct"] for answer in result.answers] == [True, True, False, False]
+    result = evaluated(rows, "#### 1", "so 2 #### 2", "#### 30", "it is 4")
+    assert [line["correct"] for line in result.responses] == [True, True, False, False]
     assert result.metrics["accuracy"] == 0.5
 
 
-def test_otherwise_an_answer_is_right_if_it_matches_any_reference():
+def test_otherwise_a_response_is_correct_if_it_matches_any_reference():
     rows = [
         {"prompt": "a city", "completion": ["paris", "rome, italy"]},
         {"prompt": "a sum", "completion": "#### 2"},
         {"prompt": "another", "completion": "oslo"},
     ]
-    result = judged(rows, "rome italy", "#### 2", "bergen")
-    assert [answer["correct"] for answer in result.answers] == [True, True, False]
-    assert result.answers[0]["references"] == ["paris", "rome, italy"]
+    result = evaluated(rows, "rome italy", "#### 2", "bergen")
+    assert [line["correct"] for line in result.responses] == [True, True, False]
+    assert result.responses[0]["references"] == ["paris", "rome, italy"]
 
 
-def test_prompts_alone_have_answers_but_no_accuracy():
-    result = judged([{"prompt": "a"}, {"prompt": "b"}], "one", "three")
-    assert [answer["correct"] for answer in result.answers] == [None, None]
+def test_prompts_alone_have_responses_but_no_accuracy():
+    result = evaluated([{"prompt": "a"}, {"prompt": "b"}], "one", "three")
+    assert [line["correct"] for line in result.responses] == [None, None]
     assert "accuracy" not in result.metrics
     assert result.metrics["response_length"] == 5.0
 
@@ -69,7 +69,12 @@ def test_metrics_are_measured_over_the_rows_that_have_references():
     rows = [{"prompt": "a", "completion": ["one cat", "two cats"]}, {"prompt": "b"}, {"prompt": "c", "completion": "3"}]
     asked = ["rouge_l", "bleu", "exact_match"]
     result = evaluate(
-        None, TOKENIZER, examples_from_rows(rows, TOKENIZER), Parrot("two cats", "two", "4"), Sampling(), metrics=asked
+        None,
+        TOKENIZER,
+        examples_from_rows(rows, TOKENIZER),
+        FixedRollout("two cats", "two", "4"),
+        Sampling(),
+        metrics=asked,
     )
     assert list(result.metrics)[-3:] == asked
     assert result.metrics["rouge_l"] == result.metrics["exact_match"] == 50
@@ -83,34 +88,40 @@ def test_metrics_are_measured_over_the_rows_that_have_references():
         ("bleu", "no row of rows has a reference for bleu: name the column"),
     ],
 )
-def test_metrics_that_cannot_be_measured_are_refused_before_anything_is_written(metric, sentence):
-    nobody = Parrot()  # would raise, because it has no answer
+def test_metrics_that_cannot_be_computed_are_refused_before_anything_is_generated(metric, sentence):
+    nobody = FixedRollout()  # would raise, because it has no response
     with pytest.raises(ValueError, match=sentence):
         evaluate(
             None, TOKENIZER, examples_from_rows([{"prompt": "a"}], TOKENIZER), nobody, Sampling(), metrics=[metric]
         )
 
 
-class Moody(Parrot):
-    """Answers what it was told to for each seed."""
+class FixedBySeed(FixedRollout):
+    """Generates given responses for each seed."""
 
     def __init__(self, **by_seed):
         self.by_seed = by_seed
 
     def generate(self, prompts, sampling, step):
-        self.answers = self.by_seed[f"seed{step.seed}"]
+        self.responses_by_row = self.by_seed[f"seed{step.seed}"]
         return super().generate(prompts, sampling, step)
 
 
 def test_several_seeds_give_the_mean_and_the_standard_deviation():
     rows = [{"prompt": "a", "completion": "one"}, {"prompt": "b", "completion": "two"}]
-    told = {"seed1": ("one", "two"), "seed2": ("one", "no"), "seed3": ("no", "no")}
+    by_seed = {"seed1": ("one", "two"), "seed2": ("one", "no"), "seed3": ("no", "no")}
     examples = examples_from_rows(rows, TOKENIZER)
     result = evaluate(
-        None, TOKENIZER, examples, Moody(**told), Sampling(), seed=[1, 2, 3], metrics=["exact_match", "self_bleu"]
+        None,
+        TOKENIZER,
+        examples,
+        FixedBySeed(**by_seed),
+        Sampling(),
+        seed=[1, 2, 3],
+        metrics=["exact_match", "self_bleu"],
     )
-    assert [answer["answer"] for answer in result.answers] == ["one", "two", "one", "no", "no", "no"]
-    assert [answer["seed"] for answer in result.answers] == [1, 1, 2, 2, 3, 3]
+    assert [line["response"] for line in result.responses] == ["one", "two", "one", "no", "no", "no"]
+    assert [line["seed"] for line in result.responses] == [1, 1, 2, 2, 3, 3]
     assert (result.metrics["accuracy"], result.metrics["accuracy_std"]) == (0.5, 0.5)
     assert (result.metrics["exact_match"], result.metrics["exact_match_std"]) == (50, 50)
     assert result.metrics["response_length"] == pytest.approx((4 + 3.5 + 3) / 3)
@@ -122,20 +133,23 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"metrics": ["self_bleu"]}, "self_bleu compares the answers to a prompt with each other: give several seeds"),
+        (
+            {"metrics": ["self_bleu"]},
+            "self_bleu compares the responses to a prompt with each other: give several",
+        ),
         ({"seed": [1, 1]}, "two of the seeds are the same"),
-        ({"seed": [1, 2]}, "greedy answers do not depend on the seed"),
-        ({"exposure": True}, "needs a teacher that can write"),
-        ({"exposure": True, "teacher": "live"}, "sample at temperature 1"),
+        ({"seed": [1, 2]}, "greedy responses do not depend on the seed"),
+        ({"exposure_bias": True}, "needs a teacher that can generate"),
+        ({"exposure_bias": True, "teacher": "live"}, "sample at temperature 1"),
     ],
 )
-def test_what_would_mean_nothing_is_refused_before_anything_is_written(options, sentence):
+def test_what_would_mean_nothing_is_refused_before_anything_is_generated(options, sentence):
     if options.get("teacher") == "live":
         options = {**options, "teacher": LocalTeacher(tiny("llama"))}
     examples = examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER)
-    nobody, greedy = GenerateRollout(), Sampling(temperature=0)  # would fail, having no model
+    unbound, greedy = GenerateRollout(), Sampling(temperature=0)  # would fail, having no model
     with pytest.raises(ValueError, match=sentence):
-        evaluate(None, TOKENIZER, examples, nobody, greedy, **options)
+        evaluate(None, TOKENIZER, examples, unbound, greedy, **options)
 
 
 @pytest.fixture(scope="module")
@@ -205,17 +219,17 @@ def test_a_model_is_at_no_distance_from_itself(home):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_same_seed_gives_the_same_answers_and_greedy_ones_need_none(home, temperature):
+def test_the_same_seed_gives_the_same_responses_and_greedy_ones_need_none(home, temperature):
     model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
     examples = examples_from_rows([{"prompt": f"{i}="} for i in range(6)], TOKENIZER)
 
-    def answers(seed, count=6):
+    def responses(seed, count=6):
         sampling = Sampling(max_new_tokens=6, temperature=temperature)
         result = evaluate(model, TOKENIZER, examples, GenerateRollout(count), sampling, seed=seed, batch_size=count)
-        return [answer["answer"] for answer in result.answers]
+        return [line["response"] for line in result.responses]
 
-    assert answers(0) == answers(0) == answers(0, count=2)
-    assert (answers(0) == answers(1)) == (temperature == 0)
+    assert responses(0) == responses(0) == responses(0, count=2)
+    assert (responses(0) == responses(1)) == (temperature == 0)
 
 
 def run(monkeypatch, *arguments):
@@ -225,25 +239,25 @@ def run(monkeypatch, *arguments):
     assert stop.value.code == 0
 
 
-def test_the_command_prints_the_metrics_and_writes_the_answers(home, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "deep" / "answers.jsonl"
+def test_the_command_prints_the_metrics_and_writes_the_responses(home, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "deep" / "responses.jsonl"
     arguments = (home / "student", "--data", home / "sums.jsonl", "--teacher", home / "teacher", "--limit", 5)
     run(monkeypatch, *arguments, "--output", output, "--metric", "chrf", "--metric", "rouge_l")
     printed = capsys.readouterr().out
     assert "chrf: nrefs:1|case:mixed" in printed
     for name in ("accuracy", "chrf", "rouge_l", "response_length", "truncated", "forward_kl", "reverse_kl"):
         assert name in printed
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [answer["prompt"] for answer in answers] == [f"{i}+{i % 5}=" for i in range(5)]
-    assert all({"prompt", "answer", "references", "correct"} <= set(answer) for answer in answers)
+    responses = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in responses] == [f"{i}+{i % 5}=" for i in range(5)]
+    assert all({"prompt", "response", "references", "correct"} <= set(line) for line in responses)
 
 
-def test_the_command_samples_as_a_protocol_says_and_goes_on_from_what_it_wrote(home, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "answers.jsonl"
+def test_the_command_samples_by_a_protocol_and_resumes_from_its_responses(home, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "responses.jsonl"
     arguments = ["--data", home / "sums.jsonl", "--teacher", home / "teacher", "--limit", 4, "--output", output]
     arguments += ["--protocol", "minillm", "--max-new-tokens", 8, "--max-prompt-length", 32, "--exposure-bias"]
     run(monkeypatch, home / "student", *arguments, "--metric", "self_bleu")
-    first = output.read_bytes(), (tmp_path / "answers.teacher.jsonl").read_bytes()
+    first = output.read_bytes(), (tmp_path / "responses.teacher.jsonl").read_bytes()
     lines = [json.loads(line) for line in first[0].splitlines()]
     assert sorted((line["seed"], line["row"]) for line in lines) == [
         (s, r) for s in (10, 20, 30, 40, 50) for r in range(4)
@@ -251,14 +265,14 @@ def test_the_command_samples_as_a_protocol_says_and_goes_on_from_what_it_wrote(h
     printed = capsys.readouterr().out
     for name in ("± over seeds", "self_bleu", "exposure_bias", "agreement", "top_10_overlap", "teacher_perplexity"):
         assert name in printed
-    found = json.loads((tmp_path / "answers.metrics.json").read_text())
+    found = json.loads((tmp_path / "responses.metrics.json").read_text())
     assert len(found["curves"]["exposure_bias"]["percent"]) == len(found["curves"]["exposure_bias"]["alive"]) <= 8
     assert found["curves"]["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
     assert found["curves"]["distance"]["alive"][0] == 20
     assert {"accuracy", "accuracy_std", "forward_kl", "forward_kl_std"} <= set(found["metrics"])
     output.write_bytes(first[0][:-30])
     run(monkeypatch, home / "student", *arguments)
-    assert (output.read_bytes(), (tmp_path / "answers.teacher.jsonl").read_bytes()) == first
+    assert (output.read_bytes(), (tmp_path / "responses.teacher.jsonl").read_bytes()) == first
 
 
 def refused(monkeypatch, capsys, *arguments):
@@ -269,19 +283,38 @@ def refused(monkeypatch, capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_a_protocol_that_is_none_is_refused_with_the_nearest(home, monkeypatch, capsys):
-    said = refused(monkeypatch, capsys, home / "student", "--data", home / "sums.jsonl", "--protocol", "minilm")
-    assert 'no protocol "minilm"; did you mean "minillm"?' in said
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.jsonl", '{"a": 1}\n{"a": 2}'),
+        ("mine.jsonl", "the only copy"),
+        ("mine.metrics.json", '{"accuracy": 1}'),
+        ("mine.metrics.json", "the only copy"),
+        ("mine.metrics.json.partial", "the only copy"),
+    ],
+)
+def test_the_command_leaves_files_that_it_did_not_write(name, content, home, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).write_text(content)
+    arguments = (home / "student", "--data", home / "sums.jsonl", "--limit", 2, "--output", tmp_path / "mine.jsonl")
+    error = refused(monkeypatch, capsys, *arguments)
+    assert f"{tmp_path}/{name}" in error
+    assert ": give another " in error
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
 
 
-def test_where_the_harness_is_not_installed_a_sentence_says_so(home, monkeypatch, capsys):
+def test_an_unknown_protocol_is_refused_with_the_nearest(home, monkeypatch, capsys):
+    error = refused(monkeypatch, capsys, home / "student", "--data", home / "sums.jsonl", "--protocol", "minilm")
+    assert 'no protocol "minilm"; did you mean "minillm"?' in error
+
+
+def test_where_lm_eval_is_not_installed_a_sentence_says_so(home, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    said = refused(monkeypatch, capsys, home / "student", "--lm-eval", "mmlu,bbh")
-    assert "pip install 'understudy[lm-eval]'" in said
+    error = refused(monkeypatch, capsys, home / "student", "--lm-eval", "mmlu,bbh")
+    assert "pip install 'understudy[lm-eval]'" in error
 
 
-def test_the_harness_measures_its_tasks(home, tmp_path, monkeypatch, capsys):
-    """A task of choices between two answers, the first of which is always said to be right."""
+def test_lm_eval_runs_its_tasks(home, tmp_path, monkeypatch, capsys):
+    """A task of choices between two answers, the first of which is always the correct one."""
     pytest.importorskip("lm_eval")
     jsonl(tmp_path / "rows.jsonl", [{"q": f"{i}+1=", "choices": [str(i + 1), "z"], "answer": 0} for i in range(6)])
     task = {
@@ -306,8 +339,8 @@ def test_the_harness_measures_its_tasks(home, tmp_path, monkeypatch, capsys):
         right += bool(log[ours] > log[other])
     run(monkeypatch, home / "teacher", "--lm-eval", tmp_path / "sums.yaml", "--output", tmp_path / "a.jsonl")
     assert json.loads((tmp_path / "a.metrics.json").read_text())["metrics"]["sums/acc"] == pytest.approx(right / 6)
-    said = refused(monkeypatch, capsys, home / "teacher", "--lm-eval", "mmul")
-    assert 'no task "mmul", nor is it a YAML file; did you mean "mmlu"?' in said
+    error = refused(monkeypatch, capsys, home / "teacher", "--lm-eval", "mmul")
+    assert 'no task "mmul", nor is it a YAML file; did you mean "mmlu"?' in error
 
 
 def test_the_command_takes_columns_and_a_template(home, tmp_path, monkeypatch, capsys):
@@ -327,12 +360,12 @@ class Halved(LlamaForCausalLM):
         return out
 
 
-def test_a_model_with_logits_of_its_own_is_measured_by_them():
+def test_a_model_that_transforms_its_logits_is_measured_by_these():
     made = Halved(tiny("llama").config).eval()
     made.load_state_dict(tiny("llama").state_dict())
-    answers = some_examples()
-    batch = Batch.from_examples(answers, 0)
-    found = distance(made, LocalTeacher(tiny("llama", seed=1)), answers, VOCABULARY)
+    examples = some_examples()
+    batch = Batch.from_examples(examples, 0)
+    found = distance(made, LocalTeacher(tiny("llama", seed=1)), examples, VOCABULARY)
     logits = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     assert found["student_entropy"] == pytest.approx(float(entropy), rel=1e-5)

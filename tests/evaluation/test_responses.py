@@ -1,4 +1,4 @@
-"""Answers are written once, kept as they are made, and never twice, whatever happens in between."""
+"""Responses are generated once, saved batch by batch, and never generated twice, whatever happens in between."""
 
 import copy
 import json
@@ -15,10 +15,10 @@ import torch
 from fakes import ScriptedRollout, tiny, words
 
 import understudy
+from understudy import Sampling
 from understudy.data.examples import examples_from_rows
-from understudy.evaluation.responses import Pace, fingerprint, write_answers
+from understudy.evaluation.responses import BatchSizeSearch, fingerprint, generate_responses
 from understudy.rollout import Rollout
-from understudy.sampling import Sampling
 
 TOKENIZER = words()
 EXAMPLES = examples_from_rows(
@@ -29,7 +29,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 
 
 class Portions(Rollout):
-    """Writes as many answers at once as it is told, remembers which, and may fail."""
+    """Generates as many responses at once as it is told, remembers which, and may fail."""
 
     def __init__(self, batch_size=8, dies_at=None, room=100):
         self._inner, self.batch_size = ScriptedRollout(), batch_size
@@ -53,75 +53,118 @@ class Portions(Rollout):
         return self._inner.generate(prompts, sampling, step)
 
 
-def write(path=None, rollout=None, sampling=SAMPLING, model=MODEL, examples=EXAMPLES, seeds=(1, 2), **options):
-    def judge(text, row):
+def generate(path=None, rollout=None, sampling=SAMPLING, model=MODEL, examples=EXAMPLES, seeds=(1, 2), **options):
+    def is_correct(text, row):
         return text in row.references
 
-    common = (model, TOKENIZER, examples, rollout or Portions(), sampling, seeds, judge)
-    return write_answers(*common, path=path, **options)
+    arguments = (model, TOKENIZER, examples, rollout or Portions(), sampling, seeds, is_correct)
+    return generate_responses(*arguments, path=path, **options)
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_come_in_the_order_of_seeds_and_rows_and_are_written_longest_prompt_first():
-    rollout, told = Portions(), []
-    answers = write(rollout=rollout, made=told.append).answers
-    assert [(a.line["seed"], a.line["row"]) for a in answers] == [(s, r) for s in (1, 2) for r in range(20)]
-    assert [a.line["prompt"] for a in answers[:20]] == [row.prompt for row in EXAMPLES.rows]
+def test_responses_come_in_the_order_of_seeds_and_rows_and_are_generated_longest_prompt_first():
+    rollout, counts = Portions(), []
+    responses = generate(rollout=rollout, on_progress=counts.append).responses
+    assert [(a.line["seed"], a.line["row"]) for a in responses] == [(s, r) for s in (1, 2) for r in range(20)]
+    assert [a.line["prompt"] for a in responses[:20]] == [row.prompt for row in EXAMPLES.rows]
     for seed in (1, 2):
         widths = [width for portion in rollout._asked for s, width, _ in portion if s == seed]
         assert widths == sorted(widths, reverse=True)
     assert [len(portion) for portion in rollout._asked] == [8, 8, 4] * 2
-    assert sum(told) == 40
+    assert sum(counts) == 40
 
 
-def test_an_interrupted_evaluation_goes_on_and_writes_nothing_twice(tmp_path):
-    path = tmp_path / "deep" / "answers.jsonl"
+def test_an_interrupted_evaluation_resumes_and_generates_nothing_twice(tmp_path):
+    path = tmp_path / "deep" / "responses.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        write(path, Portions(dies_at=4))
-    kept = lines(path)
-    assert len(kept) == 8 + 8 + 4 + 8
+        generate(path, Portions(dies_at=4))
+    saved = lines(path)
+    assert len(saved) == 8 + 8 + 4 + 8
     rollout = Portions()
-    again = write(path, rollout)
+    again = generate(path, rollout)
     assert sum(map(len, rollout._asked)) == 12
-    assert lines(path)[:28] == kept
+    assert lines(path)[:28] == saved
     assert sorted((line["seed"], line["row"]) for line in lines(path)) == [(s, r) for s in (1, 2) for r in range(20)]
-    texts = [a.line["answer"] for a in again.answers]
-    assert texts == [a.line["answer"] for a in write().answers]
-    assert [a.example for a in again.answers] == [a.example for a in write().answers]
-    third = write(path, Portions(dies_at=0))
+    texts = [a.line["response"] for a in again.responses]
+    assert texts == [a.line["response"] for a in generate().responses]
+    assert [a.example for a in again.responses] == [a.example for a in generate().responses]
+    third = generate(path, Portions(dies_at=0))
     assert (third.tokens, third.seconds) == (0, 0)
 
 
-def test_a_line_that_was_cut_is_written_again(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    write(path)
+def test_a_torn_line_is_generated_again(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    generate(path)
     whole = path.read_bytes()
     for cut in (1, 20, len(whole) - whole.rfind(b"\n", 0, -1) - 1):
         path.write_bytes(whole[:-cut])
         rollout = Portions()
-        write(path, rollout)
+        generate(path, rollout)
         assert sum(map(len, rollout._asked)) == 1
         assert path.read_bytes() == whole
 
 
+def foreign(whole):
+    """What may lie where responses are to be saved, and is no file of ours."""
+    return {
+        "no newline": b"the only copy",
+        "a line without a newline": b'{"seed": 1, "row": 0}',
+        "lines, the last without a newline": b'{"a": 1}\n{"a": 2}',
+        "an empty line": b"\n",
+        "bytes": b"\xff\xfe\n\x00",
+        "a note behind responses": whole + b"my own note",
+        "a note before a torn response": b"my own note\n" + whole[:-5],
+        "responses of something else, torn": whole.replace(b'"id": "', b'"id": "0')[:-5],
+    }
+
+
+@pytest.mark.parametrize("case", foreign(b""))
+def test_a_foreign_file_is_refused_and_stays_as_it_is(case, tmp_path):
+    generate(tmp_path / "whole.jsonl")
+    path = tmp_path / "deep" / "mine.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(foreign((tmp_path / "whole.jsonl").read_bytes())[case])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"mine\.jsonl:\d+ is .*: give another file for the responses, or delete this"):
+        generate(path, Portions(room=0))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path], "not even a lock lies beside it"
+
+
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
+    other = tmp_path / "responses.jsonl.lock"
+    other.write_text("the only copy")
+    with pytest.raises(ValueError, match=r"responses\.jsonl\.lock is no lock, .*: give another file for the responses"):
+        generate(tmp_path / "responses.jsonl")
+    assert other.read_text() == "the only copy"
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_responses_may_go_into_an_empty_file(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.touch()
+    generate(path)
+    assert len(lines(path)) == 40
+
+
 def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     few = replace(EXAMPLES, examples=EXAMPLES.examples[:5], rows=EXAMPLES.rows[:5])
-    assert len(write(path, examples=few, seeds=(1,)).answers) == 5
+    assert len(generate(path, examples=few, seeds=(1,)).responses) == 5
     rollout = Portions()
-    assert len(write(path, rollout).answers) == 40
+    assert len(generate(path, rollout).responses) == 40
     assert sum(map(len, rollout._asked)) == 35
-    assert len(write(path, Portions(dies_at=0), examples=few, seeds=(2,)).answers) == 5
+    assert len(generate(path, Portions(dies_at=0), examples=few, seeds=(2,)).responses) == 5
     assert len(lines(path)) == 40
 
 
 @pytest.mark.parametrize("change", ["model", "sampling", "prompt", "stranger"])
-def test_answers_of_something_else_are_refused(change, tmp_path):
-    path = tmp_path / "answers.jsonl"
-    write(path)
+def test_responses_of_something_else_are_refused(change, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    generate(path)
     before = path.read_bytes()
     options = {
         "model": {"model": tiny("llama", seed=1)},
@@ -132,26 +175,26 @@ def test_answers_of_something_else_are_refused(change, tmp_path):
     if change == "stranger":
         before += b'{"mine": 1}\n'
         path.write_bytes(before)
-    with pytest.raises(ValueError, match=r"answers\.jsonl:\d+ is .*: give another file for the answers, or delete"):
-        write(path, **options)
+    with pytest.raises(ValueError, match=r"responses\.jsonl:\d+ is .*: give another file for the responses, or delete"):
+        generate(path, **options)
     assert path.read_bytes() == before
 
 
-def test_a_folder_is_no_file_for_answers(tmp_path):
-    (tmp_path / "judged").mkdir()
-    with pytest.raises(ValueError, match=r"is a folder: name a file for the answers, such as .*/answers\.jsonl"):
-        write(tmp_path / "judged")
-    assert [path.name for path in tmp_path.iterdir()] == ["judged"]
+def test_a_folder_is_no_file_for_responses(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder: name a file for the responses, such as .*/responses\.jsonl"):
+        generate(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_right_and_wrong_follow_the_references_of_today(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    first = write(path).answers[0]
-    rows = [replace(row, references=(first.line["answer"],)) for row in EXAMPLES.rows]
-    again = write(path, Portions(dies_at=0), examples=replace(EXAMPLES, rows=rows)).answers[0]
+def test_correctness_follows_the_current_references(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    first = generate(path).responses[0]
+    rows = [replace(row, references=(first.line["response"],)) for row in EXAMPLES.rows]
+    again = generate(path, Portions(dies_at=0), examples=replace(EXAMPLES, rows=rows)).responses[0]
     assert not first.line["correct"]
     assert again.line["correct"]
-    assert again.line["references"] == [first.line["answer"]]
+    assert again.line["references"] == [first.line["response"]]
 
 
 def test_a_fingerprint_changes_with_a_step_of_training_and_with_nothing_else():
@@ -164,34 +207,34 @@ def test_a_fingerprint_changes_with_a_step_of_training_and_with_nothing_else():
     assert fingerprint(model) != before
 
 
-def test_the_pace_doubles_as_long_as_that_is_faster_and_then_stays_with_the_fastest():
-    pace = Pace(8)
+def test_the_batch_size_doubles_as_long_as_that_is_faster_and_then_stays_with_the_fastest():
+    search = BatchSizeSearch(8)
     sizes = []
     for speed in (100, 190, 300, 310, 500):
-        sizes.append(pace.size)
-        pace.note(pace.size, speed, 1.0)
+        sizes.append(search.size)
+        search.record(search.size, speed, 1.0)
     assert sizes == [8, 16, 32, 64, 32]
-    assert pace.size == 32
+    assert search.size == 32
 
 
-def test_a_rest_says_nothing_of_the_pace():
-    pace = Pace(8)
-    pace.note(3, 1000, 1.0)
-    assert pace.size == 8
+def test_a_last_smaller_batch_does_not_change_the_batch_size():
+    search = BatchSizeSearch(8)
+    search.record(3, 1000, 1.0)
+    assert search.size == 8
 
 
-def test_where_memory_is_too_small_fewer_are_written_at_once():
-    rollout, pace = Portions(room=5), Pace(16)
-    assert len(write(rollout=rollout, pace=pace).answers) == 40
+def test_where_memory_is_too_small_fewer_are_generated_at_once():
+    rollout, search = Portions(room=5), BatchSizeSearch(16)
+    assert len(generate(rollout=rollout, search=search).responses) == 40
     assert max(map(len, rollout._asked)) == 4
     assert rollout._sizes[-1] == 4
     with pytest.raises(torch.OutOfMemoryError):
-        write(rollout=Portions(room=0), pace=Pace(16))
+        generate(rollout=Portions(room=0), search=BatchSizeSearch(16))
 
 
 def test_several_responses_a_prompt_are_asked_for_by_seeds():
     with pytest.raises(ValueError, match="by several seeds"):
-        write(sampling=replace(SAMPLING, n=2))
+        generate(sampling=replace(SAMPLING, n=2))
 
 
 SLOWLY = """
@@ -205,12 +248,12 @@ class Portions(w.Portions):
         time.sleep(0.2)
         return super().generate(prompts, sampling, step)
 
-w.write(Path(sys.argv[1]), Portions(batch_size=2))
+w.generate(Path(sys.argv[1]), Portions(batch_size=2))
 """
 
 
-def test_a_killed_evaluation_goes_on_and_nobody_else_adds_to_its_file_while_it_lives(tmp_path):
-    path = tmp_path / "answers.jsonl"
+def test_a_killed_evaluation_resumes_and_no_other_process_adds_to_its_file_while_it_lives(tmp_path):
+    path = tmp_path / "responses.jsonl"
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(str(path.parents[1]) for path in (Path(understudy.__file__), Path(__file__))),
@@ -220,12 +263,12 @@ def test_a_killed_evaluation_goes_on_and_nobody_else_adds_to_its_file_while_it_l
         if path.exists() and path.stat().st_size > 1000:
             break
         time.sleep(0.05)
-    with pytest.raises(ValueError, match=r"another process is writing answers to .*answers\.jsonl: let it end, or"):
-        write(path)
+    with pytest.raises(ValueError, match=r"another process is writing responses to .*responses\.jsonl: let it end, or"):
+        generate(path)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    found = len(path.read_bytes().splitlines())
-    assert 0 < found < 40, "it was killed while writing"
-    answers = write(path).answers
+    count = len(path.read_bytes().splitlines())
+    assert 0 < count < 40, "it was killed while writing"
+    responses = generate(path).responses
     assert sorted((line["seed"], line["row"]) for line in lines(path)) == [(s, r) for s in (1, 2) for r in range(20)]
-    assert [a.line["answer"] for a in answers] == [a.line["answer"] for a in write().answers]
+    assert [a.line["response"] for a in responses] == [a.line["response"] for a in generate().responses]

@@ -1,4 +1,4 @@
-"""The report: what it says is what the runs' folders hold, and the page is safe, whole and readable by itself."""
+"""The report: it shows what the runs' folders hold, and the page is safe, self-contained and readable by itself."""
 
 import json
 import subprocess
@@ -16,9 +16,9 @@ from understudy import report
 from understudy.batch import Example
 from understudy.compare.statistics import Spread
 from understudy.recipe import load
-from understudy.report import answers as answering
 from understudy.report.curves import distance
-from understudy.report.folders import read
+from understudy.report.folders import read_runs
+from understudy.report.responses import disagreement
 
 HOSTILE = (
     '</script><script>window.hacked = 1</script><img src="http://127.0.0.1:9/x" onerror="hacked = 1">$x^2_{$ &amp; "\''
@@ -42,9 +42,9 @@ def make_run(folder, method="gkd", seed=0, steps=(10, 20, 30), finished=True, li
         "training": {"max_steps": 30, "seed": seed},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    found = [logged(step) for step in steps] if lines is None else lines
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    (folder / "before.json").write_text(json.dumps({"fingerprint": "f00", "own_samples": {"reverse_kl": 0.75}}))
+    logged_lines = [logged(step) for step in steps] if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged_lines))
+    (folder / "before.json").write_text(json.dumps({"fingerprint": "f00", "student_samples": {"reverse_kl": 0.75}}))
     if finished:
         content = {
             "steps": 30,
@@ -56,44 +56,46 @@ def make_run(folder, method="gkd", seed=0, steps=(10, 20, 30), finished=True, li
             "peak_memory_mb": 512.0,
             "versions": {"torch": "2.13.0", "commit": "c0ffee"},
             "metrics": {"eval_loss": 0.125},
-            "own_samples": {"before": {"reverse_kl": 0.75}, "after": {"reverse_kl": 0.25}},
+            "student_samples": {"before": {"reverse_kl": 0.75}, "after": {"reverse_kl": 0.25}},
         }
         (folder / "run.json").write_text(json.dumps({**content, **summary}))
     return folder
 
 
-def judge(folder, scores, limit=None, texts=None, bias=None):
+def evaluate(folder, scores, limit=None, texts=None, bias=None):
     """What a comparison leaves in a run's folder."""
-    trial = {"dataset": None, "split": "test", "limit": limit, "temperatures": [0.0], "metrics": [], "seed": 0}
+    folder = getattr(folder, "path", folder)
+    settings = {"greedy": {"data": {"dataset": "sums", "limit": limit}, "temperature": 0.0, "metrics": []}}
     metrics = {"accuracy": sum(scores) / len(scores), "response_length": 9.0, "truncated": 0.0}
-    found = {"trial": trial, "found": {"greedy": {"metrics": metrics, "scores": scores}}}
+    greedy = {"metrics": metrics, "scores": scores, "responses": "responses-greedy.0123abcd.jsonl"}
+    evaluation = {"settings": settings, "results": {"greedy": greedy}}
     if bias is not None:
         curve = {"percent": [None, bias], "standard_error": [None, 1.0]}
         other = {"metrics": {"exposure_bias": bias}, "scores": None, "curves": {"exposure_bias": curve}}
-        found["found"]["exposure"] = other
-        (folder / "answers-exposure.teacher.jsonl").write_text("{}\n")
+        evaluation["results"]["exposure"] = other
+        (folder / "responses-exposure.0123abcd.teacher.jsonl").write_text("{}\n")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(found))
-    kept = texts or [(f"What is {i}?", f"{i}") for i in range(len(scores))]
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    pairs = texts or [(f"What is {i}?", f"{i}") for i in range(len(scores))]
     lines = [
-        {"prompt": p, "answer": a, "references": ["1"], "correct": bool(s)}
-        for (p, a), s in zip(kept, scores, strict=True)
+        {"prompt": p, "response": r, "references": ["1"], "correct": bool(s)}
+        for (p, r), s in zip(pairs, scores, strict=True)
     ]
-    (folder / "answers-greedy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "responses-greedy.0123abcd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture
 def contest(tmp_path):
     """Two recipes over two seeds, one of which failed, as `understudy compare` leaves them."""
-    from understudy.compare.experiment import reference_folder
+    from understudy.compare.evaluations import reference_folder
 
     home = tmp_path / "contest"
     for name, seed, right in (("gkd", 0, 9), ("gkd", 1, 7), ("kd", 0, 2)):
-        judge(make_run(home / name / f"seed-{seed}", name, seed), [1.0] * right + [0.0] * (10 - right), bias=5.5)
+        evaluate(make_run(home / name / f"seed-{seed}", name, seed), [1.0] * right + [0.0] * (10 - right), bias=5.5)
     (home / "kd" / "seed-1").mkdir()
     (home / "kd" / "seed-1" / "failed.txt").write_text("out of luck")
-    judge(reference_folder(home, "nowhere/teacher"), [1.0] * 10)
-    judge(reference_folder(home, "nowhere/start"), [0.0] * 10)
+    evaluate(reference_folder(home, "nowhere/teacher"), [1.0] * 10)
+    evaluate(reference_folder(home, "nowhere/start"), [0.0] * 10)
     return home
 
 
@@ -102,84 +104,95 @@ def written(place, output, **options):
     return page, ended, json.loads((output / "report.json").read_text())
 
 
-def test_a_run_is_told_with_its_numbers(tmp_path):
+@pytest.mark.parametrize("name", ["report.html", "report.json", "png/mine.png"])
+def test_files_that_no_report_wrote_are_refused_and_stay(name, tmp_path):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="exists already and was not written by a report: give another --output"):
+        written(make_run(tmp_path / "run"), tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_a_finished_run_is_shown_with_its_numbers(tmp_path):
     page, ended, content = written(make_run(tmp_path / "run"), tmp_path / "out")
     [run] = content["runs"]
     assert ended
     assert run["seconds_by_activity"] == {"generate": 6.0, "score": 3.0, "learn": 12.0, "other": 1.5}
     assert run["series"]["loss"] == {"step": [10, 20, 30], "seconds": [7.5, 15.0, 22.5], "value": [0.3, 0.15, 0.1]}
     assert (run["tokens"], run["peak_memory_mb"], run["state"]) == (4321, 512.0, "finished")
-    assert content["verdict"] == (
-        "gkd trained for 30 steps, 4,321 response tokens and 22 s: the reverse KL to the teacher on its own samples "
+    assert content["summary"] == (
+        "gkd trained for 30 steps, 4,321 response tokens and 22 s: the reverse KL to the teacher on student samples "
         "fell from 0.75 to 0.25 nats per token."
     )
     html = page.read_text()
-    for shown in ("f00dfeed", "c0ffee", "4,321", "512", "0.2500", content["verdict"]):
+    for shown in ("f00dfeed", "c0ffee", "4,321", "512", "0.2500", content["summary"]):
         assert shown in html
     pictures = {path.stem for path in (tmp_path / "out" / "png").iterdir()}
     assert pictures == {"curves", "time"}
 
 
-def test_a_run_in_progress_is_told_as_far_as_it_is(tmp_path):
+def test_a_run_in_progress_is_shown_up_to_its_last_step(tmp_path):
     folder = make_run(tmp_path / "run", finished=False, steps=(10, 20))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
     page, ended, content = written(folder, tmp_path / "out", again=10)
     assert not ended
-    assert "trained for 20 of 30 steps, 200 response tokens and 15 s so far" in content["verdict"]
+    assert "trained for 20 of 30 steps, 200 response tokens and 15 s so far" in content["summary"]
     assert content["runs"][0]["series"]["loss"]["step"] == [10, 20]
     assert '<meta http-equiv="refresh" content="10">' in page.read_text()
 
 
 def test_a_run_that_has_logged_nothing_yet_has_a_page(tmp_path):
     _, _, content = written(make_run(tmp_path / "run", finished=False, steps=()), tmp_path / "out")
-    assert "nothing was logged yet" in content["verdict"]
+    assert "nothing was logged yet" in content["summary"]
 
 
-def test_numbers_that_json_has_no_word_for_are_left_out_of_pictures_and_file(tmp_path):
+def test_nan_and_infinity_are_left_out_of_charts_and_file(tmp_path):
     lines = [logged(10, loss=float("nan")), logged(20, loss=float("inf")), logged(30, reward=1)]
     _, _, content = written(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
     assert content["runs"][0]["series"]["loss"]["value"] == [None, None, 0.1]
 
 
 def test_watching_ends_with_the_run(tmp_path, monkeypatch):
-    folder, seen = make_run(tmp_path / "run", finished=False), []
+    folder, pages = make_run(tmp_path / "run", finished=False), []
 
     def finish(seconds):
         assert seconds >= report.REFRESH
         (folder / "run.json").write_text(json.dumps({"steps": 30, "seconds": 1.0, "tokens": 1}))
 
     monkeypatch.setattr(report.time, "sleep", finish)
-    page = report.watch([folder], tmp_path / "out", models=False, wrote=lambda path: seen.append(path.read_text()))
-    assert ["refresh" in html for html in seen] == [True, False]
+    page = report.watch([folder], tmp_path / "out", models=False, on_write=lambda path: pages.append(path.read_text()))
+    assert ["refresh" in html for html in pages] == [True, False]
     assert "refresh" not in page.read_text()
 
 
 def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
     _, ended, content = written(contest, tmp_path / "out")
-    judged = content["comparison"]
-    lines = {line["name"]: line for line in judged["lines"]}
+    comparison = content["comparison"]
+    rows = {row["name"]: row for row in comparison["rows"]}
     expected = Spread.of([0.9, 0.7])
-    assert lines["gkd"]["metrics"]["greedy"]["accuracy"] == {
+    assert rows["gkd"]["metrics"]["greedy"]["accuracy"] == {
         "mean": expected.mean,
         "deviation": expected.deviation,
         "low": expected.low,
         "high": expected.high,
     }
-    assert lines["kd"]["failed"] == ["seed 1: out of luck"]
-    assert lines["kd"]["closed"]["greedy"]["accuracy"] == pytest.approx(0.2)
-    assert judged["references"]["teacher"]["metrics"]["greedy"]["accuracy"] == 1.0
-    assert judged["columns"][-1] == ["exposure", "exposure_bias"]
-    assert lines["gkd"]["metrics"]["exposure"]["exposure_bias"]["mean"] == 5.5
+    assert rows["kd"]["failed"] == ["seed 1: out of luck"]
+    assert rows["kd"]["gap_closed"]["greedy"]["accuracy"] == pytest.approx(0.2)
+    assert comparison["references"]["teacher"]["metrics"]["greedy"]["accuracy"] == 1.0
+    assert comparison["columns"][-1] == ["exposure", "exposure_bias"]
+    assert rows["gkd"]["metrics"]["exposure"]["exposure_bias"]["mean"] == 5.5
     assert (tmp_path / "out" / "png" / "exposure-bias.png").is_file()
-    assert judged["contest"]["ranking"] == ["gkd", "kd"]
-    assert judged["contest"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
+    assert comparison["ranking"]["names"] == ["gkd", "kd"]
+    assert comparison["ranking"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
     assert ended
-    assert content["verdict"].startswith("gkd is first of 2 in accuracy (greedy) with 80.0 %")
-    assert "over 2 seeds (teacher 100.0 %, warm start 0.0 %), before kd with 20.0 %, more than" in content["verdict"]
-    assert "another seed may turn the order round" in content["verdict"]
-    assert content["verdict"].endswith("(1 failed of 4 runs).")
-    by = [answer["by"] for answer in content["answers"]["prompts"][0]["answers"]]
+    assert content["summary"].startswith("gkd is first of 2 in accuracy (greedy) with 80.0 %")
+    assert "over 2 seeds (teacher 100.0 %, warm start 0.0 %), before kd with 20.0 %, more than" in content["summary"]
+    assert "another seed may reverse the order" in content["summary"]
+    assert content["summary"].endswith("(1 failed of 4 runs).")
+    by = [response["by"] for response in content["responses"]["prompts"][0]["responses"]]
     assert by == ["teacher", "warm start", "gkd", "kd"]
 
 
@@ -188,23 +201,23 @@ def test_runs_that_all_failed_say_why(contest, tmp_path):
         (place / "failed.txt").write_text("no memory")
     page, _, content = written(contest, tmp_path / "out")
     assert content["comparison"] is None
-    assert content["verdict"].endswith("(4 failed of 4 runs).")
+    assert content["summary"].endswith("(4 failed of 4 runs).")
     assert "failed: no memory" in page.read_text()
 
 
-def test_what_was_judged_otherwise_is_not_compared(contest, tmp_path):
-    judge(contest / "kd" / "seed-0", [1.0] * 10, limit=3)
+def test_what_was_evaluated_with_other_settings_is_not_compared(contest, tmp_path):
+    evaluate(contest / "kd" / "seed-0", [1.0] * 10, limit=3)
     _, _, content = written(contest, tmp_path / "out")
-    kd = next(line for line in content["comparison"]["lines"] if line["name"] == "kd")
+    kd = next(row for row in content["comparison"]["rows"] if row["name"] == "kd")
     assert kd["seeds"] == 0
-    assert "seed 0: judged in another trial" in kd["failed"]
+    assert "seed 0: evaluated with other settings" in kd["failed"]
 
 
-def test_runs_of_several_places_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_several_places_are_named_by_their_folders(tmp_path):
     places = [make_run(tmp_path / "a" / "run", "kd"), make_run(tmp_path / "b" / "run", "sft")]
-    assert [run.name for run in read(places)] == ["a run", "b run"]
+    assert [run.name for run in read_runs(places)] == ["a run", "b run"]
     _, _, content = written(places, tmp_path / "out")
-    assert content["verdict"].startswith("Of 2 runs, a run came nearest to the teacher on its own samples")
+    assert content["summary"].startswith("Of 2 runs, a run came nearest to the teacher on student samples")
 
 
 def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
@@ -212,7 +225,7 @@ def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
     bias = {"percent": [None, 40.0, 5.0, 12.5], "standard_error": [None, 4, 1, 2], "alive": [4.0, 4.0, 4.0, 2.0]}
     distance = {"alive": [4.0, 2.0], "forward_kl": [0.5, 1.0], "reverse_kl": [0.25, 2.0]}
     measured = {"metrics": {"exposure_bias": 12.5}, "curves": {"exposure_bias": bias, "distance": distance}}
-    (folder / "answers.metrics.json").write_text(json.dumps(measured))
+    (folder / "responses.metrics.json").write_text(json.dumps(measured))
     page, _, content = written(folder, tmp_path / "out")
     assert content["runs"][0]["positions"]["exposure_bias"] == bias
     assert "Exposure bias of run: 12.5 % over 4 positions, at most 40 % at position 2." in page.read_text()
@@ -221,7 +234,7 @@ def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
 
 
 def test_distances_of_several_seeds_are_means_over_their_tokens():
-    """A position counts for as many tokens as there are; it is left out where next to no answer is so long."""
+    """A position counts for as many tokens as there are; it is left out where almost no response is so long."""
 
     def run(alive, values):
         curves = {"alive": alive, "forward_kl": values, "reverse_kl": [2 * v for v in values]}
@@ -233,7 +246,7 @@ def test_distances_of_several_seeds_are_means_over_their_tokens():
 
 def swept(home, values, recipes=("kd",), option="training.learning_rate", seeds=2, baseline=None):
     """What `understudy compare --sweep` leaves; the n-th value of a recipe is right n times of ten, plus the seed."""
-    from understudy.compare.experiment import reference_folder
+    from understudy.compare.evaluations import reference_folder
     from understudy.recipe_yaml import value_of
 
     points, short = {}, option.rpartition(".")[2]
@@ -242,9 +255,9 @@ def swept(home, values, recipes=("kd",), option="training.learning_rate", seeds=
             points[f"{recipe} {short}={value}"] = {"recipe": recipe, "value": value_of(value), "written": value}
             for seed in range(seeds):
                 folder = make_run(home / recipe / f"{short}={value}" / f"seed-{seed}", recipe, seed)
-                judge(folder, [1.0] * (at + seed + 1) + [0.0] * (9 - at - seed), bias=float(at))
+                evaluate(folder, [1.0] * (at + seed + 1) + [0.0] * (9 - at - seed), bias=float(at))
     for model, right in (("teacher", 10), ("start", 1)):
-        judge(reference_folder(home, f"nowhere/{model}"), [1.0] * right + [0.0] * (10 - right))
+        evaluate(reference_folder(home, f"nowhere/{model}"), [1.0] * right + [0.0] * (10 - right))
     record = {"baseline": baseline, "sweep": {"option": option, "points": points}}
     (home / "comparison.json").write_text(json.dumps(record))
     return home
@@ -266,9 +279,9 @@ def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
     """Two seeds with 1 and 2, 2 and 3, 3 and 4 right answers of ten: whiskers go from one to the other."""
     home = swept(tmp_path / "home", ["1e-2", "1e-4", "1e-3"], baseline="kd learning_rate=1e-4")
     page, _, content = written(home, tmp_path / "out")
-    found = content["comparison"]["sweep"]
-    assert (found["option"], found["axis"]) == ("training.learning_rate", "log")
-    assert [(p["value"], p["written"]) for p in found["recipes"]["kd"]] == [
+    sweep = content["comparison"]["sweep"]
+    assert (sweep["option"], sweep["axis"]) == ("training.learning_rate", "log")
+    assert [(p["value"], p["written"]) for p in sweep["recipes"]["kd"]] == [
         (1e-4, "1e-4"),
         (1e-3, "1e-3"),
         (1e-2, "1e-2"),
@@ -303,9 +316,9 @@ def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
 )
 def test_the_axis_of_a_sweep_follows_its_values(values, axis, tmp_path):
     page, _, content = written(swept(tmp_path / "home", values, option="a.b", seeds=1), tmp_path / "out")
-    found = content["comparison"]["sweep"]
-    assert found["axis"] == axis
-    order = [point["written"] for point in found["recipes"]["kd"]]
+    sweep = content["comparison"]["sweep"]
+    assert sweep["axis"] == axis
+    order = [point["written"] for point in sweep["recipes"]["kd"]]
     assert order == (values if axis == "words" else sorted(values, key=float))
     drawn = page.read_text().split("<svg")[1]
     assert all(f">{value}</text>" in drawn for value in values), "every value stands below the axis"
@@ -329,8 +342,8 @@ def test_a_sweep_of_which_some_failed_is_drawn_without_them(tmp_path):
     assert "kd: 30.0 % at 2" in dict(drawings(page))["Accuracy (greedy) over learning_rate"]
 
 
-def test_exposure_bias_is_a_curve_for_every_contestant_with_its_band_over_seeds(tmp_path):
-    """As far as the answers of all seeds reach; of a single seed the band is the standard error over prompts."""
+def test_exposure_bias_is_a_curve_for_every_variant_with_its_band_over_seeds(tmp_path):
+    """As far as the responses of all seeds reach; of a single seed the band is the standard error over prompts."""
     curves = {
         ("gkd", 0): {"percent": [None, 1.0, 5.0, 9.0], "standard_error": [None, 1.0, 1.0, 1.0]},
         ("gkd", 1): {"percent": [None, 2.0, 6.0], "standard_error": [None, 1.0, 1.0]},
@@ -418,9 +431,9 @@ class Elements(HTMLParser):
 def test_pictures_have_words_and_the_colours_of_the_page(contest, tmp_path):
     page, _, _ = written(contest, tmp_path / "out")
     html = page.read_text()
-    found = Elements(html).elements
-    pictures = [attrs for tag, attrs in found if tag == "svg"]
-    ids = [attrs["id"] for _, attrs in found if "id" in attrs]
+    elements = Elements(html).elements
+    pictures = [attrs for tag, attrs in elements if tag == "svg"]
+    ids = [attrs["id"] for _, attrs in elements if "id" in attrs]
     assert len(pictures) > 5
     assert len(ids) == len(set(ids))
     for attrs in pictures:
@@ -473,31 +486,32 @@ def trained(home):
     return home / "run"
 
 
-def test_models_answer_the_same_prompts_and_the_teacher_reads_along(trained, tmp_path):
+def test_models_respond_to_the_same_prompts_and_the_teacher_scores_the_responses(trained, tmp_path):
     report.write_report([trained], tmp_path, prompts=2)
-    found = json.loads((tmp_path / "report.json").read_text())["answers"]
-    assert "the first held-out prompts" in found["about"]
-    assert [[answer["by"] for answer in prompt["answers"]] for prompt in found["prompts"]] == [["teacher", "run"]] * 2
-    for prompt in found["prompts"]:
-        teachers, own = prompt["answers"]
+    responses = json.loads((tmp_path / "report.json").read_text())["responses"]
+    assert "the first held-out prompts" in responses["about"]
+    by = [[response["by"] for response in prompt["responses"]] for prompt in responses["prompts"]]
+    assert by == [["teacher", "run"]] * 2
+    for prompt in responses["prompts"]:
+        teachers, students = prompt["responses"]
         assert "tokens" not in teachers
-        pieces = [token["text"] for token in own["tokens"]]
-        assert "".join(piece for piece in pieces if not piece.startswith("<")) == own["text"]
+        pieces = [token["text"] for token in students["tokens"]]
+        assert "".join(piece for piece in pieces if not piece.startswith("<")) == students["text"]
 
 
-def test_disagreement_is_that_of_the_models_own_logits(home, tmp_path):
+def test_disagreement_is_computed_from_the_models_logits(home, tmp_path):
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "student", seed=2, hidden_size=8)).eval()
     teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
     tokenizer = characters()
     prompt, response = tokenizer.encode("1+2="), tokenizer.encode("#### 3")
-    found = answering.disagreement(student, teacher, Example(prompt, response), tokenizer)
+    tokens = disagreement(student, teacher, Example(prompt, response), tokenizer)
     ids = torch.tensor([prompt + response])
     with torch.no_grad():
         p, q = (m(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (teacher, student))
     rows = range(len(response))
-    assert [token["text"] for token in found] == list("#### 3")
+    assert [token["text"] for token in tokens] == list("#### 3")
     for name, expected in {
         "student": q[rows, response],
         "teacher": p[rows, response],
@@ -505,8 +519,8 @@ def test_disagreement_is_that_of_the_models_own_logits(home, tmp_path):
         "reverse_kl": (q.exp() * (q - p)).sum(-1),
         "likeliest_p": p.exp().max(-1).values,
     }.items():
-        assert [token[name] for token in found] == pytest.approx(expected.tolist(), abs=2e-5), name
-    assert [token["agrees"] for token in found] == (p.argmax(-1) == torch.tensor(response)).tolist()
+        assert [token[name] for token in tokens] == pytest.approx(expected.tolist(), abs=2e-5), name
+    assert [token["agrees"] for token in tokens] == (p.argmax(-1) == torch.tensor(response)).tolist()
 
 
 def test_a_character_of_several_tokens_is_one_piece_with_their_sum(home, monkeypatch):
@@ -530,25 +544,25 @@ def test_a_character_of_several_tokens_is_one_piece_with_their_sum(home, monkeyp
             )
 
     example = Example(tokenizer.encode("1="), tokenizer.encode("cabd"))
-    whole = answering.disagreement(model, model, example, tokenizer)
-    merged = answering.disagreement(model, model, example, Bytes())
+    whole = disagreement(model, model, example, tokenizer)
+    merged = disagreement(model, model, example, Bytes())
     assert [token["text"] for token in merged] == ["c", "é", "d"]
     assert merged[1]["student"] == pytest.approx(whole[1]["student"] + whole[2]["student"])
     assert sum(t["teacher"] for t in merged) == pytest.approx(sum(t["teacher"] for t in whole))
 
 
-def test_without_its_models_a_report_says_so_and_shows_what_was_kept(trained, tmp_path, home):
+def test_without_models_a_report_says_so_and_shows_saved_responses(trained, tmp_path, home):
     report.write_report([trained], tmp_path, models=False)
-    found = json.loads((tmp_path / "report.json").read_text())["answers"]
-    assert "No models were asked (--no-models was given)" in found["about"]
-    assert [answer["by"] for answer in found["prompts"][0]["answers"]] == ["run, step 2"]
+    responses = json.loads((tmp_path / "report.json").read_text())["responses"]
+    assert "No models were loaded (--no-models was given)" in responses["about"]
+    assert [response["by"] for response in responses["prompts"][0]["responses"]] == ["run, step 2"]
     (home / "teacher").rename(home / "away")
     try:
         report.write_report([trained], tmp_path)
     finally:
         (home / "away").rename(home / "teacher")
-    found = json.loads((tmp_path / "report.json").read_text())["answers"]
-    assert f'no model can be loaded from "{home / "teacher"}"' in found["about"]
+    responses = json.loads((tmp_path / "report.json").read_text())["responses"]
+    assert f'no model can be loaded from "{home / "teacher"}"' in responses["about"]
 
 
 # In a browser
@@ -569,7 +583,7 @@ def opened(contest, tmp_path, browser):
     return browser
 
 
-def test_the_page_complains_of_nothing_and_asks_for_nothing(opened):
+def test_the_page_has_no_errors_and_requests_nothing(opened):
     assert opened.console() == []
     assert [url for url in opened.requests() if not url.startswith("data:")] == [opened.run("return location.href")]
 
@@ -603,7 +617,7 @@ def test_hostile_text_is_text(tmp_path, browser):
     names = [HOSTILE.replace("/", "∕"), "other"]
     for name in names:
         folder = make_run(home / name, versions={"torch": HOSTILE})
-        judge(folder, [1.0, 0.0], texts=[(HOSTILE, HOSTILE + "\u202e\x07"), ("b", HOSTILE)])
+        evaluate(folder, [1.0, 0.0], texts=[(HOSTILE, HOSTILE + "\u202e\x07"), ("b", HOSTILE)])
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": {HOSTILE: {}}, "data": {"dataset": HOSTILE}}))
     (home / "other" / "failed.txt").write_text(HOSTILE)
     page, _, _ = written(home, tmp_path / "out")
@@ -615,6 +629,6 @@ def test_hostile_text_is_text(tmp_path, browser):
     assert [url for url in browser.requests() if not url.startswith("data:")] == [browser.run("return location.href")]
     prompt = browser.run("return document.querySelector('.prompt').textContent")
     assert prompt == HOSTILE
-    answer = browser.run("return document.querySelector('.card:nth-child(2) pre').textContent")
-    assert answer == HOSTILE + 2 * "\N{REPLACEMENT CHARACTER}"
+    response = browser.run("return document.querySelector('.card:nth-child(2) pre').textContent")
+    assert response == HOSTILE + 2 * "\N{REPLACEMENT CHARACTER}"
     assert browser.run("return document.querySelectorAll('figcaption').length") > 0

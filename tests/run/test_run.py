@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from understudy.data.examples import DataError
-from understudy.recipe import Data, RecipeError, load, parse
-from understudy.run.distill import Interrupted, build, distill, load_data, training_arguments
+from understudy.recipe import RecipeError, load, parse
+from understudy.run.arguments import training_arguments
+from understudy.run.build import build
+from understudy.run.distill import Interrupted, distill
 from understudy.training.trainer import StudentTrainer
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 4]])
@@ -64,17 +66,17 @@ def lines(path):
 def test_a_run_leaves_everything_behind(method, home):
     summary = run(home, method=method, evaluate={"dataset": str(home / "sums.jsonl"), "limit": 4, "show_every": 1})
     folder = home / "run"
-    kept = {"teacher_answers.jsonl"} if "seqkd" in str(method) else set()
-    assert {path.name for path in folder.iterdir()} == kept | {
+    optional = {"teacher_responses.jsonl"} if "seqkd" in str(method) else set()
+    assert {path.name for path in folder.iterdir()} == optional | {
         *("recipe.yaml", "run.json", "before.json", "metrics.jsonl", "samples.jsonl", "student"),
-        *("checkpoint-1", "checkpoint-2"),
+        *("checkpoint-1", "checkpoint-2", ".understudy"),
     }
     assert json.loads((folder / "run.json").read_text()) == summary
     assert summary["steps"] == 2
     assert summary["examples"] == 12
     assert "eval_loss" in summary["metrics"]
     assert {"seconds", "tokens", "versions", "machine", "fingerprint", "student_parameters"} <= summary.keys()
-    assert bool(summary["own_samples"]["after"]) == (method != "sft")
+    assert bool(summary["student_samples"]["after"]) == (method != "sft")
     assert (
         load(folder / "recipe.yaml").resolved()
         == recipe_of(
@@ -120,7 +122,7 @@ def test_a_merged_student_gives_the_adapters_logits_and_needs_no_peft(home):
     assert not [path for path in student.iterdir() if "adapter" in path.name]
     assert merged["trained_parameters"] == adapters["trained_parameters"]
     for when in ("before", "after"):
-        assert merged["own_samples"][when] == pytest.approx(adapters["own_samples"][when])
+        assert merged["student_samples"][when] == pytest.approx(adapters["student_samples"][when])
     code = (
         "import sys, torch; sys.modules['peft'] = None\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -139,6 +141,71 @@ def test_adapters_on_a_student_made_from_the_teacher_are_merged(origin, home):
 
 def snapshot(folder):
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def contents(folder):
+    """Every file's bytes, and every folder."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+NAMES = ["run.json", "metrics.jsonl", "recipe.yaml", "teacher_responses.jsonl", "run.json.partial", ".understudy"]
+NAMES += ["checkpoint-500/model.bin", "student/model.bin", "report/index.html", "soft_prompt/mine.txt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("restart", [False, True])
+def test_files_that_no_run_wrote_are_refused_and_stay(name, restart, home):
+    file = home / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    (home / "run" / "thesis.txt").write_text("the only copy")
+    before = contents(home / "run")
+    taken = home / "run" / name.split("/")[0]
+    with pytest.raises(RecipeError, match=rf"{taken} exists already and was not written by a run: give another train"):
+        run(home, restart=restart, method="sft")
+    assert contents(home / "run") == before
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_recipe_with_a_mistake_writes_nothing_into_a_folder(restart, home):
+    (home / "run").mkdir()
+    (home / "run" / "thesis.txt").write_text("the only copy")
+    before = contents(home / "run")
+    with pytest.raises(DataError):
+        run(home, restart=restart, data={"dataset": str(home / "nope.jsonl")})
+    assert contents(home / "run") == before
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"method": "nosuch"}, {"data": {"dataset": "nope.jsonl"}}, {"student": {"model": "./nowhere"}}], ids=str
+)
+def test_a_restart_with_a_mistake_leaves_the_finished_run(mistake, home):
+    run(home, method="sft")
+    before = contents(home / "run")
+    with pytest.raises(ValueError, match=r"nosuch|nope\.jsonl|nowhere"):
+        run(home, restart=True, **{"method": "sft", **mistake})
+    assert contents(home / "run") == before
+
+
+def test_a_restart_deletes_only_what_runs_and_reports_write(home):
+    run(home, method="sft")
+    mine = ["thesis.txt", "checkpoint-best/notes.txt", "responses-mine.jsonl", "report/notes.txt"]
+    for name in mine:
+        (home / "run" / name).parent.mkdir(exist_ok=True)
+        (home / "run" / name).write_text("mine")
+    (home / "run" / "checkpoint-77").mkdir()
+    run(home, restart=True, method="sft")
+    assert [(home / "run" / name).read_text() for name in mine] == ["mine"] * len(mine)
+    assert not (home / "run" / "checkpoint-77").exists()
+
+
+def test_a_restart_generates_the_teacher_s_responses_again(home):
+    run(home, method="seqkd")
+    file = home / "run" / "teacher_responses.jsonl"
+    right = file.read_text()
+    file.write_text("".join(json.dumps([*json.loads(line)[:2], [5, 2], False]) + "\n" for line in right.splitlines()))
+    run(home, method="seqkd", restart=True)
+    assert sorted(file.read_text().splitlines()) == sorted(right.splitlines())
 
 
 def test_a_finished_run_says_so_and_changes_nothing(home, capsys):
@@ -161,7 +228,7 @@ def test_a_restart_begins_again_and_comes_to_the_same(home):
     weights = load_file(home / "run" / "student" / "model.safetensors")
     (home / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n')
     again = run(home, restart=True)
-    assert again["own_samples"] == first["own_samples"]
+    assert again["student_samples"] == first["student_samples"]
     assert all(
         torch.equal(tensor, weights[name]) for name, tensor in load_file(home / "run/student/model.safetensors").items()
     )
@@ -198,7 +265,7 @@ def test_an_interrupted_run_goes_on_and_comes_to_the_same(home, interrupted):
     resumed = run(home)
     weights = load_file(home / "run" / "student" / "model.safetensors")
     whole = run(home, restart=True)
-    assert resumed["own_samples"] == whole["own_samples"]
+    assert resumed["student_samples"] == whole["student_samples"]
     assert all(
         torch.equal(tensor, weights[name]) for name, tensor in load_file(home / "run/student/model.safetensors").items()
     )
@@ -229,66 +296,58 @@ def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interru
     interrupted.setattr(StudentTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(home)
-    first = json.loads((home / "run" / "before.json").read_text())["own_samples"]
+    first = json.loads((home / "run" / "before.json").read_text())["student_samples"]
     interrupted.undo()
     (home / "sums.jsonl").unlink()
     sums(home / "sums.jsonl", count=13)
     summary = run(home, student={"model": str(home / "small")})
     assert summary["examples"] == 13
-    assert summary["own_samples"]["before"] != first, "it is the other student's distance now"
+    assert summary["student_samples"]["before"] != first, "it is the other student's distance now"
 
 
-def test_the_teachers_answers_are_kept_and_never_taken_for_anothers(home, monkeypatch):
+def test_the_teacher_s_responses_are_reused_and_never_mistaken_for_another_s(home, monkeypatch):
     run(home, method="seqkd")
-    answers = (home / "run" / "teacher_answers.jsonl").read_text()
-    assert len(answers.splitlines()) <= 12
+    responses = (home / "run" / "teacher_responses.jsonl").read_text()
+    assert len(responses.splitlines()) <= 12
     for name in ("student", "checkpoint-1", "checkpoint-2"):
         shutil.rmtree(home / "run" / name)
-    asked = []
+    authors = []
     from understudy.rollouts.generate import GenerateRollout
 
     original = GenerateRollout.generate
 
     def generate(self, prompts, sampling, step):
-        asked.append(self._bound.author)
+        authors.append(self._bound.author)
         return original(self, prompts, sampling, step)
 
     monkeypatch.setattr(GenerateRollout, "generate", generate)
     run(home, method="seqkd")
-    assert "teacher" not in asked
-    assert (home / "run" / "teacher_answers.jsonl").read_text() == answers
+    assert "teacher" not in authors
+    assert (home / "run" / "teacher_responses.jsonl").read_text() == responses
     for name in ("student", "checkpoint-1", "checkpoint-2"):
         shutil.rmtree(home / "run" / name)
     with pytest.raises(RecipeError, match="holds a run of another recipe"):
         run(home, method="seqkd", rollout={"generate": {"max_new_tokens": 4}})
 
 
-def test_a_teacher_that_is_not_asked_is_not_loaded(home):
+def test_a_teacher_that_is_not_needed_is_not_loaded(home):
     recipe = recipe_of(home, method="sft")
-    made = build(recipe, training_arguments(recipe), quiet())
-    assert made.trainer.teacher is None
+    built = build(recipe, training_arguments(recipe), quiet())
+    assert built.trainer.teacher is None
 
 
 def test_training_keys_have_the_types_and_defaults_of_the_recipe():
-    made = training_arguments(
+    arguments = training_arguments(
         parse({"student": {"model": "a"}, "method": "sft", "data": {"dataset": "b"}}, "deep/gkd.yaml")
     )
-    assert made.output_dir == "runs/gkd"
-    assert made.report_to == []
-    assert made.logging_steps == 10
+    assert arguments.output_dir == "runs/gkd"
+    assert arguments.report_to == []
+    assert arguments.logging_steps == 10
     content = {"student": {"model": "a"}, "method": "sft", "data": {"dataset": "b"}}
-    made = training_arguments(
+    arguments = training_arguments(
         parse({**content, "training": {"learning_rate": "1e-3", "max_steps": 5.0, "use_cpu": "yes"}})
     )
-    assert (made.learning_rate, made.max_steps, made.use_cpu) == (1e-3, 5, True)
-
-
-def test_a_max_length_that_nobody_asked_for_shrinks_to_the_window(home):
-    data = Data(dataset=str(home / "sums.jsonl"))
-    examples = load_data(data, characters(), 10, 4)
-    assert max(len(example.prompt) + len(example.response) for example in examples.examples) <= 10
-    with pytest.raises(RecipeError, match=r"data.max_length 512 is longer than the models' window of 10"):
-        load_data(Data(dataset=str(home / "sums.jsonl"), max_length=512), characters(), 10, 4)
+    assert (arguments.learning_rate, arguments.max_steps, arguments.use_cpu) == (1e-3, 5, True)
 
 
 def test_prompts_alone_are_enough_for_a_method_that_writes_itself(home):
@@ -313,17 +372,17 @@ def test_a_corpus_goes_to_the_method_that_reads_one_and_to_no_other(home):
     corpus = {"dataset": str(home / "corpus.txt"), "max_length": 16}
     summary = run(home, method="dpkd", corpus=corpus)
     assert summary["steps"] == 2
-    made = build(recipe_of(home, method="dpkd", corpus=corpus), training_arguments(recipe_of(home)))
-    assert [e.prompt for e in made.trainer.method.corpus]
+    built = build(recipe_of(home, method="dpkd", corpus=corpus), training_arguments(recipe_of(home)))
+    assert [e.prompt for e in built.trainer.method.corpus]
     with pytest.raises(RecipeError, match="gkd reads no corpus; dpkd does"):
         run(home, restart=True, corpus=corpus)
 
 
-def test_the_distance_of_own_samples_is_to_the_teacher_without_its_prompt(home):
+def test_the_distance_of_student_samples_is_to_the_teacher_without_its_prompt(home):
     method = {"promptkd": {"prompt": "1", "initialize": "random", "prompt_tokens": 2}}
-    made = build(recipe_of(home, method=method), training_arguments(recipe_of(home)))
-    assert made.trainer.teacher is not made.teacher
-    assert made.trainer.teacher.plain is made.teacher
+    built = build(recipe_of(home, method=method), training_arguments(recipe_of(home)))
+    assert built.trainer.teacher is not built.teacher
+    assert built.trainer.teacher.plain is built.teacher
 
 
 def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home):

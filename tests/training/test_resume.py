@@ -26,7 +26,7 @@ from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
 from understudy.recipe import load
 from understudy.run.distill import distill
-from understudy.training.trainer import last_checkpoint
+from understudy.training.checkpoint import last_checkpoint
 
 STEPS = 24
 
@@ -112,7 +112,7 @@ def assert_the_same(folder, other):
     ours, theirs = (json.loads((f / "run.json").read_text()) for f in (folder, other))
     for summary in (ours, theirs):
         summary["metrics"].pop("eval_tokens_per_second")
-    for key in ("steps", "tokens", "own_samples", "metrics", "fingerprint"):
+    for key in ("steps", "tokens", "student_samples", "metrics", "fingerprint"):
         assert ours[key] == theirs[key], key
 
 

@@ -1,313 +1,201 @@
-"""Comparing recipes: the same data, the same evaluation, several seeds.
+"""Compare recipes: the same data, the same evaluation, several seeds.
 
-    OUTPUT/<contestant>/seed-<n>/   a run's folder, and in it evaluation.json, answers-*.jsonl and log.txt
-    OUTPUT/reference/               what the teacher and the warm start answer
+    OUTPUT/<variant>/seed-<n>/      a run's folder, and in it evaluation.json, log.txt and responses-*.jsonl
+    OUTPUT/reference/               evaluations of the teacher and the warm start
     OUTPUT/comparison.json, .md     every result, and the table
 
-Every run has a process of its own, so that one that fails leaves the others alone. The same command again goes on
-where it stopped: runs and evaluations that are finished stay.
+Every run has a process of its own, so that one that fails leaves the others alone. The same command again resumes the
+comparison: runs and evaluations that are finished stay.
 """
 
-import hashlib
 import json
-import multiprocessing
-import os
-import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..evaluation.evaluate import evaluate
-from ..generation.stop_tokens import stop_ids
+from ..evaluation.settings import EvalSettings
+from ..files import write_atomic
 from ..methods import METHODS
-from ..models.context_window import context_window
-from ..models.load import load_config, load_model, load_tokenizer
 from ..recipe import Recipe, RecipeError, load
-from ..recipe_yaml import value_of
 from ..rollouts import ROLLOUTS
-from ..rollouts.generate import GenerateRollout
-from ..run.distill import distill, load_data
-from ..run.folder import write
-from ..sampling import Sampling
-from ..teachers import TEACHERS
-from ..teachers.local import LocalTeacher
-from . import statistics as comparison
+from ..run import marker
+from ..run.distill import distill
+from ..run.folder import EVALUATION, RUN, RunFolder
+from . import statistics
+from .evaluations import (
+    EXPOSURE,
+    NamedSettings,
+    claim,
+    evaluate_into,
+    named_settings,
+    read_result,
+    reference_folder,
+    with_format_of,
+)
+from .processes import run_in_processes
 from .statistics import Result
+from .variants import Variant, reference_models, sweep_record
+
+RECORD, TABLE = "comparison.json", "comparison.md"
+COMPARISON = marker.Kind("comparison", (RECORD, TABLE))
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A recipe with what is changed in it; `name` is its folder's."""
+class VariantRun:
+    """Train one variant with one seed and evaluate its student; what goes wrong is written to failed.txt."""
 
-    name: str
-    recipe: Path
-    overrides: tuple[str, ...] = ()
-    swept: tuple[str, str] | None = None  # the option that a sweep sets, and its value as it was written
+    variant: Variant
+    seed: int
+    folder: RunFolder
+    settings: NamedSettings
 
-    def load(self, *more: str) -> Recipe:
-        """The recipe, with the contestant's overrides and `more`."""
-        return load(self.recipe, [*self.overrides, *more])
+    def __call__(self) -> None:
+        claim(self.folder)
+        self.folder.failed.unlink(missing_ok=True)
+        with self.folder.log.open("a", encoding="utf-8") as log:
+            try:
+                distill(self.variant.recipe_in(self.folder, self.seed), console=Console(file=log, width=120))
+                evaluate_into(self.folder, str(self.folder.student), self.settings)
+            except Exception as error:
+                traceback.print_exc(file=log)
+                write_atomic(self.folder.failed, " ".join(str(error).split()) or type(error).__name__)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """How every model is tried: on which problems, by which sampling and metrics."""
+class ReferenceRun:
+    """Evaluate a model that students are compared with."""
 
-    dataset: str | None = None  # default: the recipe's own
-    split: str = "test"
-    limit: int | None = None
-    temperatures: tuple[float, ...] = (0.0,)
-    metrics: tuple[str, ...] = ()  # beside accuracy, lengths and truncation
-    exposure: int = 0  # prompts on which exposure bias is measured, against `teacher`
-    teacher: str | None = None  # found out by `compare`
-    seed: int = 0
-    batch_size: int = 256
+    model: str
+    folder: RunFolder
+    settings: NamedSettings
 
-    @property
-    def samplings(self) -> dict[str, float]:
-        """What each sampling is called: greedy, T=1."""
-        return {"greedy" if t == 0 else f"T={t:g}": t for t in self.temperatures}
-
-
-def contestants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str | None = None) -> list[Contestant]:
-    """One for each recipe, or one for each recipe and value of a `sweep` such as "method.gkd.on_policy=0,0.5,1".
-
-    Raises:
-        RecipeError: for two recipes of the same name, and a sweep without values.
-    """
-    made = [Contestant(path.stem, path, tuple(overrides)) for path in recipes]
-    if sweep is not None:
-        key, _, values = sweep.partition("=")
-        if not key or not values:
-            raise RecipeError(
-                f"a sweep is written key=value,value,…, such as training.learning_rate=1e-3,1e-4, not {sweep}"
-            )
-        short = key.rpartition(".")[2]
-        made = [
-            Contestant(f"{c.name} {short}={value}", c.recipe, (*c.overrides, f"{key}={value}"), (key, value))
-            for c in made
-            for value in values.split(",")
-        ]
-    if len({c.name for c in made}) < len(made):
-        raise RecipeError("two of the recipes have the same file name, by which runs are told apart: rename one")
-    return made
-
-
-def budget_override(text: str) -> str:
-    """What gives a recipe the budget `tokens=100000` or `seconds=60`, instead of its own.
-
-    Raises:
-        RecipeError: for anything else; what the amount may be is the recipe's to say.
-    """
-    kind, _, amount = text.partition("=")
-    if kind not in ("tokens", "seconds") or not amount:
-        raise RecipeError(f"a budget is written tokens=N or seconds=N, such as tokens=100000, not {text}")
-    return f"budget={{{kind}: {amount}}}"
+    def __call__(self) -> None:
+        evaluate_into(self.folder, self.model, self.settings)
 
 
 def compare(
-    entered: Sequence[Contestant],
+    variants: Sequence[Variant],
     output: Path,
-    trial: Trial,
+    settings: EvalSettings,
+    *,
+    temperatures: Sequence[float] = (0.0,),
+    exposure: int = 0,
     seeds: int = 1,
     parallel: int = 1,
     baseline: str | None = None,
     console: Console | None = None,
 ) -> str:
-    """Run every contestant with the seeds 0 … seeds − 1, judge all students alike, and return the table in Markdown.
+    """Run every variant with the seeds 0 … seeds − 1, evaluate all students alike, and return the table in Markdown.
 
-    The teacher and the student that the runs begin with are judged as well, where all contestants share them.
+    The teacher and the student that the runs begin with are evaluated as well, where all variants share them.
+
+    Args:
+        settings: of the evaluation; how a row is read (columns, templates) is each recipe's own.
+        temperatures: an evaluation for each.
+        exposure: measure exposure bias on the first so many prompts.
+        baseline: the variant from which the others' differences are computed.
 
     Raises:
-        RecipeError: for a recipe that cannot be read, before anything is run, and an unknown baseline.
+        RecipeError: before anything is run, for a recipe that cannot be read, and an unknown baseline.
     """
-    console = console or Console()
-    recipes = [c.load() for c in entered]
+    recipes = _check(variants, baseline)
+    models = reference_models(recipes)
+    if exposure and "teacher" not in models:
+        raise RecipeError(
+            "exposure bias needs one teacher for all recipes that name one, and there are several or none"
+        )
+    named = named_settings(settings, temperatures, exposure, models.get("teacher"))
+    runs = [
+        VariantRun(variant, seed, variant.folder(output, seed), with_format_of(named, recipe))
+        for seed in range(seeds)
+        for variant, recipe in zip(variants, recipes, strict=True)
+    ]
+    references = {
+        name: ReferenceRun(model, reference_folder(output, model), with_format_of(named, recipes[0]))
+        for name, model in models.items()
+    }
+    _check_folders(output, runs, list(references.values()))
+    output.mkdir(parents=True, exist_ok=True)
+    marker.mark(output, COMPARISON)
+    tasks = [*references.values(), *runs]
+    unfinished = [task for task in tasks if isinstance(read_result(task.folder, task.settings), str)]
+    run_in_processes(unfinished, parallel, console or Console())
+    return _write(output, variants, recipes, runs, references, baseline)
+
+
+def _check(variants: Sequence[Variant], baseline: str | None) -> list[Recipe]:
+    recipes = [variant.load() for variant in variants]
     for recipe in recipes:
         recipe.check("method", METHODS)
         recipe.check("rollout", ROLLOUTS)
-        recipe.sampling()
-    if baseline is not None and baseline not in {c.name for c in entered}:
-        raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(c.name for c in entered)}')
-    if trial.dataset is None and len({recipe.data.dataset for recipe in recipes}) > 1:
-        raise RecipeError(
-            "the recipes have different datasets: name the one that all students are judged on, with --data"
-        )
-    jobs = [(c, seed, output / c.name.replace(" ", "/") / f"seed-{seed}") for seed in range(seeds) for c in entered]
-    _refuse_others(jobs)
-    extra = _references(recipes)
-    if trial.exposure:
-        if "teacher" not in extra:
-            raise RecipeError(
-                "exposure bias needs one teacher for all recipes that name one, and there are several or none"
-            )
-        trial = replace(trial, teacher=extra["teacher"])
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    tasks: list[tuple[Any, ...]] = []  # what is to be done, the folder that it is done in, and what with
-    tasks += [(_judge_reference, reference_folder(output, m), m, entered[0], trial) for m in extra.values()]
-    tasks += [(_run, folder, contestant, seed, trial) for contestant, seed, folder in jobs]
-    unfinished = [task for task in tasks if isinstance(result(task[1], trial), str)]
-    _work(unfinished, threads, parallel, console)
+    names = [variant.name for variant in variants]
+    if baseline is not None and baseline not in names:
+        raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(names)}')
+    return recipes
 
-    results: dict[str, dict[int, Result | str]] = {c.name: {} for c in entered}
-    for contestant, seed, folder in jobs:
-        results[contestant.name][seed] = result(folder, trial)
-    judged = {name: result(reference_folder(output, model), trial) for name, model in extra.items()}
-    known = {name: r for name, r in judged.items() if isinstance(r, Result)}
-    table = comparison.lines(results, baseline, known.get("teacher"), known.get("warm start"))
-    first = [m for m in ("accuracy", *trial.metrics) if any(m in v for line in table for v in line.metrics.values())]
-    columns = [(name, metric) for name in trial.samplings for metric in first]
-    columns += [(name, "response_length") for name in trial.samplings]
-    columns += [("exposure", "exposure_bias")] if trial.exposure else []
-    text = comparison.markdown(table, columns, known)
-    content = {
-        "trial": asdict(trial),
+
+def _check_folders(output: Path, runs: Sequence[VariantRun], references: Sequence[ReferenceRun]) -> None:
+    """Refuse folders with files that were not written here, or with finished runs of other settings; changes nothing.
+
+    Finished runs stay, so that those of another budget, say, would be shown as what is asked for now.
+    """
+    remedy = "give another --output"
+    marker.check(output, COMPARISON, remedy)
+    for run in runs:
+        marker.check(run.folder.path, RUN, remedy)
+    for task in (*runs, *references):
+        marker.check(task.folder.path, EVALUATION, remedy)
+    for run in runs:
+        folder = run.folder
+        if folder.run_json.is_file() and folder.recipe.is_file():
+            recipe = run.variant.recipe_in(folder, run.seed)
+            if load(folder.recipe).resolved() != recipe.resolved():
+                message = f"{folder.path} holds a finished run of {run.variant.name} with other settings or another"
+                raise RecipeError(f"{message} budget: give another --output, or delete it")
+
+
+def _write(
+    output: Path,
+    variants: Sequence[Variant],
+    recipes: Sequence[Recipe],
+    runs: Sequence[VariantRun],
+    references: Mapping[str, ReferenceRun],
+    baseline: str | None,
+) -> str:
+    """Write comparison.json and comparison.md, and return the table."""
+    results: dict[str, dict[int, Result | str]] = {variant.name: {} for variant in variants}
+    for run in runs:
+        results[run.variant.name][run.seed] = read_result(run.folder, run.settings)
+    reference_results = {name: read_result(run.folder, run.settings) for name, run in references.items()}
+    measured = {name: result for name, result in reference_results.items() if isinstance(result, Result)}
+    rows = statistics.table_rows(results, baseline, measured.get("teacher"), measured.get("warm start"))
+    settings = runs[0].settings
+    text = statistics.markdown(rows, _columns(rows, settings), measured)
+    content: dict[str, Any] = {
+        "settings": {name: each.as_dict() for name, each in settings.items()},
         "baseline": baseline,
-        "budget": recipes[0].resolved().get("budget") if len({r.budget for r in recipes}) == 1 else None,
-        "sweep": _sweep(entered),
-        "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in judged.items()},
-        "lines": [asdict(line) for line in table],
-        "runs": {name: {seed: str(folder) for c, seed, folder in jobs if c.name == name} for name in results},
+        "budget": recipes[0].resolved().get("budget") if len({recipe.budget for recipe in recipes}) == 1 else None,
+        "sweep": sweep_record(variants),
+        "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in reference_results.items()},
+        "rows": [asdict(row) for row in rows],
+        "runs": {
+            name: {run.seed: str(run.folder.path) for run in runs if run.variant.name == name} for name in results
+        },
     }
-    write(output / "comparison.json", json.dumps(content, indent=2))
-    write(output / "comparison.md", text)
+    write_atomic(output / RECORD, json.dumps(content, indent=2))
+    write_atomic(output / TABLE, text)
     return text
 
 
-def _recipe_of(contestant: Contestant, seed: int, folder: Path) -> Recipe:
-    """What is run in the folder."""
-    place = f"training.output_dir={json.dumps(str(folder))}"
-    return contestant.load(place, f"training.seed={seed}", "training.disable_tqdm=true")
-
-
-def _refuse_others(jobs: Sequence[tuple[Contestant, int, Path]]) -> None:
-    """Finished runs stay, so that those of another budget, say, would be shown as what is asked for now."""
-    for contestant, seed, folder in jobs:
-        finished = (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
-        if finished and load(folder / "recipe.yaml").resolved() != _recipe_of(contestant, seed, folder).resolved():
-            message = f"{folder} holds a finished run of {contestant.name} with other settings or another budget"
-            raise RecipeError(f"{message}: give another --output, or delete it")
-
-
-def _sweep(entered: Sequence[Contestant]) -> dict[str, Any] | None:
-    """Which option a sweep set, and for each contestant whose recipe and to what; values as YAML reads them."""
-    points = {
-        c.name: {"recipe": c.recipe.stem, "value": value_of(c.swept[1]), "written": c.swept[1]}
-        for c in entered
-        if c.swept is not None
-    }
-    return {"option": entered[0].swept[0], "points": points} if points and entered[0].swept else None
-
-
-def _references(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """The models beside which the students are seen: the teacher and the warm start, if there is one for all."""
-    teachers = {recipe.build("teacher", TEACHERS).model_name for recipe in recipes if recipe.teacher} - {None}
-    starts = {recipe.student.model for recipe in recipes}
-    found = {"teacher": teachers, "warm start": starts}
-    return {name: str(next(iter(models))) for name, models in found.items() if len(models) == 1 and None not in models}
-
-
-def _work(tasks: list[tuple[Any, ...]], threads: int, parallel: int, console: Console) -> None:
-    """Do every task in a process of its own, `parallel` at a time."""
-    context = multiprocessing.get_context("spawn")
-    waiting, running = list(tasks), []
-    bar = Progress(TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    try:
-        with bar as progress:
-            shown = progress.add_task("", total=len(tasks))
-            while waiting or running:
-                while waiting and len(running) < parallel:
-                    work, *arguments = waiting.pop(0)
-                    process = context.Process(target=_child, args=(work, arguments, threads))
-                    process.start()
-                    running.append(process)
-                time.sleep(0.2)
-                done = [p for p in running if not p.is_alive()]
-                running = [p for p in running if p.is_alive()]
-                progress.advance(shown, len(done))
-    finally:
-        for process in running:
-            process.terminate()
-
-
-def _child(work: Any, arguments: list[Any], threads: int) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
-    work(*arguments)
-
-
-def _run(folder: Path, contestant: Contestant, seed: int, trial: Trial) -> None:
-    """Train one contestant with one seed and judge its student; what goes wrong is written to failed.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failed.txt").unlink(missing_ok=True)
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        console = Console(file=log, width=120)
-        try:
-            recipe = _recipe_of(contestant, seed, folder)
-            distill(recipe, console=console)
-            judge(str(folder / "student"), recipe, folder, trial)
-        except Exception as error:
-            traceback.print_exc(file=log)
-            write(folder / "failed.txt", " ".join(str(error).split()) or type(error).__name__)
-
-
-def _judge_reference(folder: Path, model: str, contestant: Contestant, trial: Trial) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    judge(model, contestant.load(), folder, trial)
-
-
-def reference_folder(output: Path, model: str) -> Path:
-    return output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8]
-
-
-def judge(model: str, recipe: Recipe, folder: Path, trial: Trial) -> None:
-    """Let a model answer as the trial says, on a recipe's data; write evaluation.json and the answers."""
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype="float32").eval()
-    longest = recipe.sampling().max_new_tokens
-    data = {"dataset": trial.dataset or recipe.data.dataset, "split": trial.split, "limit": trial.limit}
-    examples = load_data(recipe.data.model_copy(update=data), tokenizer, context_window(load_config(model)), longest)
-    stops, rollout = tuple(stop_ids(tokenizer, loaded)), GenerateRollout(trial.batch_size)
-    done = folder / "evaluation.json"
-    if done.exists():  # of another trial
-        for path in [*folder.glob("answers-*.jsonl"), done]:
-            path.unlink()
-    found: dict[str, Any] = {}
-    for name, temperature in trial.samplings.items():
-        sampling = Sampling(longest, temperature, stop_ids=stops)
-        kept = {"seed": trial.seed, "output": folder / f"answers-{name}.jsonl"}
-        judged = evaluate(loaded, tokenizer, examples, rollout, sampling, metrics=trial.metrics, **kept)
-        right = [a["correct"] for a in judged.answers]
-        found[name] = {"metrics": judged.metrics, "scores": None if None in right else [float(r) for r in right]}
-    if trial.exposure and trial.teacher is not None and trial.teacher != model:
-        some = replace(examples, examples=examples.examples[: trial.exposure], rows=examples.rows[: trial.exposure])
-        teacher = LocalTeacher(trial.teacher, dtype="float32")
-        kept = {"seed": trial.seed, "output": folder / "answers-exposure.jsonl"}
-        sampling = Sampling(longest, stop_ids=stops)
-        judged = evaluate(loaded, tokenizer, some, rollout, sampling, teacher, exposure=True, **kept)
-        found["exposure"] = {"metrics": judged.metrics, "scores": None, "curves": judged.curves}
-    write(done, json.dumps({"trial": asdict(trial), "found": found}, indent=1))
-
-
-def result(folder: Path, trial: Trial) -> Result | str:
-    """What a run's folder holds of this trial, or why there is nothing."""
-    file, run = folder / "evaluation.json", folder / "run.json"
-    if not file.exists():
-        failed = folder / "failed.txt"
-        return failed.read_text(encoding="utf-8") if failed.exists() else "the process was killed"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if content["trial"] != json.loads(json.dumps(asdict(trial))):
-        return "judged in another trial"
-    found = content["found"]
-    cost = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
-    return Result(
-        metrics={name: part["metrics"] for name, part in found.items()},
-        scores={name: part["scores"] for name, part in found.items() if part["scores"] is not None},
-        **{name: cost.get(name) for name in ("seconds", "cpu_seconds", "tokens", "budget")},
-    )
+def _columns(rows: Sequence[statistics.TableRow], settings: NamedSettings) -> list[tuple[str, str]]:
+    """The table's columns, (settings' name, metric) each."""
+    names = [name for name in settings if name != EXPOSURE]
+    metrics = ["accuracy", *dict.fromkeys(metric for each in settings.values() for metric in each.metrics)]
+    known = [metric for metric in metrics if any(metric in part for row in rows for part in row.metrics.values())]
+    columns = [(name, metric) for name in names for metric in known]
+    columns += [(name, "response_length") for name in names]
+    return columns + ([(EXPOSURE, "exposure_bias")] if EXPOSURE in settings else [])

@@ -1,8 +1,8 @@
-"""What follows from several runs: means over seeds, intervals, differences, and what the improvement cost.
+"""Statistics over runs: means over seeds, confidence intervals, paired differences, costs; the table of a comparison.
 
-The one idea: a comparison is a table computed from plain results, so that it can be computed again at any time. A
-result is one model's metrics under every protocol ("greedy", "T=1") and, where answers are right or wrong one by one,
-the score of every answer, by which two models are compared on the same problems.
+The table is computed from plain results, so that it can be computed again at any time. A result is one model's metrics
+under every protocol ("greedy", "T=1") and, where responses are correct or wrong one by one, the score of every
+response, by which two models are compared on the same prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ import numpy as np
 from ..budget import amount, spent
 
 RESAMPLES = 10_000
-_SHARES = ("accuracy", "truncated")  # written in percent
+SHARES = ("accuracy", "truncated", "agreement", "top_10_overlap")  # metrics that are written in percent
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model, measured."""
+    """The metrics of one model, and what its training cost."""
 
     metrics: Mapping[str, Mapping[str, float]]  # protocol → metric → value
-    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)  # protocol → one number per answer
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)  # protocol → one number per response
     seconds: float | None = None  # of training
     cpu_seconds: float | None = None
     tokens: float | None = None  # response tokens trained on
@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """One contestant's mean score less the baseline's, with a paired bootstrap's 95 % interval and p value."""
+    """A variant's mean score less the baseline's, with a paired bootstrap's 95 % interval and p value."""
 
     mean: float
     low: float
@@ -60,18 +60,20 @@ class Difference:
     p: float
 
 
-def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int = 0) -> Difference:
-    """The paired bootstrap of two (S, A) tables of scores, S seeds and A answers to the same A problems in each.
+def paired_difference(
+    scores: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]], seed: int = 0
+) -> Difference:
+    """The paired bootstrap of two (S, A) tables of scores, S seeds and responses to the same A prompts in each.
 
-    Seeds and problems are both drawn anew, with replacement, `RESAMPLES` times. p is twice the share of the resamples
+    Seeds and prompts are both resampled, with replacement, `RESAMPLES` times. p is twice the share of the resamples
     that lie on the other side of 0 than the mean, at least 1/RESAMPLES.
     """
-    delta = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    runs, answers = delta.shape
+    delta = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    runs, responses = delta.shape
     draw = np.random.default_rng(seed)
-    problems = draw.multinomial(answers, np.full(answers, 1 / answers), size=RESAMPLES) / answers
+    prompts = draw.multinomial(responses, np.full(responses, 1 / responses), size=RESAMPLES) / responses
     seeds = draw.multinomial(runs, np.full(runs, 1 / runs), size=RESAMPLES) / runs
-    means = ((seeds @ delta) * problems).sum(axis=1)
+    means = ((seeds @ delta) * prompts).sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     mean = float(delta.mean())
     other = float((means <= 0).mean() if mean > 0 else (means >= 0).mean())
@@ -79,52 +81,51 @@ def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One contestant in the table."""
+class TableRow:
+    """One variant in the table."""
 
     name: str
     seeds: int
     failed: tuple[str, ...]  # why some seeds have no result
     metrics: Mapping[str, Mapping[str, Spread]]  # protocol → metric → its spread
-    against: Mapping[str, Difference]  # protocol → the difference from the baseline, where answers can be paired
-    closed: Mapping[str, Mapping[str, float]]  # protocol → metric → share of the way from the warm start to the teacher
+    difference: Mapping[str, Difference]  # protocol → the difference from the baseline, where responses are paired
+    gap_closed: Mapping[str, Mapping[str, float]]  # protocol → metric → share of the gap from warm start to teacher
     seconds: Spread | None
     cpu_seconds: Spread | None
     tokens: Spread | None
     budget: Mapping[str, float] | None  # {"tokens" or "seconds": the limit}, where all seeds had the same
-    early: tuple[str, ...]  # which seeds ended before their budget was spent, and by what
+    ended_early: tuple[str, ...]  # seeds that ended before their budget was spent, and by what
 
 
-def lines(
+def table_rows(
     results: Mapping[str, Mapping[int, Result | str]],
     baseline: str | None = None,
     teacher: Result | None = None,
     start: Result | None = None,
-) -> list[Line]:
-    """The table of `results`: contestant → seed → its result, or why there is none."""
+) -> list[TableRow]:
+    """The table of `results`: variant → seed → its result, or why there is none."""
     table = []
     for name, by_seed in results.items():
-        found = {seed: r for seed, r in by_seed.items() if isinstance(r, Result)}
+        finished = {seed: r for seed, r in by_seed.items() if isinstance(r, Result)}
         failed = tuple(f"seed {seed}: {r}" for seed, r in by_seed.items() if isinstance(r, str))
-        metrics = _spreads(list(found.values()))
-        against = _against(found, results[baseline]) if baseline not in (None, name) else {}
-        costs = {n: _cost(list(found.values()), n) for n in ("seconds", "cpu_seconds", "tokens")}
-        closed = _closed(metrics, teacher, start)
-        budget, early = _limit(found), _early(found)
-        line = Line(name, len(found), failed, metrics, against, closed, **costs, budget=budget, early=early)
-        table.append(line)
+        metrics = _spreads(list(finished.values()))
+        difference = _differences(finished, results[baseline]) if baseline not in (None, name) else {}
+        costs = {n: _cost(list(finished.values()), n) for n in ("seconds", "cpu_seconds", "tokens")}
+        gap = _gap_closed(metrics, teacher, start)
+        ends = {"budget": _limit(finished), "ended_early": _ended_early(finished)}
+        table.append(TableRow(name, len(finished), failed, metrics, difference, gap, **costs, **ends))
     return table
 
 
-def _limit(found: Mapping[int, Result]) -> dict[str, float] | None:
+def _limit(results: Mapping[int, Result]) -> dict[str, float] | None:
     limits = [
-        {k: r.budget[k] for k in ("tokens", "seconds") if k in r.budget} if r.budget else None for r in found.values()
+        {k: r.budget[k] for k in ("tokens", "seconds") if k in r.budget} if r.budget else None for r in results.values()
     ]
     return limits[0] if limits and all(limit == limits[0] for limit in limits) else None
 
 
-def _early(found: Mapping[int, Result]) -> tuple[str, ...]:
-    budgets = {seed: r.budget for seed, r in found.items() if r.budget}
+def _ended_early(results: Mapping[int, Result]) -> tuple[str, ...]:
+    budgets = {seed: r.budget for seed, r in results.items() if r.budget}
     return tuple(
         f"seed {seed}: {b['ended_by']} ended the run with {spent(b)} spent"
         for seed, b in budgets.items()
@@ -132,18 +133,18 @@ def _early(found: Mapping[int, Result]) -> tuple[str, ...]:
     )
 
 
-def budget_notes(table: Sequence[Line]) -> list[str]:
-    """What every contestant could spend, and who left some of it."""
-    having = [line for line in table if line.seeds]
-    limits = [line.budget for line in having]
+def budget_notes(rows: Sequence[TableRow]) -> list[str]:
+    """The budget of every variant, and which runs ended before it was spent."""
+    finished = [row for row in rows if row.seeds]
+    limits = [row.budget for row in finished]
     notes = []
     if limits and limits[0] and all(limit == limits[0] for limit in limits):
         notes = [f"Every run could spend {amount(limits[0])}."]
     elif any(limits):
         notes = [
-            f"{line.name} could spend {amount(line.budget) if line.budget else 'what it wanted'}." for line in having
+            f"{row.name} {f'could spend {amount(row.budget)}' if row.budget else 'had no budget'}." for row in finished
         ]
-    return notes + [f"{line.name}, {how}." for line in having for how in line.early]
+    return notes + [f"{row.name}, {end}." for row in finished for end in row.ended_early]
 
 
 def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
@@ -156,16 +157,16 @@ def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
     }
 
 
-def _against(ours: Mapping[int, Result], theirs: Mapping[int, Result | str]) -> dict[str, Difference]:
-    """Over the seeds that both have."""
-    pairs = [(ours[seed], other) for seed in ours if isinstance(other := theirs.get(seed), Result)]
+def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | str]) -> dict[str, Difference]:
+    """The differences from the baseline over the seeds that both have."""
+    pairs = [(result, other) for seed, result in results.items() if isinstance(other := baseline.get(seed), Result)]
     if not pairs:
         return {}
     protocols = [p for p in pairs[0][0].scores if p in pairs[0][1].scores]
-    return {p: difference([a.scores[p] for a, _ in pairs], [b.scores[p] for _, b in pairs]) for p in protocols}
+    return {p: paired_difference([a.scores[p] for a, _ in pairs], [b.scores[p] for _, b in pairs]) for p in protocols}
 
 
-def _closed(
+def _gap_closed(
     metrics: Mapping[str, Mapping[str, Spread]], teacher: Result | None, start: Result | None
 ) -> dict[str, dict[str, float]]:
     """(mean − start)/(teacher − start), for metrics in which the two differ."""
@@ -191,50 +192,51 @@ def _student_t(freedom: int) -> float:
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
 
 
-def markdown(table: Sequence[Line], columns: Sequence[tuple[str, str]], extra: Mapping[str, Result]) -> str:
+def markdown(table: Sequence[TableRow], columns: Sequence[tuple[str, str]], references: Mapping[str, Result]) -> str:
     """The table in Markdown.
 
     Args:
         columns: (protocol, metric) pairs.
-        extra: models to show above the contestants, such as the teacher.
+        references: models above the variants, such as the teacher.
     """
     heads = ["model", *(f"{metric} ({protocol})" for protocol, metric in columns)]
     heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
     rows = [
         [name, *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""]
-        for name, r in extra.items()
+        for name, r in references.items()
     ]
-    for line in table:
-        row = [line.name]
-        for protocol, metric in columns:
-            spread = line.metrics.get(protocol, {}).get(metric)
-            row.append("" if spread is None else _plus_minus(spread, metric, line.seeds))
-        first = columns[0][0]
-        against, closed = line.against.get(first), line.closed.get(first, {}).get(columns[0][1])
-        row.append("" if against is None else f"{100 * against.mean:+.1f} (p {_p(against.p)})")
-        row.append("" if closed is None else f"{closed:.0%}")
-        row += ["" if s is None else f"{s.mean:,.0f}" for s in (line.seconds, line.cpu_seconds, line.tokens)]
-        if line.failed:
-            row[0] += f" ({len(line.failed)} failed)"
-        rows.append(row)
+    rows += [_cells(row, columns) for row in table]
     used = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
     text = ["| " + " | ".join(row[i] for i in used) + " |" for row in [heads, *rows]]
     text.insert(1, "|---" * len(used) + "|")
-    notes = [f"- {line.name}, {why}" for line in table for why in line.failed]
+    notes = [f"- {row.name}, {reason}" for row in table for reason in row.failed]
     notes += [f"- {note}" for note in budget_notes(table)]
     return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
 
 
+def _cells(row: TableRow, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """A variant's cells: its metrics, the difference from the baseline and the gap closed in the first, the costs."""
+    cells = [row.name + (f" ({len(row.failed)} failed)" if row.failed else "")]
+    for protocol, metric in columns:
+        spread = row.metrics.get(protocol, {}).get(metric)
+        cells.append("" if spread is None else _plus_minus(spread, metric, row.seeds))
+    protocol, metric = columns[0]
+    difference, gap = row.difference.get(protocol), row.gap_closed.get(protocol, {}).get(metric)
+    cells.append("" if difference is None else f"{100 * difference.mean:+.1f} (p {_p(difference.p)})")
+    cells.append("" if gap is None else f"{gap:.0%}")
+    return cells + ["" if s is None else f"{s.mean:,.0f}" for s in (row.seconds, row.cpu_seconds, row.tokens)]
+
+
 def _plus_minus(spread: Spread, metric: str, seeds: int) -> str:
     text = _number(spread.mean, metric)
-    scale = 100 if metric in _SHARES else 1
+    scale = 100 if metric in SHARES else 1
     return text if seeds < 2 else with_deviation(text, scale * spread.deviation)
 
 
 def _number(value: float | None, metric: str) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.1f}" if metric in _SHARES else f"{value:#.4g}".rstrip(".")
+    return f"{100 * value:.1f}" if metric in SHARES else f"{value:#.4g}".rstrip(".")
 
 
 def with_deviation(mean: str, deviation: float) -> str:

@@ -1,7 +1,7 @@
-"""How far a student is from a teacher, at every token of some responses.
+"""Distance of a student to a teacher at every response token: KL divergences, entropies, agreement, top-10 overlap.
 
-The one idea: both models are asked about the same tokens, batch after batch, and what they say is compared a few rows
-at a time, so that no more than a chunk of the vocabulary's distributions is ever held.
+Both models score the same tokens, batch after batch, and their distributions are compared a few rows at a time, so that
+no more than a chunk of rows over the whole vocabulary is ever in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,29 +20,29 @@ from ..models.parity import can_fuse
 from ..scores import Scores, divergence_metrics
 from ..teacher import Teacher
 
-TOP = 10  # the tokens that `top_10_overlap` is about
+TOP = 10  # tokens compared by `top_10_overlap`
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Sums over responses of what `differences` says, position by position; L positions, the first is a response's."""
+    """Sums over responses of the numbers of `differences`, by position in the response (L positions)."""
 
     sums: dict[str, Tensor]  # (L,) each
     alive: Tensor  # (L,) responses that reach each position
 
     def __add__(self, other: "Distances") -> "Distances":
-        """Those over the responses of both."""
+        """The sums over the responses of both."""
         length = max(len(self.alive), len(other.alive))
         widths = [(0, length - len(x.alive)) for x in (self, other)]
         sums = {name: pad(self.sums[name], widths[0]) + pad(other.sums[name], widths[1]) for name in self.sums}
         return Distances(sums, pad(self.alive, widths[0]) + pad(other.alive, widths[1]))
 
     def means(self) -> dict[str, float]:
-        """Over all response tokens."""
+        """Means over all response tokens."""
         return {name: float(values.sum() / self.alive.sum()) for name, values in self.sums.items()}
 
     def by_position(self) -> dict[str, list[float]]:
-        """Over the responses that reach each position, and how many these are (`alive`)."""
+        """Means over the responses that reach each position, and how many these are (`alive`)."""
         means = {name: (values / self.alive).tolist() for name, values in self.sums.items()}
         return {"alive": self.alive.tolist(), **means}
 
@@ -53,14 +53,14 @@ def distances(
     examples: Sequence[Example],
     vocabulary: int,
     batch_size: int = 32,
-    made: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int], None] = lambda count: None,
 ) -> Distances:
-    """What model and teacher say of the examples' responses, summed by position.
+    """The distance of model and teacher on the examples' responses, summed by position.
 
     Args:
-        vocabulary: how many tokens are real; what a padded vocabulary has beyond them takes no part.
-        batch_size: sequences that are read at once.
-        made: told after every batch how many more examples are done.
+        vocabulary: the number of real tokens; what a padded vocabulary has beyond them is ignored.
+        batch_size: sequences scored at once.
+        on_progress: called after every batch with its number of examples.
     """
     length = max(len(example.response) for example in examples)
     sums: dict[str, Tensor] = {}
@@ -71,7 +71,7 @@ def distances(
         for name, each in values.items():
             total = sums.setdefault(name, torch.zeros(length, dtype=torch.float64))
             total.index_add_(0, position, each.double().cpu())
-        made(len(batch.examples))
+        on_progress(len(batch.examples))
     return Distances(sums, alive)
 
 
@@ -88,28 +88,30 @@ def compared(
         ordered = sorted(examples, key=len)
         for start in range(0, len(ordered), batch_size):
             batch = Batch.from_examples(ordered[start : start + batch_size], 0, device)
-            taught = teacher.score(batch).cut(vocabulary)
-            found: list[dict[str, Tensor]] = []
+            teacher_scores = teacher.score(batch).cut(vocabulary)
+            results: list[dict[str, Tensor]] = []
 
-            def look(student: Scores, taught: Scores = taught, found: list[dict[str, Tensor]] = found) -> Tensor:
-                found.append(differences(taught, student))
+            def compare_with(
+                student: Scores, teacher: Scores = teacher_scores, results: list[dict[str, Tensor]] = results
+            ) -> Tensor:
+                results.append(differences(teacher, student))
                 return student.tokens.float()
 
-            score(model, batch, look, vocabulary=vocabulary, fused=projects)
-            yield batch, found[0]
+            score(model, batch, compare_with, vocabulary=vocabulary, fused=projects)
+            yield batch, results[0]
     finally:
         model.train(was_training)
 
 
 @torch.no_grad()
 def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
-    """What `scores.compare` says at every response token, and further, each (N,):
+    """The numbers of `scores.compare` at every response token, and further, each (N,):
 
         teacher_surprise   −log p(token), in nats
-        agreement          is the likeliest token the same? 0 or 1
+        agreement          1 where the likeliest token is the same, else 0
         top_10_overlap     the share of the teacher's ten likeliest tokens that are among the student's
 
-    A teacher that is known by its top tokens only does not tell the latter three.
+    Where only a teacher's top tokens are known, the latter three are missing.
     """
     if isinstance(teacher.distribution, TopK) or isinstance(student.distribution, TopK):
         return divergence_metrics(teacher, student)
@@ -122,16 +124,16 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
         rows = slice(start, start + size)
         tokens, log_q = student.tokens[rows], q.log_probs(rows)
         log_p = p.log_probs(rows).to(log_q.device, log_q.dtype)
-        found = divergence_metrics(Scores(tokens, Dense(log_p)), Scores(tokens, Dense(log_q)))
-        theirs, ours = (x.topk(min(TOP, vocabulary)).indices for x in (log_p, log_q))
-        found["teacher_surprise"] = -log_p.gather(-1, tokens.to(log_p.device)[:, None])[:, 0]
-        found["agreement"] = (theirs[:, 0] == ours[:, 0]).float()
-        found[f"top_{TOP}_overlap"] = (theirs[:, :, None] == ours[:, None, :]).any(-1).float().mean(-1)
-        chunks.append(found)
+        values = divergence_metrics(Scores(tokens, Dense(log_p)), Scores(tokens, Dense(log_q)))
+        top_p, top_q = (x.topk(min(TOP, vocabulary)).indices for x in (log_p, log_q))
+        values["teacher_surprise"] = -log_p.gather(-1, tokens.to(log_p.device)[:, None])[:, 0]
+        values["agreement"] = (top_p[:, 0] == top_q[:, 0]).float()
+        values[f"top_{TOP}_overlap"] = (top_p[:, :, None] == top_q[:, None, :]).any(-1).float().mean(-1)
+        chunks.append(values)
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def positions(batch: Batch) -> Tensor:
-    """(N,) where in its response each response token stands, counted from 0."""
+    """(N,) the position of each response token in its response, counted from 0."""
     first = batch.lengths.cumsum(0) - batch.lengths
     return torch.arange(len(batch.tokens), device=batch.sequence_ids.device) - first[batch.sequence_ids]

@@ -1,8 +1,18 @@
-"""Judging a model by its answers: how many are right, how good they are, and how far they are from a teacher's.
+"""Evaluate a model: generate responses to prompts, measure accuracy, text metrics and the distance to a teacher.
 
-Every answer is written with a given sampling protocol and seed. An answer is right if it matches a reference exactly
-(after normalisation), or, where every reference has a final answer behind `####`, if it ends in that. The distance to
-a teacher is measured where it matters, on the model's own answers.
+Every response is generated with given sampling settings and a seed. A response is correct if it matches a reference
+exactly (after normalisation), or, where every reference has a final answer behind `####`, if it ends in that. The
+distance to a teacher is measured on the model's own responses. The metrics are
+
+    accuracy                        share of correct responses, where there are references
+    examples                        the number of prompts
+    response_length, truncated      tokens; share of responses without an end
+    seconds, tokens_per_second      of what was generated now, and not resumed from a file
+    forward_kl, reverse_kl, student_entropy, teacher_entropy, agreement, top_10_overlap, teacher_perplexity
+                                    with a teacher: means over tokens, in nats or shares (`distance.differences`)
+    exposure_bias                   percent, over whole responses
+
+With several seeds a number is the mean over seeds, and `<name>_std` their standard deviation.
 """
 
 import math
@@ -14,7 +24,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from .. import metrics as judges
+from .. import metrics as text_metrics
 from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
@@ -24,21 +34,21 @@ from ..rollout import Rollout
 from ..sampling import Sampling
 from ..scores import DIVERGENCE_METRICS
 from ..teacher import Capability, Teacher
+from . import exposure_bias as bias
 from .distance import distances
-from .exposure_bias import exposure_bias
-from .responses import Answer, Pace, Written, write_answers
+from .responses import BatchSizeSearch, Response, Responses, generate_responses
 
 Curve = Mapping[str, Sequence[float | None]]  # a number's name: its values at the first position, the second, …
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model answered, and what that comes to."""
+    """A model's responses and their metrics."""
 
-    answers: list[dict[str, Any]]  # seed, row, prompt, answer, references, correct, truncated, tokens, id
+    responses: list[dict[str, Any]]  # seed, row, prompt, response, references, correct, truncated, tokens, id
     metrics: dict[str, float]
-    signatures: dict[str, str] = field(default_factory=dict)  # how the metrics that were asked for were come by
-    curves: dict[str, Curve] = field(default_factory=dict)  # numbers by position in an answer
+    signatures: dict[str, str] = field(default_factory=dict)  # how the text metrics were computed
+    curves: dict[str, Curve] = field(default_factory=dict)  # numbers by position in a response
 
 
 def evaluate(
@@ -52,78 +62,61 @@ def evaluate(
     batch_size: int = 32,
     metrics: Sequence[str] = (),
     *,
-    exposure: bool = False,
+    exposure_bias: bool = False,
     output: Path | None = None,
-    at_once: int | None = None,
+    first_batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Let `model` answer every example's prompt by `rollout`, and measure.
-
-    Metrics: `accuracy` (share of right answers, where there are references), `examples`, `response_length` (tokens),
-    `truncated` (share of answers without an end), `seconds` and `tokens_per_second` of what was written now; with a
-    teacher the means over the tokens of the model's own answers of `forward_kl`, `reverse_kl`, `student_entropy` and
-    `teacher_entropy` in nats, `agreement` and `top_10_overlap` (`distance.differences`), and `teacher_perplexity`. With
-    several seeds a number is the mean of the seeds', and `<name>_std` their standard deviation.
+    """Generate a response of `model` to every example's prompt by `rollout`, and measure.
 
     Args:
-        seed: of sampling; every one of several gives an answer to every prompt.
+        sampling: sampling parameters, with one response per prompt and seed.
+        seed: of sampling; each of several gives a response to every prompt.
         batch_size: sequences that model and teacher read at once when they are compared.
         metrics: further ones of the folder metrics/, out of 100, over the rows that have references.
-        exposure: let the teacher answer the prompts, too, and measure `exposure_bias` (percent, over whole answers).
-        output: the JSONL file that keeps the answers, from which an interrupted evaluation goes on; the teacher's are
-            beside it.
-        at_once: answers written at once in the beginning; more as long as that is faster (`writing.Pace`). Without it
-            the rollout's own batch size stays.
-        progress: where to show how far it has got.
+        exposure_bias: let the teacher respond, too, and measure `exposure_bias`.
+        output: a JSONL file of responses, from which an interrupted evaluation is resumed; the teacher's go beside it.
+        first_batch_size: where `responses.BatchSizeSearch` begins; by default the rollout's own batch size stays.
+        progress: a display for how much is done.
 
     Raises:
-        ValueError: before anything is written, for a name of no metric, for metrics whose references are missing, for
-            seeds that would all give the same answers, and for exposure bias without what it needs.
+        ValueError: before anything is generated, for an unknown metric, for metrics whose references are missing, for
+            seeds that would all give the same responses, and for exposure bias without what it needs.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(examples, sampling, teacher, seeds, metrics, exposure)
-    by_end = all(final_answer(r) is not None for row in examples.rows for r in row.references)
+    _check(examples, sampling, teacher, seeds, metrics, exposure_bias)
+    correct = _correctness(examples)
 
-    def judge(text: str, row: Row) -> bool | None:
-        return (is_correct if by_end else exact_match)(text, row.references) if row.references else None
+    def generate(author: Author, generator: Any, path: Path | None) -> Responses:
+        options: dict[str, Any] = {"author": author, "path": path}
+        options["search"] = None if first_batch_size is None else BatchSizeSearch(first_batch_size)
+        options["on_progress"] = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
+        return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, correct, **options)
 
-    def task(what: str) -> Callable[[int], None]:
-        return _task(progress, what, len(seeds) * len(examples))
-
-    def write(author: Author, by: Any, path: Path | None) -> Written:
-        options: dict[str, Any] = {"author": author, "path": path, "made": task(f"{author}'s answers")}
-        pace = None if at_once is None else Pace(at_once)
-        return write_answers(by, tokenizer, examples, rollout, sampling, seeds, judge, pace=pace, **options)
-
-    written = write("student", model, output)
-    rounds = [written.answers[start : start + len(examples)] for start in range(0, len(written.answers), len(examples))]
-    measured = _over_seeds([_counts(answers) for answers in rounds]) | {"seconds": written.seconds}
-    if written.tokens:
-        measured["tokens_per_second"] = written.tokens / written.seconds
-    numbers, signatures = _judged(metrics, rounds)
-    measured |= numbers
+    generated = generate("student", model, output)
+    numbers, signatures = _response_metrics(generated, len(examples), metrics)
     curves: dict[str, Curve] = {}
+    own = [response.example for response in generated.responses]
     if teacher is not None:
-        far = [[answer.example for answer in answers] for answers in rounds]
-        made = task("distance to the teacher")
-        found = [distances(model, teacher, own, len(tokenizer), batch_size, made) for own in far]
-        measured |= _over_seeds([_readable(of_seed.means()) for of_seed in found])
-        curves["distance"] = sum(found[1:], found[0]).by_position()
-    if exposure:
+        on_progress = _task(progress, "distance to the teacher", len(own))
+        parts = [own[start : start + len(examples)] for start in range(0, len(own), len(examples))]
+        by_seed = [distances(model, teacher, part, len(tokenizer), batch_size, on_progress) for part in parts]
+        numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
+        curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
+    if exposure_bias:
         live: Any = teacher
-        beside = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
-        theirs = write("teacher", live.model, beside)
-        own, others = ([answer.example for answer in each.answers] for each in (written, theirs))
-        bias = exposure_bias(model, live, own, others, len(tokenizer), batch_size)
-        measured["exposure_bias"] = float(bias.percent[-1])
-        curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(bias).items()}
-    return Evaluation([answer.line for answer in written.answers], measured, signatures, curves)
+        path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
+        teachers = [response.example for response in generate("teacher", live.model, path).responses]
+        measured = bias.exposure_bias(model, live, own, teachers, len(tokenizer), batch_size)
+        numbers["exposure_bias"] = float(measured.percent[-1])
+        curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(measured).items()}
+    return Evaluation([response.line for response in generated.responses], numbers, signatures, curves)
 
 
 def distance(
     model: Any, teacher: Teacher, examples: Sequence[Example], vocabulary: int, batch_size: int = 32
 ) -> dict[str, float]:
-    """The means over all response tokens of what `scores.compare` says of model and teacher."""
+    """The means of `scores.divergence_metrics` of model and teacher over all response tokens."""
     means = distances(model, teacher, examples, vocabulary, batch_size).means()
     return {name: means[name] for name in DIVERGENCE_METRICS}
 
@@ -134,82 +127,105 @@ def _check(
     teacher: Teacher | None,
     seeds: Sequence[int],
     metrics: Sequence[str],
-    exposure: bool,
+    exposure_bias: bool,
 ) -> None:
-    """Refuse what would turn out to be impossible, or to mean nothing, when every answer is written."""
-    judges.check(metrics)
-    among = [name for name in metrics if judges.compares_responses(name)]
-    plain = [name for name in metrics if name not in among]
-    if plain and not any(row.references for row in examples.rows):
+    """Refuse what would turn out to be impossible, or to mean nothing, after all responses are generated."""
+    text_metrics.check(metrics)
+    diversity = [name for name in metrics if text_metrics.compares_responses(name)]
+    quality = [name for name in metrics if name not in diversity]
+    if quality and not any(row.references for row in examples.rows):
         raise ValueError(
-            f"no row of {examples.source} has a reference for {' and '.join(plain)}: name the column that holds them, "
-            "such as completion=de"
+            f"no row of {examples.source} has a reference for {' and '.join(quality)}: name the column that holds "
+            "them, such as completion=de"
         )
-    if among and len(seeds) < 2:
-        raise ValueError(f"{among[0]} compares the answers to a prompt with each other: give several seeds")
+    if diversity and len(seeds) < 2:
+        raise ValueError(f"{diversity[0]} compares the responses to a prompt with each other: give several seeds")
     if len(set(seeds)) < len(seeds):
         raise ValueError("two of the seeds are the same: give every one once")
     if len(seeds) > 1 and sampling.temperature == 0:
-        raise ValueError("greedy answers do not depend on the seed: give one seed, or a temperature above 0")
-    if exposure and (teacher is None or not teacher.can(Capability.MODEL)):
-        raise ValueError("exposure bias needs a teacher that can write: give a local one")
-    if exposure and (sampling.temperature, sampling.top_k, sampling.top_p) != (1, 0, 1):
+        raise ValueError("greedy responses do not depend on the seed: give one seed, or a temperature above 0")
+    if exposure_bias and (teacher is None or not teacher.can(Capability.MODEL)):
+        raise ValueError("exposure bias needs a teacher that can generate: give a local one")
+    if exposure_bias and (sampling.temperature, sampling.top_k, sampling.top_p) != (1, 0, 1):
         raise ValueError(
             "exposure bias is about the models' own distributions: sample at temperature 1, without top-k or top-p"
         )
 
 
-def _counts(answers: Sequence[Answer]) -> dict[str, float]:
-    judged = [answer.line["correct"] for answer in answers if answer.line["correct"] is not None]
+def _correctness(examples: Examples) -> Callable[[str, Row], bool | None]:
+    """How a response is checked: by its final answer where all references have one, else by the whole text."""
+    by_final_answer = all(final_answer(r) is not None for row in examples.rows for r in row.references)
+    check = is_correct if by_final_answer else exact_match
+    return lambda text, row: check(text, row.references) if row.references else None
+
+
+def _response_metrics(
+    generated: Responses, examples: int, metrics: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics of the responses alone, and the signatures of the text metrics among them."""
+    responses = generated.responses
+    by_seed = [responses[start : start + examples] for start in range(0, len(responses), examples)]
+    numbers = _over_seeds([_counts(part) for part in by_seed]) | {"seconds": generated.seconds}
+    if generated.tokens:
+        numbers["tokens_per_second"] = generated.tokens / generated.seconds
+    scores, signatures = _text_metrics(metrics, by_seed)
+    return numbers | scores, signatures
+
+
+def _counts(responses: Sequence[Response]) -> dict[str, float]:
+    correct = [response.line["correct"] for response in responses if response.line["correct"] is not None]
     return {
-        **({"accuracy": sum(judged) / len(judged)} if judged else {}),
-        "examples": float(len(answers)),
-        "response_length": sum(len(answer.example.response) for answer in answers) / len(answers),
-        "truncated": sum(answer.example.truncated for answer in answers) / len(answers),
+        **({"accuracy": sum(correct) / len(correct)} if correct else {}),
+        "examples": float(len(responses)),
+        "response_length": sum(len(response.example.response) for response in responses) / len(responses),
+        "truncated": sum(response.example.truncated for response in responses) / len(responses),
     }
 
 
-def _judged(metrics: Sequence[str], rounds: Sequence[Sequence[Answer]]) -> tuple[dict[str, float], dict[str, str]]:
-    """The numbers of metrics/ for the answers of every seed, and their signatures."""
-    among = [name for name in metrics if judges.compares_responses(name)]
-    plain = [name for name in metrics if name not in among]
+def _text_metrics(
+    metrics: Sequence[str], by_seed: Sequence[Sequence[Response]]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics of the folder metrics/ for the responses of every seed, and their signatures."""
+    diversity = [name for name in metrics if text_metrics.compares_responses(name)]
+    quality = [name for name in metrics if name not in diversity]
     scores = []
-    for answers in rounds:
-        lines = [answer.line for answer in answers if answer.line["references"]]
-        scores.append(judges.score(plain, [line["answer"] for line in lines], [line["references"] for line in lines]))
-    prompts = [[answer.line["answer"] for answer in prompt] for prompt in zip(*rounds, strict=True)]
+    for responses in by_seed:
+        lines = [response.line for response in responses if response.line["references"]]
+        texts, references = [line["response"] for line in lines], [line["references"] for line in lines]
+        scores.append(text_metrics.score(quality, texts, references))
+    prompts = [[response.line["response"] for response in prompt] for prompt in zip(*by_seed, strict=True)]
     others = [texts[:i] + texts[i + 1 :] for texts in prompts for i in range(len(texts))]
-    together = judges.score(among, [text for texts in prompts for text in texts], others)
-    numbers = _over_seeds([{name: score.value for name, score in of_seed.items()} for of_seed in scores])
-    numbers |= {name: score.value for name, score in together.items()}
-    return numbers, {name: score.signature for name, score in (scores[0] | together).items()}
+    over_all = text_metrics.score(diversity, [text for texts in prompts for text in texts], others)
+    numbers = _over_seeds([{name: score.value for name, score in part.items()} for part in scores])
+    numbers |= {name: score.value for name, score in over_all.items()}
+    return numbers, {name: score.signature for name, score in (scores[0] | over_all).items()}
 
 
-def _over_seeds(each: Sequence[dict[str, float]]) -> dict[str, float]:
+def _over_seeds(by_seed: Sequence[dict[str, float]]) -> dict[str, float]:
     """One seed's numbers as they are; of several the means and, as `<name>_std`, the sample standard deviations."""
-    if len(each) == 1:
-        return each[0]
-    found = {}
-    for name in each[0]:
-        values = [numbers[name] for numbers in each]
-        found[name] = statistics.fmean(values)
+    if len(by_seed) == 1:
+        return by_seed[0]
+    numbers = {}
+    for name in by_seed[0]:
+        values = [part[name] for part in by_seed]
+        numbers[name] = statistics.fmean(values)
         if name != "examples":
-            found[f"{name}_std"] = statistics.stdev(values)
-    return found
+            numbers[f"{name}_std"] = statistics.stdev(values)
+    return numbers
 
 
-def _readable(means: dict[str, float]) -> dict[str, float]:
-    """With the teacher's surprise as people know it: its perplexity, the exponential of the mean over all tokens."""
+def _with_perplexity(means: dict[str, float]) -> dict[str, float]:
+    """With the teacher's perplexity, the exponential of its mean surprise, in place of the surprise."""
     surprise = means.pop("teacher_surprise", None)
     return means if surprise is None else {**means, "teacher_perplexity": math.exp(surprise)}
 
 
-def _task(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
-    """Show a task; returns what is to be told how many more of `total` are done."""
+def _task(progress: Progress | None, description: str, total: int) -> Callable[[int], None]:
+    """Show a task of `total` steps; returns a function that is called with the number of further steps."""
     if progress is None:
         return lambda count: None
-    shown = progress.add_task(what, total=total)
-    return lambda count: progress.advance(shown, count)
+    task = progress.add_task(description, total=total)
+    return lambda count: progress.advance(task, count)
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -1,74 +1,128 @@
-"""A judgement from names: a model, a dataset and a protocol become an evaluation."""
+"""Load a model, data and a teacher by name and evaluate the model: the same for every command that evaluates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
+from ..data.examples import Examples
+from ..data.load import load_data
 from ..generation.stop_tokens import stop_ids
 from ..models.context_window import context_window
-from ..models.load import (
-    check_tokenizers,
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    loading,
-)
-from ..recipe import Data
+from ..models.load import check_tokenizers, check_vocabulary, load_config, load_model, load_tokenizer, loading
 from ..rollouts.generate import GenerateRollout
-from ..run.distill import load_data
 from ..sampling import Sampling
 from ..teachers.local import LocalTeacher
 from .evaluate import Evaluation, evaluate
-from .settings import Protocol
+from .settings import EvalSettings
+
+DEFAULT_CONTEXT_LENGTH = 512  # of prompts, for models whose configurations name none
+MAX_NEW_TOKENS = 256  # or half of the context length, where that is less
 
 
 @dataclass(frozen=True)
-class Question:
-    """Everything that a command line says of an evaluation."""
+class LoadedModel:
+    """A model ready to be evaluated, with the prompts that the settings name."""
 
-    model: str
-    data: Data  # lengths apart, which follow from the protocol and the models
-    protocol: Protocol
-    teacher: str | None = None
-    metrics: tuple[str, ...] = ()
-    exposure: bool = False
-    at_once: int | None = None  # answers written at once; None finds it out
-    output: Path | None = None
+    model: Any
+    tokenizer: Any
+    examples: Examples
+    rollout: GenerateRollout
+    sampling: Sampling
+    teacher: LocalTeacher | None
 
 
-def judge(question: Question, progress: Progress | None = None) -> Evaluation:
+def evaluate_model(
+    model_name: str, settings: EvalSettings, output: Path | None = None, progress: Progress | None = None
+) -> Evaluation:
     """Load what is named and evaluate it, on the accelerator if there is one.
+
+    Args:
+        output, progress: as of `evaluate`.
 
     Raises:
         ValueError: in one sentence, for what is not there, does not fit together or has no room; before weights are
             loaded where that can be known.
     """
-    tokenizer = load_tokenizer(question.model)
-    configs = [load_config(question.model)]
+    return evaluate_loaded(load_for_evaluation(model_name, settings), settings, output, progress)
+
+
+def evaluate_loaded(
+    loaded: LoadedModel, settings: EvalSettings, output: Path | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """The evaluation of a model that is loaded already, by the settings that it was loaded for."""
+    device: torch.device = loaded.model.device
+    search = (64 if device.type == "cpu" else 256) if settings.batch_size is None else None
+    return evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.examples,
+        loaded.rollout,
+        loaded.sampling,
+        loaded.teacher,
+        settings.seeds,
+        metrics=settings.metrics,
+        exposure_bias=settings.exposure_bias,
+        output=output,
+        first_batch_size=search,
+        progress=progress,
+    )
+
+
+def load_for_evaluation(
+    model_name: str, settings: EvalSettings, loaded: LoadedModel | None = None, **options: Any
+) -> LoadedModel:
+    """Load a model with its tokenizer, the prompts and the teacher.
+
+    Args:
+        loaded: the same model, where it is loaded already for other settings with the same dtype.
+        options: further arguments of the model's `from_pretrained`.
+    """
+    tokenizer = load_tokenizer(model_name)
+    configs = [load_config(model_name)]
     check_vocabulary(tokenizer, configs[0], "the model has")
-    if question.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(question.teacher))
-        configs.append(load_config(question.teacher))
+    if settings.teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(settings.teacher))
+        configs.append(load_config(settings.teacher))
         check_vocabulary(tokenizer, configs[1], "the teacher has")
-    asked, window = question.protocol, context_window(*configs)
-    longest = asked.max_new_tokens or min(256, (window or 512) // 2)
-    if window is not None and longest >= window:
-        raise ValueError(f"--max-new-tokens {longest} leaves no room for a prompt in a window of {window}: lower it")
-    lengths = {"max_length": window or 512 + longest, "max_prompt_length": asked.max_prompt_length}
-    examples = load_data(question.data.model_copy(update=lengths), tokenizer, window, longest)
+    settings = with_lengths(settings, *configs)
+    examples = _prompts(settings, tokenizer, context_window(*configs))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    student = load_model(question.model, dtype="auto").to(device)
-    options: dict[str, Any] = {"metrics": question.metrics, "exposure": question.exposure, "output": question.output}
-    if question.teacher is not None:
-        with loading("model", question.teacher):
-            options["teacher"] = LocalTeacher(question.teacher)
-        options["teacher"].to(device)
-    if question.at_once is None:
-        options["at_once"] = 64 if device.type == "cpu" else 256
-    rollout = GenerateRollout() if question.at_once is None else GenerateRollout(question.at_once)
-    sampling = Sampling(longest, asked.temperature, stop_ids=tuple(stop_ids(tokenizer, student)))
-    return evaluate(student, tokenizer, examples, rollout, sampling, seed=asked.seeds, progress=progress, **options)
+    model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
+    teacher = None
+    if settings.teacher is not None:
+        with loading("model", settings.teacher):
+            teacher = LocalTeacher(settings.teacher)
+            teacher.to(device)
+    rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
+    stops = tuple(stop_ids(tokenizer, model))
+    sampling = Sampling(settings.max_new_tokens or MAX_NEW_TOKENS, settings.temperature, stop_ids=stops)
+    return LoadedModel(model, tokenizer, examples, rollout, sampling, teacher)
+
+
+def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
+    """The settings with `max_new_tokens`, which by default follows from the models' context length.
+
+    Raises:
+        ValueError: if it leaves no room for a prompt.
+    """
+    context_length = context_window(*configs)
+    default = min(MAX_NEW_TOKENS, (context_length or DEFAULT_CONTEXT_LENGTH) // 2)
+    longest = settings.max_new_tokens or default
+    if context_length is not None and longest >= context_length:
+        raise ValueError(
+            f"--max-new-tokens {longest} leaves no room for a prompt in a context length of {context_length}: lower it"
+        )
+    return replace(settings, max_new_tokens=longest)
+
+
+def _prompts(settings: EvalSettings, tokenizer: Any, context_length: int | None) -> Examples:
+    """The examples whose prompts get responses, with room behind every prompt for a response."""
+    longest = settings.max_new_tokens or MAX_NEW_TOKENS
+    lengths = {
+        "max_length": context_length or DEFAULT_CONTEXT_LENGTH + longest,
+        "max_prompt_length": settings.max_prompt_length,
+    }
+    return load_data(settings.data.model_copy(update=lengths), tokenizer, context_length, longest)

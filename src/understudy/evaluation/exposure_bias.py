@@ -1,11 +1,11 @@
-"""Exposure bias: how much of a student's error comes from reading its own writing (Arora et al., ACL Findings 2022).
+"""Exposure bias: how much of a student's error comes from conditioning on its own prefixes (Arora et al., 2022).
 
     R(l) = Σ_{t≤l} E_{y_<t ~ q} KL(p(·|y_<t, x) ‖ q(·|y_<t, x))        on the student's own prefixes
     lε(l) = Σ_{t≤l} E_{y_<t ~ p} KL(p(·|y_<t, x) ‖ q(·|y_<t, x))       on the teacher's
     ExAccErr(l) = (R(l) − lε(l)) / lε(l) · 100 %
 
 as in MiniLLM and PromptKD (https://arxiv.org/abs/2306.08543). Forward KL, whatever the training loss. Every response
-token counts, from the first, before which both read the same (so that l = 1 has no excess), to the end-of-sequence one.
+token counts, from the first (whose prefix is the prompt alone, so that l = 1 has no excess) to the end-of-sequence one.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ class ExposureBias:
 def exposure_bias(
     model: Any,
     teacher: Teacher,
-    own: Sequence[Example],
-    theirs: Sequence[Example],
+    student_samples: Sequence[Example],
+    teacher_samples: Sequence[Example],
     vocabulary: int,
     batch_size: int = 32,
 ) -> ExposureBias:
-    """ExAccErr from samples of the student (`own`) and of the teacher (`theirs`), drawn at temperature 1.
+    """ExAccErr from samples of student and teacher, drawn at temperature 1.
 
     Examples of the same `row` are samples for one prompt. At every position the KL is averaged over the prompt's
     samples that reach it (none: 0), summed up over positions, and averaged over prompts; the ratio is taken last. Its
@@ -49,10 +49,10 @@ def exposure_bias(
     Raises:
         ValueError: if the samples of the two are not for the same prompts.
     """
-    rows = sorted({example.row for example in own})
-    if rows != sorted({example.row for example in theirs}):
+    rows = sorted({example.row for example in student_samples})
+    if rows != sorted({example.row for example in teacher_samples}):
         raise ValueError("exposure bias needs samples of student and teacher for the same prompts")
-    length = max(len(example.response) for example in [*own, *theirs])
+    length = max(len(example.response) for example in [*student_samples, *teacher_samples])
     place = {row: index for index, row in enumerate(rows)}
 
     def curve(samples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,8 @@ def exposure_bias(
             alive.index_put_(where, torch.ones_like(kl), accumulate=True)
         return (sums / alive.clamp(min=1)).cumsum(-1), alive.sum(0)
 
-    accumulated, alive = curve(own)
-    expected, teacher_alive = curve(theirs)
+    accumulated, alive = curve(student_samples)
+    expected, teacher_alive = curve(teacher_samples)
     R, E = accumulated.mean(0), expected.mean(0)
     residual = accumulated - R / E * expected
     return ExposureBias(

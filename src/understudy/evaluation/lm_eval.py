@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness (EleutherAI), for a model in this process."""
+"""Run tasks of lm-evaluation-harness (EleutherAI) for a model by name or folder."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,14 +14,14 @@ from .evaluate import Evaluation
 
 
 def run_tasks(model: str, tasks: Sequence[str], limit: int | None = None, batch_size: int | None = None) -> Evaluation:
-    """What the harness measures of a model by name or folder, as `<task>/<metric>`, with standard errors.
+    """Evaluate a model with lm_eval: its numbers as `<task>/<metric>`, with standard errors.
 
     Args:
-        tasks: its tasks, groups and tags by name (mmlu, bbh), or YAML files that describe further ones.
-        limit: evaluate so many rows of each task from the beginning.
+        tasks: lm_eval's tasks, groups and tags by name (mmlu, bbh), or YAML files that describe further ones.
+        limit: evaluate the first so many rows of each task.
 
     Raises:
-        ValueError: where the harness is not installed, and for a task that it does not know; before weights are loaded.
+        ValueError: where lm_eval is not installed, and for an unknown task; before weights are loaded.
     """
     try:
         evaluator, models, manager = map(import_module, ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks"))
@@ -32,21 +32,21 @@ def run_tasks(model: str, tasks: Sequence[str], limit: int | None = None, batch_
     index = manager.TaskManager()
     for task in tasks:
         if not Path(task).is_file() and not index.match_tasks([task]):
-            known = did_you_mean(task, index.all_tasks)
-            raise UnknownName(f'lm-evaluation-harness has no task "{task}", nor is it a YAML file{known}')
+            hint = did_you_mean(task, index.all_tasks)
+            raise UnknownName(f'lm-evaluation-harness has no task "{task}", nor is it a YAML file{hint}')
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded: Any = load_model(model, dtype="auto").to(device).eval()
-    judged = models.HFLM(pretrained=loaded, tokenizer=load_tokenizer(model), batch_size=batch_size or 8)
-    found: Any = evaluator.simple_evaluate(
-        judged, tasks=list(tasks), limit=limit, task_manager=index, log_samples=False
+    wrapped = models.HFLM(pretrained=loaded, tokenizer=load_tokenizer(model), batch_size=batch_size or 8)
+    output: Any = evaluator.simple_evaluate(
+        wrapped, tasks=list(tasks), limit=limit, task_manager=index, log_samples=False
     )
     numbers, signatures = {}, {}
-    for task, results in found["results"].items():
+    for task, results in output["results"].items():
         for name, value in results.items():
             measure, _, filtered = name.partition(",")
             if isinstance(value, int | float) and filtered:
                 label = measure if filtered == "none" else f"{measure} ({filtered})"
                 numbers[f"{task}/{label}"] = float(value)
-        shots = found.get("n-shot", {}).get(task)
-        signatures[task] = f"version:{found['versions'].get(task)}|shots:{shots}|lm-eval:{version('lm-eval')}"
+        shots = output.get("n-shot", {}).get(task)
+        signatures[task] = f"version:{output['versions'].get(task)}|shots:{shots}|lm-eval:{version('lm-eval')}"
     return Evaluation([], numbers, signatures)

@@ -1,57 +1,56 @@
-"""Answers to a dataset's prompts: written once for each seed, kept as they are made, and taken up where they stopped.
+"""Generate a response to every prompt of a dataset for each seed, in a file from which an interrupted run is resumed.
 
-The one idea: an answer is a function of model, sampling, seed and prompt, so a line that names them stands for it. A
-file of answers is only ever added to, a batch at a time in one write; what is there already is not written again, and
-a line that belongs to something else is refused, and so is a second process that would write what the first one writes.
+Responses are appended to the file a batch at a time; those that are there already are not generated again. A line that
+belongs to something else is refused, and so is a second process that would add to the same file.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
+from ..generation.response_file import ResponseFile
 from ..rollout import Rollout
 from ..sampling import Sampling
 from ..step import Step
 
+IsCorrect = Callable[[str, Row], bool | None]
+
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer: its ids beside its prompt's, and what a reader of the file sees."""
+class Response:
+    """One response: its ids behind its prompt's, and its line in the file."""
 
     example: Example
-    line: dict[str, Any]  # seed, row, prompt, answer, references, correct, truncated, tokens, id
+    line: dict[str, Any]  # seed, row, prompt, response, references, correct, truncated, tokens, id
 
 
 @dataclass(frozen=True)
-class Written:
-    """Every answer, seed after seed in the order of the rows, and what those written just now took."""
+class Responses:
+    """All responses, seed after seed in the order of the rows, and what it took to generate the new ones."""
 
-    answers: list[Answer]
+    responses: list[Response]
     tokens: int
     seconds: float
 
 
-class Pace:
-    """How many answers are written at once: twice as many as before, as long as that makes more tokens per second."""
+class BatchSizeSearch:
+    """The number of responses generated at once: doubled as long as that gives more tokens per second."""
 
     def __init__(self, size: int = 64) -> None:
         self.size = size
         self._growing = True
         self._fastest = (0.0, size)  # tokens per second, and with which size
 
-    def note(self, count: int, tokens: int, seconds: float) -> None:
-        """Learn from `count` answers written at once; fewer than asked for (the last ones) say nothing."""
+    def record(self, count: int, tokens: int, seconds: float) -> None:
+        """Learn from `count` responses generated at once; fewer than the size (the last ones) tell nothing."""
         if self._growing and count >= self.size:
             speed = tokens / max(seconds, 1e-9)
             self._growing = speed > 1.1 * self._fastest[0]
@@ -62,62 +61,69 @@ class Pace:
                 self.size = self._fastest[1]
 
     def shrink(self) -> None:
-        """Memory was too small."""
+        """Halve the size after running out of memory, and grow no more."""
         self.size, self._growing = self.size // 2, False
 
 
-def write_answers(
+def generate_responses(
     model: Any,
     tokenizer: Any,
     examples: Examples,
     rollout: Rollout,
     sampling: Sampling,
     seeds: Sequence[int],
-    judge: Callable[[str, Row], bool | None],
+    is_correct: IsCorrect,
     *,
     author: Author = "student",
     path: Path | None = None,
-    pace: Pace | None = None,
-    made: Callable[[int], None] = lambda count: None,
-) -> Written:
-    """Let `model` answer every prompt by `rollout`, once for each seed; longest prompts first, alike ones together.
+    search: BatchSizeSearch | None = None,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> Responses:
+    """Generate a response of `model` to every prompt by `rollout`, once for each seed; longest prompts first.
 
     Args:
-        judge: says whether a text is a right answer to a row, or None where that is unknown; kept with the answer.
-        path: a JSONL file that keeps the answers. Those it has already are not written again.
-        pace: finds out how many answers to write at once; without it the rollout's own `batch_size` stays.
-        made: told how many more answers there are, those found in the file first.
+        is_correct: says whether a text is a correct response to a row, or None where that is unknown.
+        path: a JSONL file of responses. Those that it has already are not generated again.
+        search: finds out how many responses to generate at once; without it the rollout's own `batch_size` stays.
+        on_progress: called with the number of further responses, those from the file first.
 
     Raises:
-        ValueError: for a rollout that gives several responses a prompt, for a file with answers of something else, and
-            for one that another process is adding to.
+        ValueError: for a sampling that gives several responses a prompt, for a file with responses of something else,
+            and for one that another process is adding to.
     """
     if sampling.n != 1:
-        raise ValueError("several answers to a prompt are asked for by several seeds: leave the sampling's n at 1")
+        raise ValueError("several responses to a prompt are asked for by several seeds: leave the sampling's n at 1")
     rollout = rollout.bind(model, tokenizer, author)
+    file = ResponseFile(path, {} if path is None else identity(model, rollout, sampling, author))
     prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
-    book = _Book(path, {} if path is None else identity(model, rollout, sampling, author), examples.rows, judge)
+
+    def response(seed: int, example: Example, text: str) -> Response:
+        row = examples.rows[example.row]
+        columns = {"prompt": row.prompt, "response": text, "references": list(row.references)}
+        return Response(example, file.line(seed, example, **columns, correct=is_correct(text, row)))
+
     tokens, seconds = 0, 0.0
-    with _alone(path):
-        book.take_up(seeds, [replace(prompt, author=author) for prompt in prompts])
-        made(len(book.answers))
+    if not file.has_lock:
+        _resumed(file, seeds, prompts, author)  # before a lock is put beside a file that may be somebody else's
+    with file.locked():
+        resumed = _resumed(file, seeds, prompts, author)
+        responses = {key: response(key[0], *value) for key, value in resumed.items()}
+        file.drop_torn_line()
+        on_progress(len(responses))
         for seed in seeds:
-            missing = [prompt for prompt in prompts if (seed, prompt.row) not in book.answers]
-            missing.sort(key=lambda prompt: len(prompt.prompt), reverse=True)
-            while missing:
-                start = time.perf_counter()
-                written = _first(missing, rollout, sampling, pace, Step(0, seed))
-                tokens += sum(len(example.response) for example in written)
-                seconds += time.perf_counter() - start
-                texts = tokenizer.batch_decode([example.response for example in written], skip_special_tokens=True)
-                book.keep(seed, written, texts)
-                made(len(written))
-                del missing[: len(written)]
-    return Written([book.answers[seed, e.row] for seed in seeds for e in prompts], tokens, seconds)
+            missing = [prompt for prompt in prompts if (seed, prompt.row) not in responses]
+            for generated, took in _generate(missing, rollout, sampling, search, Step(0, seed)):
+                texts = tokenizer.batch_decode([example.response for example in generated], skip_special_tokens=True)
+                new = [response(seed, example, text) for example, text in zip(generated, texts, strict=True)]
+                file.append([each.line for each in new])
+                responses |= {(seed, each.example.row): each for each in new}
+                tokens, seconds = tokens + _tokens(generated), seconds + took
+                on_progress(len(generated))
+    return Responses([responses[seed, prompt.row] for seed in seeds for prompt in prompts], tokens, seconds)
 
 
 def identity(model: Any, rollout: Rollout, sampling: Sampling, author: Author) -> dict[str, Any]:
-    """What an answer depends on, beside its seed and its prompt: whose weights, and how they are sampled from."""
+    """What a response depends on beside its seed and its prompt: the weights, and how they are sampled from."""
     return {"author": author, "weights": fingerprint(model), "rollout": type(rollout).__name__, **asdict(sampling)}
 
 
@@ -126,118 +132,55 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 1024)][:1024].double().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + some.numpy().tobytes())
+        sample = flat[:: max(1, len(flat) // 1024)][:1024].double().cpu()
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _first(
-    prompts: Sequence[Example], rollout: Rollout, sampling: Sampling, pace: Pace | None, step: Step
-) -> list[Example]:
-    """Answers to the first of `prompts`, to as many as the pace says and memory holds."""
-    while True:
-        if pace is not None:
-            rollout = rollout.with_batch_size(pace.size)
-        count = (rollout.batch_size or len(prompts)) if pace is None else pace.size
+def _resumed(
+    file: ResponseFile, seeds: Sequence[int], prompts: Sequence[Example], author: Author
+) -> Mapping[tuple[int, int], tuple[Example, str]]:
+    """The file's responses and their texts for these seeds and prompts, by seed and row; it may have further ones.
+
+    Raises:
+        ValueError: as `ResponseFile.load`, and for a response of another model, to another prompt or sampled otherwise.
+    """
+    resumed = {}
+    for number, line in enumerate(file.load(), 1):
+        if line["seed"] in seeds and line["row"] in range(len(prompts)):
+            prompt = replace(prompts[line["row"]], author=author)
+            if line["id"] != file.id(line["seed"], prompt):
+                raise file.error(number, "a response of another model, to another prompt or sampled otherwise")
+            example = replace(prompt, response=line["tokens"], truncated=line["truncated"])
+            resumed[line["seed"], line["row"]] = example, str(line.get("response", ""))
+    return resumed
+
+
+def _generate(
+    prompts: Sequence[Example], rollout: Rollout, sampling: Sampling, search: BatchSizeSearch | None, step: Step
+) -> Iterator[tuple[list[Example], float]]:
+    """Batches of responses, longest prompts first, with the seconds of each; smaller ones where memory runs out."""
+    missing = sorted(prompts, key=lambda prompt: len(prompt.prompt), reverse=True)
+    while missing:
+        if search is not None:
+            rollout = rollout.with_batch_size(search.size)
+        count = (rollout.batch_size or len(missing)) if search is None else search.size
         start = time.perf_counter()
         try:
-            written = rollout.generate(prompts[:count], sampling, step)
+            generated = rollout.generate(missing[:count], sampling, step)
         except torch.OutOfMemoryError:
-            if pace is None or pace.size == 1:
+            if search is None or search.size == 1:
                 raise
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-            pace.shrink()
+            search.shrink()
             continue
-        if pace is not None:
-            pace.note(len(written), sum(len(example.response) for example in written), time.perf_counter() - start)
-        return written
+        seconds = time.perf_counter() - start
+        if search is not None:
+            search.record(len(generated), _tokens(generated), seconds)
+        del missing[: len(generated)]
+        yield generated, seconds
 
 
-@contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """Keep every other process from adding to the file; the lock of a process that was killed is free again."""
-    if path is None:
-        yield
-        return
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file for the answers, such as {path / 'answers.jsonl'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another process is writing answers to {path}: let it end, or give another file") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Book:
-    """The answers there are, in memory and in a file."""
-
-    def __init__(
-        self, path: Path | None, author: dict[str, Any], rows: Sequence[Row], judge: Callable[[str, Row], bool | None]
-    ) -> None:
-        self.path, self.rows, self.judge = path, rows, judge
-        self.author = json.dumps(author, sort_keys=True, default=str)
-        self.answers: dict[tuple[int, int], Answer] = {}
-
-    def keep(self, seed: int, written: Sequence[Example], texts: Sequence[str]) -> None:
-        """Remember answers, and add them to the file."""
-        answers = [self._answer(seed, example, text) for example, text in zip(written, texts, strict=True)]
-        self.answers |= {(seed, answer.example.row): answer for answer in answers}
-        if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write("".join(json.dumps(a.line, ensure_ascii=False) + "\n" for a in answers).encode())
-
-    def take_up(self, seeds: Sequence[int], prompts: Sequence[Example]) -> None:
-        """Remember what the file has for these seeds and prompts; an earlier evaluation may have asked for more."""
-        if self.path is None:
-            return
-        remedy = "give another file for the answers, or delete this one to have them written anew"
-        for number, text in enumerate(_whole_lines(self.path), 1):
-            try:
-                line = json.loads(text)
-                seed, row, key, answer = line["seed"], line["row"], line["id"], str(line["answer"])
-                response, truncated = [int(token) for token in line["tokens"]], bool(line["truncated"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path}:{number} is no answer that was kept here: {remedy}") from None
-            if seed not in seeds or row not in range(len(prompts)):
-                continue
-            if key != self._id(seed, prompts[row]):
-                kind = "another model's, to another prompt or sampled otherwise"
-                raise ValueError(f"{self.path}:{number} is an answer of {kind}: {remedy}")
-            example = replace(prompts[row], response=response, truncated=truncated)
-            self.answers[seed, row] = self._answer(seed, example, answer)
-
-    def _answer(self, seed: int, example: Example, text: str) -> Answer:
-        row = self.rows[example.row]
-        line = {
-            "seed": seed,
-            "row": example.row,
-            "prompt": row.prompt,
-            "answer": text,
-            "references": list(row.references),
-            "correct": self.judge(text, row),
-            "truncated": example.truncated,
-            "tokens": example.response,
-            "id": self._id(seed, example),
-        }
-        return Answer(example, line)
-
-    def _id(self, seed: int, prompt: Example) -> str:
-        return hashlib.sha256(f"{self.author}{seed} {prompt.row} {prompt.prompt}".encode()).hexdigest()[:16]
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file; what a killed process left of a last one is cut off the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return whole.splitlines()
+def _tokens(responses: Sequence[Example]) -> int:
+    return sum(len(example.response) for example in responses)

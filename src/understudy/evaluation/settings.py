@@ -1,37 +1,55 @@
-"""How answers are sampled when a model is judged: greedily, or as the distillation papers do."""
+"""Evaluation settings: data, sampling, lengths and metrics in one value; protocols of the literature by name."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..recipe import Data
 from ..registry import nearest
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Temperature, seeds and lengths; None leaves a length to the model's window."""
+class EvalSettings:
+    """Everything that the numbers of an evaluation depend on beside the model; so that equal settings compare models.
 
+    Lengths that are None follow from the models' context length.
+    """
+
+    data: Data  # the rows; its lengths are not used
     temperature: float = 0.0  # 0 is greedy
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)  # each of several gives a response to every prompt
     max_new_tokens: int | None = None
     max_prompt_length: int | None = None  # longer prompts keep their end
+    metrics: tuple[str, ...] = ()  # of the folder metrics/, beside accuracy, lengths and truncation
+    teacher: str | None = None  # a name or folder; the distance to it is measured
+    exposure_bias: bool = False  # let the teacher respond, too
+    batch_size: int | None = None  # responses generated at once; None finds out what is fastest
+    dtype: str = "auto"  # of the model; auto is that of its weights
 
-    def but(self, **changes: Any) -> "Protocol":
+    def changed(self, **changes: Any) -> "EvalSettings":
         """The same with those `changes` that are not None."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it, without what follows from the machine."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("data", "batch_size")}
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {"data": self.data.model_dump(exclude_defaults=True), **fields}
 
-PROTOCOLS = {
-    "greedy": Protocol(),
+
+# Sampling settings by name: temperature, seeds and lengths.
+PROTOCOLS: dict[str, Mapping[str, Any]] = {
+    "greedy": {},
     # MiniLLM, DistiLLM, PromptKD and DPKD: sequences of 512 tokens, of which prompts have up to 256.
-    "minillm": Protocol(temperature=1.0, seeds=(10, 20, 30, 40, 50), max_new_tokens=256, max_prompt_length=256),
+    "minillm": {"temperature": 1.0, "seeds": (10, 20, 30, 40, 50), "max_new_tokens": 256, "max_prompt_length": 256},
 }
 
 
-def protocol(name: str) -> Protocol:
-    """The protocol of that name.
+def protocol(name: str) -> Mapping[str, Any]:
+    """The fields of `EvalSettings` that a protocol sets.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no protocol of that name.
     """
     if name not in PROTOCOLS:
         raise ValueError(f'there is no protocol "{name}"{nearest(name, PROTOCOLS)}')

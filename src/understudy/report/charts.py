@@ -1,7 +1,7 @@
-"""What is drawn: curves, quality and time, from the report's content, beside positions.py and sweeps.py.
+"""Charts of training curves, quality and time, from the report's content; further ones in positions.py and sweeps.py.
 
-The one idea: small multiples. Every panel says one thing, panels of a chart have the same axes, and what a line is
-stands beside it. One run has a panel for each quantity; of several runs, each has a panel for every quantity, with the
+They are small multiples: every panel shows one thing, the panels of a chart have the same axes, and lines are labelled
+where they end. One run has a panel for each quantity; of several runs, each has a panel for every quantity, with the
 others behind it in grey.
 """
 
@@ -26,10 +26,10 @@ from .drawing import (
 )
 from .positions import by_position
 from .sweeps import swept
-from .verdict import PERCENT, duration, heading, interval, number, words
+from .text import duration, heading, interval, is_share, label, number
 
 # A panel's title and the names, as they are logged, of what it shows; the first is drawn in the accent colour.
-_TOGETHER = (
+_GROUPS = (
     ("Loss", ("loss", "eval_loss")),
     ("Distance to the teacher, nats per token", ("reverse_kl", "forward_kl")),
     ("Entropy, nats per token", ("student_entropy", "teacher_entropy")),
@@ -42,12 +42,12 @@ _TOGETHER = (
 )
 _ALWAYS_OPEN = ("loss", "reverse_kl")
 _ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}  # behind a text that lines run through
-_BEHIND = 60  # points of a line that is only there to be compared with
+_BEHIND = 60  # points of a grey line
 _ACTIVITIES = {"generate": ACCENT, "score": SOFT, "learn": INK, "other": FAINT}
 
 
 def charts(content: Mapping[str, Any]) -> dict[str, list[Chart]]:
-    """The charts of each of the page's sections; empty where there is nothing to draw."""
+    """The charts of each section of the page; empty where there is nothing to draw."""
     runs = content["runs"]
     several = len(runs) > 1
     return {
@@ -65,97 +65,97 @@ def _quantities(run: Mapping[str, Any]) -> Iterator[Chart]:
     """A panel for each quantity that a single run logged."""
     series = run["series"]
     rewards = sorted(name for name in series if name == "reward" or name.startswith("reward_"))
-    groups = [*_TOGETHER, *([("Reward, mean over responses", tuple(rewards))] if rewards else [])]
-    known = {name for _, names in groups for name in names}
-    groups += [(heading(name), (name,)) for name in series if name not in known and name[:5] != "eval_"]
+    groups = [*_GROUPS, *([("Reward, mean over responses", tuple(rewards))] if rewards else [])]
+    grouped = {name for _, names in groups for name in names}
+    groups += [(heading(name), (name,)) for name in series if name not in grouped and name[:5] != "eval_"]
     panels = []
     for title, names in groups:
-        shown = [name for name in names if len(_known(series.get(name))) > 0]
-        if shown:
-            panels.append(_curves(title, [(name, series[name]) for name in shown]))
+        logged = [name for name in names if len(_points(series.get(name))) > 0]
+        if logged:
+            panels.append(_curves(title, [(name, series[name]) for name in logged]))
     if panels:
-        yield Chart("curves", "As it learned", "over the steps of training", panels)
+        yield Chart("curves", "Training curves", "over the steps of training", panels)
 
 
 def _curves(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Panel:
     def draw(axes: Axes) -> None:
         ends = []
         for (name, one), colour in zip(lines, (ACCENT, INK, SOFT, *[FAINT] * len(lines)), strict=False):
-            points = _known(one)
+            points = _points(one)
             axes.plot(*zip(*points, strict=True), color=colour, marker="o" if len(points) == 1 else None, ms=2.5)
-            ends.append((points[-1][1], words(name), SOFT if colour == FAINT else colour))
-        plain(axes, shares=all(name in PERCENT for name, _ in lines))
+            ends.append((points[-1][1], label(name), SOFT if colour == FAINT else colour))
+        plain(axes, shares=all(is_share(name) for name, _ in lines))
         label_ends(axes, ends if len(ends) > 1 else [(ends[0][0], _short(ends[0][0], lines[0][0]), ACCENT)])
 
-    return Panel(title, "; ".join(_said(name, one) for name, one in lines) + ".", draw)
+    return Panel(title, "; ".join(_description(name, one) for name, one in lines) + ".", draw)
 
 
 def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """For each quantity a panel for each contestant: its runs, the others' first runs behind them."""
-    contestants: dict[str, list[Mapping[str, Any]]] = {}
+    """For each quantity a panel for each variant: its runs, the others' first runs behind them."""
+    variants: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        contestants.setdefault(run["name"], []).append(run)
-    logged = dict.fromkeys(name for run in runs for name in run["series"] if len(_known(run["series"][name])) > 1)
-    title_of = {name: title for title, names in _TOGETHER for name in names[:1]}
-    order = [name for _, names in _TOGETHER for name in names if name in logged]
+        variants.setdefault(run["name"], []).append(run)
+    logged = dict.fromkeys(name for run in runs for name in run["series"] if len(_points(run["series"][name])) > 1)
+    title_of = {name: title for title, names in _GROUPS for name in names[:1]}
+    order = [name for _, names in _GROUPS for name in names if name in logged]
     for name in [*order, *(n for n in logged if n not in order)]:
-        having = {who: [r["series"][name] for r in of if name in r["series"]] for who, of in contestants.items()}
-        having = {who: lines for who, lines in having.items() if lines}
-        if name == "truncated" and not any(v for lines in having.values() for one in lines for _, v in _known(one)):
+        series = {variant: [r["series"][name] for r in of if name in r["series"]] for variant, of in variants.items()}
+        series = {variant: lines for variant, lines in series.items() if lines}
+        if name == "truncated" and not any(v for lines in series.values() for one in lines for _, v in _points(one)):
             continue
-        methods = {who: of[0]["method"] if name == "loss" else None for who, of in contestants.items()}
+        methods = {variant: of[0]["method"] if name == "loss" else None for variant, of in variants.items()}
         panels = []
-        for who in having:
-            alike = {other: lines for other, lines in having.items() if methods[other] == methods[who]}
-            panels.append(_one_of(who, name, alike))
+        for variant in series:
+            same_method = {other: lines for other, lines in series.items() if methods[other] == methods[variant]}
+            panels.append(_variant(variant, name, same_method))
         title = title_of.get(name, heading(name))
         title = title if name not in ("reverse_kl", "response_length") else heading(name)
         about = "each method's own objective, beside runs of the same method" if name == "loss" else "over the steps"
         yield Chart(f"curves-{name}", title, about, panels, open=name in _ALWAYS_OPEN)
 
 
-def _one_of(who: str, name: str, having: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
-    """One contestant's runs before the others, on the axes that they share."""
-    limits = limits_of([value for lines in having.values() for line in lines for _, value in _known(line)])
+def _variant(variant: str, name: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
+    """One variant's runs before the others, on the axes that they share."""
+    limits = limits_of([value for lines in series.values() for line in lines for _, value in _points(line)])
 
     def draw(axes: Axes) -> None:
-        for other, lines in having.items():
-            points = _known(lines[0]) if other != who else []
+        for other, lines in series.items():
+            points = _points(lines[0]) if other != variant else []
             if points:
                 points = points[:: max(1, len(points) // _BEHIND)] + points[-1:]
                 axes.plot(*zip(*points, strict=True), color=FAINT, linewidth=0.7)
         last = None
-        for one in having[who]:
-            if points := _known(one):
+        for one in series[variant]:
+            if points := _points(one):
                 axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.3)
                 last = points[-1][1] if last is None else last
         axes.set_ylim(limits)
-        plain(axes, shares=name in PERCENT)
+        plain(axes, shares=is_share(name))
         if last is not None:
             label_ends(axes, [(last, _short(last, name), ACCENT)])
 
-    about = "; ".join(_said(name, one) for one in having[who]) + "; other recipes in grey."
-    return Panel(who, about, draw, right=0.86)
+    about = "; ".join(_description(name, one) for one in series[variant]) + "; other recipes in grey."
+    return Panel(variant, about, draw, right=0.86)
 
 
 def _intervals(content: Mapping[str, Any]) -> Iterator[Chart]:
     """For each metric the means with their intervals, teacher and warm start as lines."""
-    judged = content["comparison"]
-    for protocol, metric in judged["quality"] if judged else []:
-        rows = [(line["name"], line["metrics"][protocol][metric]) for line in judged["lines"] if line["metrics"]]
-        beside = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in judged["references"].items()}
+    comparison = content["comparison"]
+    for protocol, metric in comparison["quality"] if comparison else []:
+        rows = [(row["name"], row["metrics"][protocol][metric]) for row in comparison["rows"] if row["metrics"]]
+        references = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in comparison["references"].items()}
         if rows:
-            panel = _bars(f"{heading(metric)} ({protocol})", metric, rows, beside)
+            panel = _bars(f"{heading(metric)} ({protocol})", metric, rows, references)
             about = (
                 "means and 95 % intervals over seeds" if any(s["low"] < s["high"] for _, s in rows) else "one seed each"
             )
             yield Chart(f"quality-{protocol}-{metric}".replace("=", ""), panel.title, about, [panel])
 
 
-def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapping[str, float | None]) -> Panel:
+def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], references: Mapping[str, float | None]) -> Panel:
     """Horizontal bars from 0, names above them, with the interval of Student's t where there are several seeds."""
     rows = sorted(rows, key=lambda row: row[1]["mean"])
-    lines = {name: value for name, value in beside.items() if value is not None}
+    lines = {name: value for name, value in references.items() if value is not None}
 
     def draw(axes: Axes) -> None:
         for at, (name, spread) in enumerate(rows):
@@ -171,25 +171,26 @@ def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], beside: Mapp
         axes.set_ylim(-0.4, len(rows) + 0.3)
         axes.set_yticks([])
         plain(axes, steps=False)
-        in_percent(axes.xaxis, metric in PERCENT)
+        in_percent(axes.xaxis, is_share(metric))
 
-    said = [f"{name} {number(s['mean'], metric)}{interval(s, metric)}" for name, s in reversed(rows)]
-    said += [f"{name} {number(value, metric)}" for name, value in lines.items()]
-    return Panel(title, "; ".join(said) + ".", draw, height=0.7 + 0.27 * len(rows), left=0.03, right=0.84)
+    about = [f"{name} {number(s['mean'], metric)}{interval(s, metric)}" for name, s in reversed(rows)]
+    about += [f"{name} {number(value, metric)}" for name, value in lines.items()]
+    return Panel(title, "; ".join(about) + ".", draw, height=0.7 + 0.27 * len(rows), left=0.03, right=0.84)
 
 
 def _against_time(content: Mapping[str, Any]) -> Iterator[Chart]:
-    """Quality against what it cost: a point for each run that was judged."""
-    judged = content["comparison"]
-    for protocol, metric in (judged["quality"] if judged else [])[:1]:
+    """Quality against seconds of training: a point for each run that was evaluated."""
+    comparison = content["comparison"]
+    for protocol, metric in (comparison["quality"] if comparison else [])[:1]:
         points = [
             (run["name"], run["seconds"], value)
             for run in content["runs"]
             if run["state"] == "finished" and (value := run["evaluation"].get(protocol, {}).get(metric)) is not None
         ]
         if len(points) > 1:
-            start = judged["references"].get("warm start", {}).get("metrics", {}).get(protocol, {}).get(metric)
-            best = judged["contest"]["best"] if judged["contest"] else max(points, key=lambda point: point[2])[0]
+            start = comparison["references"].get("warm start", {}).get("metrics", {}).get(protocol, {}).get(metric)
+            ranking = comparison["ranking"]
+            best = ranking["names"][0] if ranking else max(points, key=lambda point: point[2])[0]
             panel = _scatter(f"{heading(metric)} against seconds of training", metric, points, start, best)
             yield Chart("quality-time", panel.title, "one point per run", [panel])
 
@@ -202,39 +203,41 @@ def _scatter(
             axes.plot(seconds, value, "o", ms=4, mew=0.6, color=ACCENT if name == best else SOFT, mec=PAPER)
         if start is not None:
             axes.axhline(start, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)))
-            beside = {"transform": axes.get_yaxis_transform(), "fontsize": 6, "color": SOFT, "va": "center"}
-            axes.text(1.02, start, "warm start", **beside)
+            style = {"transform": axes.get_yaxis_transform(), "fontsize": 6, "color": SOFT, "va": "center"}
+            axes.text(1.02, start, "warm start", **style)
         axes.set_xlim(0, 1.05 * max(seconds for _, seconds, _ in points) or 1.0)
-        plain(axes, steps=False, shares=metric in PERCENT)
+        plain(axes, steps=False, shares=is_share(metric))
         label_points(axes, {name: (seconds, value) for name, seconds, value in reversed(points)})
         axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
 
-    said = "; ".join(f"{name} {number(value, metric)} after {duration(s)}" for name, s, value in points)
-    return Panel(title, said + ".", draw, height=2.8, right=0.83)
+    about = "; ".join(f"{name} {number(value, metric)} after {duration(s)}" for name, s, value in points)
+    return Panel(title, about + ".", draw, height=2.8, right=0.83)
 
 
 def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
     """A single run's held-out numbers against seconds of training."""
-    held_out = {n: one for n, one in run["series"].items() if n.startswith("eval_") and len(_known(one, "seconds")) > 1}
+    held_out = {
+        n: one for n, one in run["series"].items() if n.startswith("eval_") and len(_points(one, "seconds")) > 1
+    }
     skipped = ("eval_response_length", "eval_truncated", "eval_tokens_per_second")
     panels = []
     for name, one in held_out.items():
-        points = _known(one, "seconds")
+        points = _points(one, "seconds")
 
         def draw(axes: Axes, points: Any = points, name: str = name) -> None:
             axes.plot(*zip(*points, strict=True), color=ACCENT, marker="o", ms=2.5)
-            plain(axes, steps=False, shares=name.removeprefix("eval_") in PERCENT)
+            plain(axes, steps=False, shares=is_share(name))
             axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
             label_ends(axes, [(points[-1][1], _short(points[-1][1], name), ACCENT)])
 
         if name not in skipped:
-            panels.append(Panel(f"Held out: {words(name.removeprefix('eval_'))}", _said(name, one) + ".", draw))
+            panels.append(Panel(f"Held out: {label(name.removeprefix('eval_'))}", _description(name, one) + ".", draw))
     if panels:
         yield Chart("quality-time", "Quality against seconds of training", "on held-out data", panels)
 
 
 def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """What the seconds of training went into, a bar for each run."""
+    """Seconds of training by activity, a bar for each run."""
     timed = [run for run in runs if run["seconds_by_activity"]]
     if not timed:
         return
@@ -242,13 +245,13 @@ def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     labels = [f"{r['name']}, seed {r['seed']}" if names.count(r["name"]) > 1 else r["name"] for r in timed]
 
     def draw(axes: Axes) -> None:
-        for at, (run, label) in enumerate(zip(reversed(timed), reversed(labels), strict=True)):
+        for at, (run, text) in enumerate(zip(reversed(timed), reversed(labels), strict=True)):
             left = 0.0
             for name, colour in _ACTIVITIES.items():
                 seconds = run["seconds_by_activity"][name]
                 axes.barh(at, seconds, left=left, height=0.34, color=colour)
                 left += seconds
-            axes.text(0, at + 0.26, label, fontsize=7, va="bottom", color=INK)
+            axes.text(0, at + 0.26, text, fontsize=7, va="bottom", color=INK)
             axes.text(left, at, f" {duration(left)}", fontsize=7, va="center", color=SOFT)
         for at, (name, colour) in enumerate(_ACTIVITIES.items()):
             place = 0.25 * at
@@ -260,11 +263,11 @@ def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
         plain(axes, steps=False)
         axes.set_xlabel("seconds", fontsize=7, labelpad=2)
 
-    said = [f"{label}: {_shares(run['seconds_by_activity'])}" for label, run in zip(labels, timed, strict=True)]
+    about = [f"{text}: {_shares(run['seconds_by_activity'])}" for text, run in zip(labels, timed, strict=True)]
     panel = Panel(
-        "Where the time went", "; ".join(said) + ".", draw, height=0.85 + 0.27 * len(timed), left=0.03, right=0.86
+        "Time by activity", "; ".join(about) + ".", draw, height=0.85 + 0.27 * len(timed), left=0.03, right=0.86
     )
-    yield Chart("time", "Where the time went", "seconds of the main process", [panel])
+    yield Chart("time", "Time by activity", "seconds of the main process", [panel])
 
 
 def _shares(split: Mapping[str, float]) -> str:
@@ -272,25 +275,25 @@ def _shares(split: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())
 
 
-def _known(one: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:
-    """A line's points, less those that are no numbers."""
+def _points(one: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:
+    """A line's points, without those that are no numbers."""
     if one is None:
         return []
     return [(at, value) for at, value in zip(one[along], one["value"], strict=True) if value is not None]
 
 
-def _said(name: str, one: Mapping[str, Any]) -> str:
-    """A line in words."""
-    points = _known(one)
+def _description(name: str, one: Mapping[str, Any]) -> str:
+    """A line as text."""
+    points = _points(one)
     if not points:
-        return f"{words(name)}: no numbers"
+        return f"{label(name)}: no numbers"
     (first, start), (last, end) = points[0], points[-1]
     values = [value for _, value in points]
     return (
-        f"{words(name)} {number(start, name)} at step {first:g}, {number(end, name)} at step {last:g}, "
+        f"{label(name)} {number(start, name)} at step {first:g}, {number(end, name)} at step {last:g}, "
         f"lowest {number(min(values), name)}, highest {number(max(values), name)}"
     )
 
 
 def _short(value: float, name: str) -> str:
-    return number(value, name if name.removeprefix("eval_") in PERCENT else "")
+    return number(value, name if is_share(name) else "")

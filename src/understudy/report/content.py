@@ -1,7 +1,7 @@
-"""Everything that a report shows, as one dictionary: the content of report.json.
+"""Collect everything that a report shows in one dictionary: the content of report.json.
 
-The one idea: charts and page are drawn from this dictionary and from nothing else, so that no number is shown that is
-not in the file, and none is computed twice.
+Charts and page are drawn from this dictionary and from nothing else, so that no number is shown that is not in the
+file, and none is computed twice.
 """
 
 import math
@@ -12,76 +12,76 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..compare import statistics as comparison
-from ..compare.experiment import reference_folder
+from ..compare import statistics
+from ..compare.evaluations import EXPOSURE, reference_folder, result_of
 from ..compare.statistics import Result
+from ..run.folder import RunFolder
 from .curves import distance, exposure_bias, sweep
-from .folders import RunFolder, dig, read_json
-from .verdict import verdict
+from .folders import RunRecord, dig, read_comparison
+from .text import summary
 
 _ACTIVITIES = ("generate", "score", "learn", "other")
-_TOTALS = ("train_", "total_flos", "seconds_", "epoch", "step", "tokens")  # what has no curve of its own
+_TOTALS = ("train_", "total_flos", "seconds_", "epoch", "step", "tokens")  # logged, but not drawn as curves
 _CURVES = ("exposure_bias", "distance")
-_EXPOSURE = ("exposure", "exposure_bias")  # what a comparison measures beside its samplings, and the number in it
+_EXPOSURE_BIAS = (EXPOSURE, "exposure_bias")
 
 
-def content(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Any]:
-    """What `runs`, found in `places`, have come to.
+def content(records: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, Any]:
+    """The content of the report about runs in `places`.
 
-    The answers are missing still: they may need models (`answers.side_by_side`).
+    The responses are missing still: they may need models (`responses.side_by_side`).
     """
-    made = [_run(run) for run in runs]
-    judged = _comparison(runs, places)
-    names = dict.fromkeys(run["name"] for run in made)
-    found: dict[str, Any] = {
-        "title": made[0]["name"] if len(names) == 1 else f"{len(names)} recipes compared",
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    runs = [_run(record) for record in records]
+    names = dict.fromkeys(run["name"] for run in runs)
+    content: dict[str, Any] = {
+        "title": runs[0]["name"] if len(names) == 1 else f"{len(names)} recipes compared",
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "understudy": version("understudy"),
-        "unfinished": any(run["state"] == "unfinished" for run in made),
-        "runs": made,
-        "comparison": judged,
-        "exposure_bias": exposure_bias(made),
-        "distance": distance(made),
+        "unfinished": any(run["state"] == "unfinished" for run in runs),
+        "runs": runs,
+        "comparison": _comparison(records, places),
+        "exposure_bias": exposure_bias(runs),
+        "distance": distance(runs),
     }
-    return finite({**found, "verdict": verdict(found)})
+    return finite({**content, "summary": summary(content)})
 
 
-def _run(run: RunFolder) -> dict[str, Any]:
-    """One run: what it was, how far it is, what it logged and what it came to."""
-    summary = run.summary or {}
+def _run(run: RunRecord) -> dict[str, Any]:
+    """One run: its recipe, its progress, its logs and its results."""
+    ended = run.summary or {}
     series = _series(run.lines)
     last = max((line.get("step", 0) for line in run.lines), default=0)
     split = {name: sum(line.get(f"seconds_{name}", 0.0) for line in run.lines) for name in _ACTIVITIES}
     return {
         "name": run.name,
         "seed": run.seed,
-        "folder": str(run.path),
+        "folder": str(run.folder.path),
         "method": next(iter(dig(run.recipe, "method") or []), None) if run.recipe else None,
         "state": "failed" if run.failed else "finished" if run.summary else "unfinished",
         "failed": run.failed,
         "logged": datetime.fromtimestamp(run.changed, timezone.utc).isoformat(timespec="seconds")
         if run.lines
         else None,
-        "steps": summary.get("steps", last),
-        "max_steps": summary.get("steps") or dig(run.recipe, "training", "max_steps"),
-        "seconds": summary.get("seconds", sum(split.values())),
-        "cpu_seconds": summary.get("cpu_seconds"),
-        "tokens": summary.get("tokens", sum(line.get("tokens", 0) for line in run.lines)),
+        "steps": ended.get("steps", last),
+        "max_steps": ended.get("steps") or dig(run.recipe, "training", "max_steps"),
+        "seconds": ended.get("seconds", sum(split.values())),
+        "cpu_seconds": ended.get("cpu_seconds"),
+        "tokens": ended.get("tokens", sum(line.get("tokens", 0) for line in run.lines)),
         "seconds_by_activity": split if any(split.values()) else {},
-        "peak_memory_mb": _peak(summary, run.lines),
-        "facts": _facts(summary, run),
-        "own_samples": {"before": run.before, "after": dig(summary, "own_samples", "after") or {}},
-        "metrics": summary.get("metrics", {}),
-        "evaluation": {name: part["metrics"] for name, part in (dig(run.evaluation, "found") or {}).items()},
-        "measured": {name: dig(part, "metrics") or {} for name, part in run.measured.items()},
+        "peak_memory_mb": _peak(ended, run.lines),
+        "facts": _facts(ended, run),
+        "student_samples": {"before": run.before, "after": dig(ended, "student_samples", "after") or {}},
+        "metrics": ended.get("metrics", {}),
+        "evaluation": {name: part["metrics"] for name, part in (dig(run.evaluation, "results") or {}).items()},
+        "measurements": {name: dig(part, "metrics") or {} for name, part in run.measurements.items()},
         "series": series,
         "positions": _positions(run),
         "recipe": run.recipe_text,
     }
 
 
-def _facts(summary: Mapping[str, Any], run: RunFolder) -> dict[str, Any]:
-    """What a stranger needs to know to repeat the run and to judge its cost."""
+def _facts(summary: Mapping[str, Any], run: RunRecord) -> dict[str, Any]:
+    """What is needed to repeat the run and to assess its cost: models, data, hardware, versions."""
     names = {
         "student_parameters": "student parameters",
         "trained_parameters": "trained parameters",
@@ -108,12 +108,12 @@ def _facts(summary: Mapping[str, Any], run: RunFolder) -> dict[str, Any]:
 
 
 def _peak(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> float | None:
-    found = [line["peak_memory_mb"] for line in [summary, *lines] if line.get("peak_memory_mb") is not None]
-    return max(found, default=None)
+    peaks = [line["peak_memory_mb"] for line in [summary, *lines] if line.get("peak_memory_mb") is not None]
+    return max(peaks, default=None)
 
 
 def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """What was logged: name → its steps, the seconds of training until then, and its values."""
+    """The logged numbers: name → steps, seconds of training until then, values."""
     series: dict[str, dict[str, list[float]]] = {}
     elapsed = 0.0
     for line in lines:
@@ -128,126 +128,128 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[floa
     return series
 
 
-def _positions(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Curves by position in an answer, by kind, of the first evaluation that `understudy evaluate` left with them."""
-    parts = [*run.measured.values(), *(dig(run.evaluation, "found") or {}).values()]
-    found = {kind: next((c for part in parts if (c := dig(part, "curves", kind))), None) for kind in _CURVES}
-    return {kind: curve for kind, curve in found.items() if curve}
+def _positions(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """Curves by position in a response, by kind, of the first evaluation that has them."""
+    parts = [*run.measurements.values(), *(dig(run.evaluation, "results") or {}).values()]
+    curves = {kind: next((c for part in parts if (c := dig(part, "curves", kind))), None) for kind in _CURVES}
+    return {kind: curve for kind, curve in curves.items() if curve}
 
 
-def _comparison(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Any] | None:
-    """The table over the runs that were judged alike, as `understudy compare` computes it; None if none was judged."""
-    judged = [run.evaluation for run in runs if run.evaluation]
-    if not judged:
+def _comparison(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, Any] | None:
+    """The table over runs evaluated with the same settings, as `understudy compare` computes it; None without any."""
+    evaluations = [run.evaluation for run in runs if run.evaluation]
+    if not evaluations:
         return None
-    trial = judged[0].get("trial") or {}
+    settings = evaluations[0].get("settings") or {}
     results: dict[str, dict[int, Result | str]] = {}
     for run in runs:
         if run.failed or run.evaluation:
-            results.setdefault(run.name, {})[run.seed] = run.failed or _result(run, trial)
-    everything = [r for of in results.values() for r in of.values() if isinstance(r, Result)]
-    if not everything:
+            results.setdefault(run.name, {})[run.seed] = run.failed or _result(run, settings)
+    finished = [r for of in results.values() for r in of.values() if isinstance(r, Result)]
+    if not finished:
         return None
-    common = {p: set.intersection(*(set(r.metrics.get(p, {})) for r in everything)) for p in everything[0].metrics}
+    common = {p: set.intersection(*(set(r.metrics.get(p, {})) for r in finished)) for p in finished[0].metrics}
     results = {
         n: {s: _only(r, common) if isinstance(r, Result) else r for s, r in of.items()} for n, of in results.items()
     }
-    references = {name: _only(r, common) for name, r in _references(runs, places, trial).items()}
-    written = next((found for place in places if (found := _written(place))), {})
-    baseline = written["baseline"] if written.get("baseline") in results else None
-    table = comparison.lines(results, baseline, references.get("teacher"), references.get("warm start"))
-    samplings = [protocol for protocol in common if protocol != _EXPOSURE[0]]
-    quality = [(p, m) for p in samplings for m in ("accuracy", *trial.get("metrics", ())) if m in common[p]]
-    further = [(p, m) for p in samplings for m in ("response_length", "truncated") if m in common[p]]
-    further += [_EXPOSURE] if _EXPOSURE[1] in common.get(_EXPOSURE[0], ()) else []
+    references = {name: _only(r, common) for name, r in _references(runs, places, settings).items()}
+    record = next((record for place in places if (record := read_comparison(place))), {})
+    baseline = record["baseline"] if record.get("baseline") in results else None
+    table = statistics.table_rows(results, baseline, references.get("teacher"), references.get("warm start"))
+    protocols = [protocol for protocol in common if protocol != EXPOSURE]
+    metrics = dict.fromkeys(metric for each in settings.values() for metric in each.get("metrics", ()))
+    quality = [(p, m) for p in protocols for m in ("accuracy", *metrics) if m in common[p]]
+    columns = [*quality, *((p, m) for p in protocols for m in ("response_length", "truncated") if m in common[p])]
+    columns += [_EXPOSURE_BIAS] if _EXPOSURE_BIAS[1] in common.get(EXPOSURE, ()) else []
     return {
-        "trial": trial,
+        "settings": settings,
         "baseline": baseline,
         "quality": quality,
-        "columns": [*quality, *further],
+        "columns": columns,
         "references": {name: asdict(r) for name, r in references.items()},
-        "lines": [asdict(line) for line in table],
-        "contest": _contest(results, quality, table),
-        "sweep": sweep(written, list(results)),
-        "budget": comparison.budget_notes(table),
+        "rows": [asdict(row) for row in table],
+        "ranking": _ranking(results, quality, table),
+        "sweep": sweep(record, list(results)),
+        "budget": statistics.budget_notes(table),
     }
 
 
-def _written(place: Path) -> dict[str, Any]:
-    """A comparison's own record, if there is one yet."""
-    return read_json(place / "comparison.json") if (place / "comparison.json").is_file() else {}
-
-
-def _result(run: RunFolder, trial: Mapping[str, Any]) -> Result | str:
+def _result(run: RunRecord, settings: Mapping[str, Any]) -> Result | str:
     assert run.evaluation is not None
-    if run.evaluation.get("trial") != trial:
-        return "judged in another trial"
-    summary = run.summary or {}
-    return _parts(run.evaluation["found"], {n: summary.get(n) for n in ("seconds", "cpu_seconds", "tokens", "budget")})
+    if _comparable(run.evaluation.get("settings") or {}) != _comparable(settings):
+        return "evaluated with other settings"
+    return result_of(run.evaluation["results"], run.summary)
 
 
-def _parts(found: Mapping[str, Any], cost: Mapping[str, Any]) -> Result:
-    scores = {name: part["scores"] for name, part in found.items() if part.get("scores") is not None}
-    return Result({name: dict(part["metrics"]) for name, part in found.items()}, scores, **cost)
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the way a row is read, which is each recipe's own."""
+    rows = ("dataset", "split", "limit", "seed")
+    return {
+        name: {**each, "data": {key: value for key, value in (dig(each, "data") or {}).items() if key in rows}}
+        for name, each in settings.items()
+    }
 
 
 def _only(result: Result, common: Mapping[str, set[str]]) -> Result:
-    """With the metrics that all students have: answers that were taken up again lack a speed, for instance."""
-    known = result.metrics
-    return replace(result, metrics={p: {n: v for n, v in known.get(p, {}).items() if n in common[p]} for p in common})
+    """With the metrics that all students have: responses that were resumed from a file have no speed, for instance."""
+    metrics = result.metrics
+    return replace(result, metrics={p: {n: v for n, v in metrics.get(p, {}).items() if n in common[p]} for p in common})
 
 
-def _references(runs: Sequence[RunFolder], places: Sequence[Path], trial: Mapping[str, Any]) -> dict[str, Result]:
-    """The teacher and the warm start, where all runs share them and a comparison has judged them alike."""
-    judged = {name: read_json(folder / "evaluation.json") for name, folder in reference_folders(runs, places).items()}
-    return {name: _parts(part["found"], {}) for name, part in judged.items() if part.get("trial") == trial}
+def _references(runs: Sequence[RunRecord], places: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Result]:
+    """The teacher and the warm start, where all runs share them and a comparison has evaluated them alike."""
+    evaluations = {name: folder.read_evaluation() or {} for name, folder in reference_folders(runs, places).items()}
+    return {
+        name: result_of(evaluation["results"], None)
+        for name, evaluation in evaluations.items()
+        if _comparable(evaluation.get("settings") or {}) == _comparable(settings)
+    }
 
 
-def reference_folders(runs: Sequence[RunFolder], places: Sequence[Path]) -> dict[str, Path]:
-    """Where a comparison keeps what teacher and warm start answered: in one of the places, or above a run in one."""
-    homes = dict.fromkeys([*places, *(parent for run in runs for parent in run.path.resolve().parents[:3])])
-    found = {}
+def reference_folders(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, RunFolder]:
+    """Where a comparison keeps the evaluations of teacher and warm start: in one of the places, or above a run."""
+    homes = dict.fromkeys([*places, *(parent for run in runs for parent in run.folder.path.resolve().parents[:3])])
+    folders = {}
     for name, model in reference_models(runs).items():
-        folders = [
-            folder for home in homes if ((folder := reference_folder(home, model)) / "evaluation.json").is_file()
-        ]
-        found |= {name: folders[0]} if folders else {}
-    return found
+        there = [folder for home in homes if (folder := reference_folder(home, model)).evaluation.is_file()]
+        folders |= {name: there[0]} if there else {}
+    return folders
 
 
-def reference_models(runs: Sequence[RunFolder]) -> dict[str, str]:
-    """The names or folders of the teacher and of the warm start, if all runs share one."""
+def reference_models(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """The names or folders of the teacher and of the warm start, where all runs share one."""
     recipes = [run.recipe for run in runs if run.recipe]
     teachers = {dig(fields, "model") for recipe in recipes for fields in (dig(recipe, "teacher") or {}).values()}
-    found = {"teacher": teachers - {None}, "warm start": {dig(recipe, "student", "model") for recipe in recipes}}
-    return {name: str(next(iter(m))) for name, m in found.items() if len(m) == 1 and None not in m}
+    starts = {dig(recipe, "student", "model") for recipe in recipes}
+    models = {"teacher": teachers - {None}, "warm start": starts}
+    return {name: str(next(iter(of))) for name, of in models.items() if len(of) == 1 and None not in of}
 
 
-def _contest(
+def _ranking(
     results: Mapping[str, Mapping[int, Result | str]],
     quality: Sequence[tuple[str, str]],
-    table: Sequence[comparison.Line],
+    table: Sequence[statistics.TableRow],
 ) -> dict[str, Any] | None:
-    """The best contestant and the next one by the first metric, and what a paired bootstrap says of the two."""
+    """The variants' names by the first metric, and the paired bootstrap of the best one and the second."""
     if not quality:
         return None
     protocol, metric = quality[0]
-    ranked = [line for line in table if metric in line.metrics.get(protocol, {})]
-    ranked.sort(key=lambda line: line.metrics[protocol][metric].mean, reverse=True)
+    ranked = [row for row in table if metric in row.metrics.get(protocol, {})]
+    ranked.sort(key=lambda row: row.metrics[protocol][metric].mean, reverse=True)
     if len(ranked) < 2:
         return None
-    names = [line.name for line in ranked]
-    best, following = ranked[0], ranked[1]
-    ours, theirs = ({s: r for s, r in results[line.name].items() if isinstance(r, Result)} for line in ranked[:2])
-    seeds = sorted(set(ours) & set(theirs))
-    pairs = [(ours[s].scores.get(protocol), theirs[s].scores.get(protocol)) for s in seeds]
-    paired = metric == "accuracy" and bool(pairs) and all(a and b and len(a) == len(b) for a, b in pairs)
-    found = comparison.difference([a or () for a, _ in pairs], [b or () for _, b in pairs]) if paired else None
-    return {"best": best.name, "next": following.name, "ranking": names, "difference": asdict(found) if found else None}
+    names = [row.name for row in ranked]
+    best, second = ({s: r for s, r in results[name].items() if isinstance(r, Result)} for name in names[:2])
+    seeds = sorted(set(best) & set(second))
+    pairs = [(best[s].scores.get(protocol), second[s].scores.get(protocol)) for s in seeds]
+    difference = None
+    if metric == "accuracy" and pairs and all(a and b and len(a) == len(b) for a, b in pairs):
+        difference = asdict(statistics.paired_difference([a or () for a, _ in pairs], [b or () for _, b in pairs]))
+    return {"names": names, "difference": difference}
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for."""
+    """The same with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Curves over seeds, as numbers: what a sweep varied, exposure bias and distances by the position in an answer.
+"""The numbers of curves over a sweep's values, and of exposure bias and distances by position in the response.
 
-The one idea: a curve's point is a `Spread`, as a table's cell is: a mean with an interval over seeds.
+A point of a curve is a `Spread`, as a cell of the table is: a mean with an interval over seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ KLS = ("reverse_kl", "forward_kl")
 _DECADES = 30  # values that span more than this, and are all above 0, stand on a logarithmic axis
 
 
-def sweep(written: Mapping[str, Any], judged: Sequence[str]) -> dict[str, Any] | None:
-    """What a comparison's own record says of its sweep, for the contestants that were judged.
+def sweep(record: Mapping[str, Any], evaluated: Sequence[str]) -> dict[str, Any] | None:
+    """The sweep in a comparison's record, for the variants that were evaluated.
 
     Returns the `option`, the `axis` (linear, log, or words for values that are not all numbers) and the `recipes`, each
-    with its points (`name` of the contestant, `value`, and `written` as it was given), in the order of the axis.
+    with its points (`name` of the variant, `value`, and `written` as it was given), in the order of the axis.
     """
-    found = written.get("sweep") or {}
-    points = {name: point for name, point in found.get("points", {}).items() if name in judged}
+    content = record.get("sweep") or {}
+    points = {name: point for name, point in content.get("points", {}).items() if name in evaluated}
     if not points:
         return None
     values = [point["value"] for point in points.values()]
@@ -34,31 +34,31 @@ def sweep(written: Mapping[str, Any], judged: Sequence[str]) -> dict[str, Any] |
         )
     if numbers:
         recipes = {recipe: sorted(of, key=lambda point: point["value"]) for recipe, of in recipes.items()}
-    return {"option": found["option"], "axis": axis, "recipes": recipes}
+    return {"option": content["option"], "axis": axis, "recipes": recipes}
 
 
 def exposure_bias(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each contestant whose runs measured it, in percent by position: `mean`, `low` and `high`, and the `seeds`.
+    """For each variant whose runs measured it, in percent by position: `mean`, `low` and `high`, and the `seeds`.
 
     The ends are those of the 95 % interval over seeds; of two seeds, whose interval would hide everything, they are the
     seeds' own values, and of a single one they are one standard error over prompts away. The curve ends with the last
-    position that the answers of all seeds reach.
+    position that the responses of all seeds reach.
     """
-    curves = _by_contestant(runs, "exposure_bias")
+    curves = _by_variant(runs, "exposure_bias")
     return {name: _of_one(of[0]) if len(of) == 1 else _of_several(of) for name, of in curves.items()}
 
 
 def distance(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """For each contestant whose runs measured them, both KLs by position: means over the tokens of all its runs.
+    """For each variant whose runs measured them, both KLs by position: means over the tokens of all its runs.
 
-    A curve ends where fewer than a twentieth of the answers are as long.
+    A curve ends where fewer than a twentieth of the responses are as long.
     """
-    curves = _by_contestant(runs, "distance")
+    curves = _by_variant(runs, "distance")
     return {name: {kind: _pooled(of, kind) for kind in KLS} for name, of in curves.items()}
 
 
-def _by_contestant(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
-    """The curves of one kind over positions, of each contestant's runs that have it."""
+def _by_variant(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+    """The curves of one kind over positions, of each variant's runs that have it."""
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         if curve := run["positions"].get(kind):
@@ -71,10 +71,10 @@ def _pooled(curves: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
     columns = list(
         zip_longest(*(zip(c["alive"], c[kind], strict=False) for c in curves if kind in c), fillvalue=(0, 0))
     )
-    known = [[(alive, value) for alive, value in column if alive and value is not None] for column in columns]
-    counts = [sum(alive for alive, _ in column) for column in known]
+    reached = [[(alive, value) for alive, value in column if alive and value is not None] for column in columns]
+    counts = [sum(alive for alive, _ in column) for column in reached]
     long = takewhile(lambda count: count > 0 and count >= counts[0] / 20, counts)
-    return [sum(alive * value for alive, value in column) / count for column, count in zip(known, long, strict=False)]
+    return [sum(alive * value for alive, value in column) / count for column, count in zip(reached, long, strict=False)]
 
 
 def _of_one(curve: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,5 +95,5 @@ def _of_several(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    found = Spread.of(values)
-    return found if len(values) > 2 else replace(found, low=min(values), high=max(values))
+    spread = Spread.of(values)
+    return spread if len(values) > 2 else replace(spread, low=min(values), high=max(values))

@@ -1,7 +1,7 @@
-"""Charts as matplotlib draws them: an SVG for each panel, which takes the page's colours, and one PNG of all.
+"""Draw charts with matplotlib: an SVG for each panel, in the page's colours, and one PNG of all panels.
 
-The one idea: a figure is drawn once in the colours of paper, each of which stands for one of the page's CSS variables
-and is replaced by it in the SVG. So a chart is light or dark as the page is, and text in it is text.
+A figure is drawn once in the colours of paper, each of which stands for one of the page's CSS variables and is replaced
+by it in the SVG. So a chart is light or dark as the page is, and its text is text.
 """
 
 import io
@@ -53,13 +53,13 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One small picture. `draw` fills its axes; `about` says in words what it shows."""
+    """One small chart. `draw` fills its axes; `about` describes it as text."""
 
     title: str
     about: str
     draw: Callable[[Axes], None]
     height: float = HEIGHT
-    right: float = 0.74  # where the axes end, as a share of the width: labels stand to the right of them
+    right: float = 0.74  # where the axes end, as a share of the width; line labels are to the right
     left: float = 0.13
 
 
@@ -71,7 +71,7 @@ class Chart:
     title: str
     about: str
     panels: Sequence[Panel]
-    open: bool = True  # shown at once, or when asked for
+    open: bool = True  # or folded
 
 
 def svg(panel: Panel, name: str) -> str:
@@ -96,7 +96,7 @@ def svg(panel: Panel, name: str) -> str:
 
 
 def png(chart: Chart, path: Path) -> None:
-    """All panels of a chart in one picture, on paper."""
+    """All panels of a chart in one picture."""
     with mpl.rc_context(_STYLE):
         columns = min(3, len(chart.panels))
         rows = -(-len(chart.panels) // columns)
@@ -129,7 +129,7 @@ def _fill(figure: Figure, panels: Sequence[Panel], columns: int, titled: bool = 
 
 
 def plain(axes: Axes, steps: bool = True, shares: bool = False) -> None:
-    """Few ticks and, for steps, whole ones."""
+    """Few ticks and, for steps, at integers."""
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=steps))
     if len(axes.get_yticks()):
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -146,14 +146,14 @@ def in_percent(axis: Any, shares: bool) -> None:
 
 def limits_of(values: Sequence[float | None]) -> tuple[float, float]:
     """From the least to the greatest value, with a little room; always some height."""
-    known = [value for value in values if value is not None] or [0.0]
-    low, high = min(*known, 0.0) if min(known) < 0.4 * max(known) else min(known), max(known)
+    numbers = [value for value in values if value is not None] or [0.0]
+    low, high = min(*numbers, 0.0) if min(numbers) < 0.4 * max(numbers) else min(numbers), max(numbers)
     room = 0.06 * (high - low) or abs(high) or 1.0
     return low - room, high + room
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write what lines are beside where they end, (height in data, label, colour) each, and keep the labels apart."""
+    """Label lines where they end, (height in data, label, colour) each, and keep the labels apart."""
     low, high = axes.get_ylim()
     gap = 0.8 * 7.5 / 72 * 1.3 / (axes.get_position().height * _figure(axes).get_figheight())
     at = -1.0
@@ -163,15 +163,15 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write names near points, wherever nothing is written yet and the axes do not end; what fits nowhere is left.
+    """Label points inside the axes where there is room; what fits nowhere is left out.
 
     The widths are guesses, as the page's own font is.
     """
     scale = 72 / _figure(axes).dpi
     frame = axes.get_window_extent()
-    at = {name: axes.transData.transform(point) * scale for name, point in points.items()}
-    taken = [(x - 2, y - 2, x + 2, y + 2) for x, y in at.values()]
-    for name, (x, y) in at.items():
+    places = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 2, y - 2, x + 2, y + 2) for x, y in places.values()]
+    for name, (x, y) in places.items():
         width, height = 3.5 * len(name), 7.0
         for side, up in _AROUND:
             start = x + 5 if side > 0 else x - 5 - width
@@ -180,9 +180,9 @@ def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
                 taken.append(box)
                 line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
                 line["relpos"] = (0 if side > 0 else 1, 0.5)
-                beside = {"va": "center", "ha": "left" if side > 0 else "right", "fontsize": 6, "color": SOFT}
+                style = {"va": "center", "ha": "left" if side > 0 else "right", "fontsize": 6, "color": SOFT}
                 offset = {"xytext": (5 * side, up), "textcoords": "offset points"}
-                axes.annotate(name, points[name], **offset, **beside, arrowprops=line if up else None)
+                axes.annotate(name, points[name], **offset, **style, arrowprops=line if up else None)
                 break
 
 

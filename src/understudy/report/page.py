@@ -1,7 +1,7 @@
-"""The page: one file of HTML that needs nothing else, from the report's content and its charts.
+"""Render the report's content and charts as one self-contained HTML page.
 
-The one idea: everything in it came from somebody's folder. So all text is escaped by the template, what would turn
-writing around or cannot be seen is shown as such, and a content policy lets nothing be fetched and no other script run.
+All text comes from folders that anybody may have written, so the template escapes it, control characters and marks of
+text direction are shown as such, and a content policy lets nothing be fetched and no other script run.
 """
 
 import base64
@@ -16,11 +16,11 @@ from markupsafe import Markup
 
 from ..compare.statistics import with_deviation
 from .drawing import Chart, svg
-from .verdict import PERCENT, number, words
+from .text import is_share, label, number
 
 LEVELS = (0.5, 1, 2, 4)  # log q − log p in nats from which a token is shaded, and shaded darker
-_KEPT = "\n\r\t\u200c\u200d"  # lines, and the joiners that some scripts are written with
-_OWN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
+_VISIBLE = "\n\r\t\u200c\u200d"  # lines, and the joiners that some scripts are written with
+_DISTANCES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 
 
 def page(content: Mapping[str, Any], drawn: Mapping[str, Sequence[Chart]], again: int | None = None) -> str:
@@ -28,22 +28,22 @@ def page(content: Mapping[str, Any], drawn: Mapping[str, Sequence[Chart]], again
 
     Args:
         drawn: `charts(content)`.
-        again: the page loads itself anew after so many seconds.
+        again: the page reloads itself after so many seconds.
     """
     environment = Environment(autoescape=True, trim_blocks=False)
-    environment.filters |= {"shown": number, "shade": _shade, "told": _told, "first_disagreement": _first_disagreement}
+    environment.filters |= {"number": number, "shade": _shade, "numbers": _numbers, "disagreement": _first_disagreement}
     content = _visible(content)
     script = _part("page.js")
     return environment.from_string(_part("page.html")).render(
         content=content,
         charts={section: [_inline(chart) for chart in of] for section, of in drawn.items()},
         comparison=_comparison(content),
-        measured=list(_measured(content["runs"])),
-        own_samples=_own_samples(content["runs"]),
+        measurements=list(_measurements(content["runs"])),
+        student_samples=_student_samples(content["runs"]),
         runs=_runs(content["runs"]),
         facts=_shared_facts(content["runs"]),
         recipes=_recipes(content["runs"]),
-        coloured=any(answer.get("tokens") for prompt in content["answers"]["prompts"] for answer in prompt["answers"]),
+        coloured=any(r.get("tokens") for prompt in content["responses"]["prompts"] for r in prompt["responses"]),
         levels=LEVELS,
         state=_state(content["runs"]),
         again=again,
@@ -66,7 +66,7 @@ def _inline(chart: Chart) -> dict[str, Any]:
 
 
 def _visible(value: Any) -> Any:
-    """Texts without what a reader cannot see, or what turns the writing around it."""
+    """Texts without what a reader cannot see, and without marks that change the direction of text."""
     if isinstance(value, Mapping):
         return {_clean(str(key)): _visible(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -76,7 +76,7 @@ def _visible(value: Any) -> Any:
 
 def _clean(text: str) -> str:
     return "".join(
-        c if c.isprintable() or c in _KEPT or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
+        c if c.isprintable() or c in _VISIBLE or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
 
 
@@ -85,12 +85,12 @@ Row = dict[str, Any]
 
 def _row(name: str, cells: Sequence[tuple[Any, str]], kind: str = "") -> Row:
     """A row of cells, (value, text) each; a value that is a number is what the column is sorted by."""
-    made = [{"value": v if isinstance(v, int | float) else None, "text": text} for v, text in cells]
-    return {"name": name, "cells": made, "kind": kind}
+    texts = [{"value": v if isinstance(v, int | float) else None, "text": text} for v, text in cells]
+    return {"name": name, "cells": texts, "kind": kind}
 
 
 def _table(heads: Sequence[str], rows: Sequence[Row], **more: Any) -> dict[str, Any]:
-    """A table without the columns in which nothing stands."""
+    """A table without its empty columns."""
     used = [i for i in range(len(heads) - 1) if any(row["cells"][i]["text"] not in ("", "–") for row in rows)]
     for row in rows:
         row["cells"] = [row["cells"][i] for i in used]
@@ -98,18 +98,18 @@ def _table(heads: Sequence[str], rows: Sequence[Row], **more: Any) -> dict[str, 
 
 
 def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The teacher, the warm start and every contestant: mean ± standard deviation over seeds."""
-    judged = content["comparison"]
-    if judged is None:
+    """The teacher, the warm start and every variant: mean ± standard deviation over seeds."""
+    comparison = content["comparison"]
+    if comparison is None:
         return None
-    measured = [r["metrics"] for r in judged["references"].values()]
-    measured += [
-        {p: {m: s["mean"] for m, s in of.items()} for p, of in one["metrics"].items()} for one in judged["lines"]
+    values = [r["metrics"] for r in comparison["references"].values()]
+    values += [
+        {p: {m: s["mean"] for m, s in of.items()} for p, of in row["metrics"].items()} for row in comparison["rows"]
     ]
-    columns = [(p, m) for p, m in judged["columns"] if m != "truncated" or any(of.get(p, {}).get(m) for of in measured)]
-    protocol, metric = (judged["quality"] or [("", "")])[0]
-    heads = ["model", *(f"{words(m)} ({p})" for p, m in columns)]
-    heads += [f"less {judged['baseline']} [95 %], p", "of the way to the teacher", "seeds"]
+    columns = [(p, m) for p, m in comparison["columns"] if m != "truncated" or any(v.get(p, {}).get(m) for v in values)]
+    first = tuple((comparison["quality"] or [("", "")])[0])
+    heads = ["model", *(f"{label(m)} ({p})" for p, m in columns)]
+    heads += [f"difference from {comparison['baseline']} [95 %], p", "gap to the teacher closed", "seeds"]
     heads += ["seconds", "CPU seconds", "response tokens"]
     rows = [
         _row(
@@ -117,27 +117,37 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
             [*((v := r["metrics"].get(p, {}).get(m), number(v, m)) for p, m in columns), *[(None, "")] * 6],
             "reference",
         )
-        for name, r in judged["references"].items()
+        for name, r in comparison["references"].items()
     ]
-    for line in sorted(judged["lines"], key=lambda one: -_mean(one, protocol, metric)):
-        cells = [_spread(line["metrics"].get(p, {}).get(m), m, line["seeds"]) for p, m in columns]
-        share = line["closed"].get(protocol, {}).get(metric)
-        cells += [_against(line["against"].get(protocol)), (share, "" if share is None else f"{100 * share:.0f} %")]
-        cells += [(line["seeds"], str(line["seeds"]))]
-        cells += [_spread(line[cost], "", 1) for cost in ("seconds", "cpu_seconds", "tokens")]
-        best = judged["contest"] is not None and line["name"] == judged["contest"]["best"]
-        rows.append(_row(line["name"], cells, "best" if best else ""))
-    asked = judged["trial"]
-    rows_asked = "all rows" if asked.get("limit") is None else f"the first {asked['limit']} rows"
-    how = f"on {rows_asked} of {asked.get('dataset') or 'the data'}, split {asked.get('split', '–')}"
-    several = any(line["seeds"] > 1 for line in judged["lines"])
-    notes = [f"All judged alike, {how}." + (" Means ± standard deviations over seeds." if several else "")]
-    notes += [*judged["budget"], *(f"{line['name']}, {why}" for line in judged["lines"] for why in line["failed"])]
-    return _table(heads, rows, notes=notes)
+    best = (comparison["ranking"] or {"names": [None]})["names"][0]
+    for row in sorted(comparison["rows"], key=lambda row: -_mean(row, *first)):
+        rows.append(_row(row["name"], _variant(row, columns, *first), "best" if row["name"] == best else ""))
+    return _table(heads, rows, notes=_notes(comparison))
 
 
-def _mean(line: Mapping[str, Any], protocol: str, metric: str) -> float:
-    spread = line["metrics"].get(protocol, {}).get(metric)
+def _variant(row: Mapping[str, Any], columns: Sequence[tuple[str, str]], protocol: str, metric: str) -> list[Any]:
+    """A variant's cells: metrics, difference and gap in the first metric, seeds, costs."""
+    cells = [_spread(row["metrics"].get(p, {}).get(m), m, row["seeds"]) for p, m in columns]
+    share = row["gap_closed"].get(protocol, {}).get(metric)
+    cells += [_difference(row["difference"].get(protocol)), (share, "" if share is None else f"{100 * share:.0f} %")]
+    cells += [(row["seeds"], str(row["seeds"]))]
+    return cells + [_spread(row[cost], "", 1) for cost in ("seconds", "cpu_seconds", "tokens")]
+
+
+def _notes(comparison: Mapping[str, Any]) -> list[str]:
+    """How the models were evaluated, what the runs could spend, and why some failed."""
+    settings = next(iter(comparison["settings"].values()), {})
+    data = settings.get("data") or {}
+    rows = "all rows" if data.get("limit") is None else f"the first {data['limit']} rows"
+    several = any(row["seeds"] > 1 for row in comparison["rows"])
+    note = f"All evaluated with the same settings, on {rows} of {data.get('dataset') or 'the data'}, "
+    note += f"split {data.get('split', '–')}." + (" Means ± standard deviations over seeds." if several else "")
+    failed = [f"{row['name']}, {reason}" for row in comparison["rows"] for reason in row["failed"]]
+    return [note, *comparison["budget"], *failed]
+
+
+def _mean(row: Mapping[str, Any], protocol: str, metric: str) -> float:
+    spread = row["metrics"].get(protocol, {}).get(metric)
     return float("-inf") if spread is None else spread["mean"]
 
 
@@ -147,45 +157,44 @@ def _spread(spread: Mapping[str, float] | None, metric: str, seeds: int) -> tupl
     mean, deviation = spread["mean"], spread["deviation"]
     text = f"{mean:,.0f}" if not metric else number(mean, metric)
     if seeds > 1:
-        text = f"{text} ± {number(deviation, metric)}" if metric in PERCENT else with_deviation(text, deviation)
+        text = f"{text} ± {number(deviation, metric)}" if is_share(metric) else with_deviation(text, deviation)
     return mean, text
 
 
-def _against(found: Mapping[str, float] | None) -> tuple[Any, str]:
+def _difference(difference: Mapping[str, float] | None) -> tuple[Any, str]:
     """A difference in points of 100, its interval and p."""
-    if found is None:
+    if difference is None:
         return None, ""
-    low, high, p = 100 * found["low"], 100 * found["high"], found["p"]
-    return found[
-        "mean"
-    ], f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}], {f'{p:.3f}' if p >= 0.001 else '< 0.001'}"
+    mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
+    p = f"{difference['p']:.3f}" if difference["p"] >= 0.001 else "< 0.001"
+    return difference["mean"], f"{mean:+.1f} [{low:+.1f}, {high:+.1f}], {p}"
 
 
-def _measured(runs: Sequence[Mapping[str, Any]]) -> Any:
+def _measurements(runs: Sequence[Mapping[str, Any]]) -> Any:
     """A table for each evaluation that `understudy evaluate` left in the runs' folders."""
-    for kept in dict.fromkeys(name for run in runs for name in run["measured"]):
-        having = [run for run in runs if kept in run["measured"]]
-        names = list(dict.fromkeys(name for run in having for name in run["measured"][kept]))
+    for title in dict.fromkeys(name for run in runs for name in run["measurements"]):
+        evaluated = [run for run in runs if title in run["measurements"]]
+        names = list(dict.fromkeys(name for run in evaluated for name in run["measurements"][title]))
         rows = [
-            _row(_label(run, runs), [(v := run["measured"][kept].get(n), number(v, n)) for n in names])
-            for run in having
+            _row(_name(run, runs), [(v := run["measurements"][title].get(n), number(v, n)) for n in names])
+            for run in evaluated
         ]
-        yield _table(["run", *map(words, names)], rows, title=f"Measured: {kept}")
+        yield _table(["run", *map(label, names)], rows, title=f"Evaluation: {title}")
 
 
-def _own_samples(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _student_samples(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     rows = []
     for run in runs:
-        own = run["own_samples"]
-        if own["before"]:
-            pairs = [(own[when].get(name), name) for name in _OWN for when in ("before", "after")]
-            rows.append(_row(_label(run, runs), [(value, number(value, name)) for value, name in pairs]))
-    heads = [f"{words(name)}, {when}" for name in _OWN for when in ("before", "after")]
+        distance = run["student_samples"]
+        if distance["before"]:
+            pairs = [(distance[when].get(name), name) for name in _DISTANCES for when in ("before", "after")]
+            rows.append(_row(_name(run, runs), [(value, number(value, name)) for value, name in pairs]))
+    heads = [f"{label(name)}, {when}" for name in _DISTANCES for when in ("before", "after")]
     return _table(["run", *heads], rows) if rows else None
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row for each run, with what it cost and the facts in which it differs from others."""
+    """A row for each run: its costs, and the facts in which it differs from others."""
     shared = {name for name, _ in _shared_facts(runs)}
     facts = [name for name in dict.fromkeys(n for run in runs for n in run["facts"]) if name not in shared]
     heads = ["run", "seed", "state", "steps", "seconds", "CPU seconds", "response tokens", "tokens per second"]
@@ -207,12 +216,12 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         loss = run["metrics"].get("eval_loss")
         cells += [(loss, number(loss))]
         cells += [(value, number(value)) for value in map(run["facts"].get, facts)]
-        rows.append(_row(_label(run, runs), cells))
+        rows.append(_row(_name(run, runs), cells))
     return _table(heads, rows)
 
 
 def _shared_facts(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What is the same for all runs."""
+    """The facts that are the same for all runs."""
     first, *others = [run["facts"] for run in runs if run["facts"]] or [{}]
     return [(name, number(value)) for name, value in first.items() if all(f.get(name) == value for f in others)]
 
@@ -229,9 +238,9 @@ def _recipes(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def _label(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
-    alike = sum(other["name"] == run["name"] for other in runs)
-    return f"{run['name']}, seed {run['seed']}" if alike > 1 else run["name"]
+def _name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    seeds = sum(other["name"] == run["name"] for other in runs)
+    return f"{run['name']}, seed {run['seed']}" if seeds > 1 else run["name"]
 
 
 def _state(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -250,9 +259,9 @@ def _shade(token: Mapping[str, Any]) -> str:
     return (f" d{level}" if level else "") + ("" if token["agrees"] else " other")
 
 
-def _told(token: Mapping[str, Any]) -> str:
-    apart = number((token["student"] or 0) - (token["teacher"] or 0))
-    text = f"log q {number(token['student'])}, log p {number(token['teacher'])}, difference {apart}; "
+def _numbers(token: Mapping[str, Any]) -> str:
+    difference = number((token["student"] or 0) - (token["teacher"] or 0))
+    text = f"log q {number(token['student'])}, log p {number(token['teacher'])}, difference {difference}; "
     text += f"KL(p‖q) {number(token['forward_kl'])}, KL(q‖p) {number(token['reverse_kl'])}"
     return (
         text
@@ -262,14 +271,14 @@ def _told(token: Mapping[str, Any]) -> str:
 
 
 def _first_disagreement(tokens: Sequence[Mapping[str, Any]]) -> str:
-    """In words, for whom colours or pointing say nothing."""
+    """The disagreement as text, for readers without colours or a pointer."""
     mean = sum((t["student"] or 0) - (t["teacher"] or 0) for t in tokens) / len(tokens)
     text = f"Mean log q − log p {mean:.2f} nats per token; "
     first = next((i for i, token in enumerate(tokens) if not token["agrees"]), None)
     if first is None:
-        return text + "the teacher would have chosen every token."
+        return text + "every token is the teacher's most likely one."
     token = tokens[first]
     return (
-        f"{text}first apart at token {first + 1}, {token['text']!r}, where the teacher has {token['likeliest']!r} "
-        f"(p {token['likeliest_p']:.2f})."
+        f"{text}first disagreement at token {first + 1}, {token['text']!r}, where the teacher has "
+        f"{token['likeliest']!r} (p {token['likeliest_p']:.2f})."
     )

@@ -1,4 +1,4 @@
-"""What is drawn over the position in an answer: exposure bias and distances of every contestant."""
+"""Charts by position in the response: exposure bias and distances to the teacher of every variant."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, limits_of, plain
-from .verdict import words
+from .text import label
 
 _BANDS = {1: "± one standard error over prompts", 2: "from one seed to the other", 3: "95 % interval over seeds"}
-_UNSETTLED = 5  # the first fifth of the positions does not decide how high the chart of exposure bias is
+_UNSETTLED = 5  # the first fifth of the positions does not set the axis of exposure bias
 
 
 def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
-    """The charts over positions; none where nothing was measured."""
+    """The charts by position; none where nothing was measured."""
     biased = {name: curve for name, curve in content["exposure_bias"].items() if _points(curve["mean"])}
     if biased:
         ends = [_points(curve[end]) for curve in biased.values() for end in ("low", "mean", "high")]
@@ -21,26 +21,26 @@ def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
         cut = max(value for points in ends for _, value in points) > limits[1]
         panels = [_exposure(name, biased, limits) for name in biased]
         shaded = " or ".join(dict.fromkeys(_BANDS[min(curve["seeds"], 3)] for curve in biased.values()))
-        about = "excess of accumulated forward KL on own prefixes over the teacher's, percent; shaded: "
+        about = "excess of accumulated forward KL on student prefixes over teacher prefixes, percent; shaded: "
         about += shaded
-        about += "; the first positions, where there is next to nothing to exceed, run off the chart" if cut else ""
+        about += "; the first positions, where the KL on teacher prefixes is nearly 0, run off the chart" if cut else ""
         yield Chart("exposure-bias", "Exposure bias by position", about, panels)
-    apart = {name: curves for name, curves in content["distance"].items() if any(curves.values())}
-    if apart:
-        limits = limits_of([value for curves in apart.values() for values in curves.values() for value in values])
-        panels = [_distances(name, curves, limits) for name, curves in apart.items()]
-        yield Chart("distance", "Distance to the teacher by position", "nats, on the student's own answers", panels)
+    distances = {name: curves for name, curves in content["distance"].items() if any(curves.values())}
+    if distances:
+        limits = limits_of([value for curves in distances.values() for values in curves.values() for value in values])
+        panels = [_distances(name, curves, limits) for name, curves in distances.items()]
+        yield Chart("distance", "Distance to the teacher by position", "nats, on student samples", panels)
 
 
-def _exposure(who: str, having: Mapping[str, Mapping[str, Any]], limits: tuple[float, float]) -> Panel:
-    """One contestant's curve with its band before the others' curves, on the axes that they share."""
-    curve = having[who]
+def _exposure(variant: str, all_curves: Mapping[str, Mapping[str, Any]], limits: tuple[float, float]) -> Panel:
+    """One variant's curve with its band before the others' curves, on the axes that they share."""
+    curve = all_curves[variant]
     points, low, high = (_points(curve[name]) for name in ("mean", "low", "high"))
 
     def draw(axes: Axes) -> None:
-        for other in having:
-            if other != who:
-                axes.plot(*zip(*_points(having[other]["mean"]), strict=True), color=FAINT, linewidth=0.7)
+        for other in all_curves:
+            if other != variant:
+                axes.plot(*zip(*_points(all_curves[other]["mean"]), strict=True), color=FAINT, linewidth=0.7)
         at = [position for position, _ in low]
         axes.fill_between(at, [v for _, v in low], [v for _, v in high], color=ACCENT, alpha=0.18, linewidth=0)
         axes.plot(*zip(*points, strict=True), color=ACCENT)
@@ -52,15 +52,15 @@ def _exposure(who: str, having: Mapping[str, Mapping[str, Any]], limits: tuple[f
 
     (position, last), lowest, highest = points[-1], low[-1][1], high[-1][1]
     at, most = max(points, key=lambda point: point[1])
-    told = f"Exposure bias of {who}: {last:.1f} % over {position} positions"
-    told += f", at most {most:.0f} % at position {at}" if at < position else ""
+    about = f"Exposure bias of {variant}: {last:.1f} % over {position} positions"
+    about += f", at most {most:.0f} % at position {at}" if at < position else ""
     if curve["seeds"] > 1:
-        told += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
-    return Panel(who, told + ("; others in grey." if len(having) > 1 else "."), draw, right=0.86)
+        about += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
+    return Panel(variant, about + ("; others in grey." if len(all_curves) > 1 else "."), draw, right=0.86)
 
 
 def _points(values: Sequence[float | None]) -> list[tuple[int, float]]:
-    """(position, value), positions counted from 1, less those that are no numbers."""
+    """(position, value), positions counted from 1, without those that are no numbers."""
     return [(at, value) for at, value in enumerate(values, start=1) if value is not None]
 
 
@@ -74,7 +74,9 @@ def _distances(name: str, curves: Mapping[str, Sequence[float]], limits: tuple[f
         plain(axes)
         axes.set_xlabel("position", fontsize=7, labelpad=2)
         colours = dict(zip(lines, (ACCENT, INK), strict=False))
-        label_ends(axes, [(points[-1][1], words(kind), colours[kind]) for kind, points in lines.items()])
+        label_ends(axes, [(points[-1][1], label(kind), colours[kind]) for kind, points in lines.items()])
 
-    said = [f"{words(kind)} {points[0][1]:.3g} at first, {points[-1][1]:.3g} at last" for kind, points in lines.items()]
-    return Panel(name, "; ".join(said) + ".", draw)
+    about = [
+        f"{label(kind)} {points[0][1]:.3g} at first, {points[-1][1]:.3g} at last" for kind, points in lines.items()
+    ]
+    return Panel(name, "; ".join(about) + ".", draw)

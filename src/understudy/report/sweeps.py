@@ -1,6 +1,6 @@
-"""The curves of a sweep: a metric over the values of the option that was varied, a line for each recipe.
+"""Charts of a sweep: a metric over the values of the option that was varied, a line for each recipe.
 
-The one idea: the picture that papers draw. Up to three recipes share a panel; of more, each has its own, with the
+Up to three recipes share a panel; of more, each has its own, with the
 others behind it in grey.
 """
 
@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from .drawing import ACCENT, FAINT, INK, SOFT, WIDTH, Chart, Panel, label_ends, plain
-from .verdict import PERCENT, heading, interval, number
+from .text import heading, interval, is_share, number
 
-_TOGETHER = (ACCENT, INK, SOFT)  # the lines of one panel, best first
+_COLOURS = (ACCENT, INK, SOFT)  # the lines of one panel, best first
 _LEFT, _RIGHT = 0.13, 0.72
 _ASIDE = 0.12  # how far apart recipes stand at a word, as a share of the way to the next
 _LETTER = 3.9  # points that a letter of a tick's label is wide, about
-_FAR = 0.75  # a reference farther off than so many times the height of the curves is named, and not drawn
+_FAR = 0.75  # a reference farther away than so many times the height of the curves is named, and not drawn
 
 Point = tuple[float, Mapping[str, float], str]  # place on the axis, spread, the value as it was written
 
@@ -31,51 +31,53 @@ class _Curves:
     option: str
     axis: str  # linear, log or words
     lines: Mapping[str, Sequence[Point]]  # by recipe, the best first
-    beside: Mapping[str, float]  # teacher, warm start, baseline
+    references: Mapping[str, float]  # teacher, warm start, baseline
 
 
 def swept(content: Mapping[str, Any]) -> list[Chart]:
-    """A chart for each metric over the values of a comparison's sweep, less what is alike everywhere and no measure of
-    quality; none where nothing was swept."""
-    judged = content["comparison"]
-    if not judged or not judged["sweep"]:
+    """A chart for each metric over the values of a comparison's sweep; none where nothing was swept.
+
+    Metrics that are the same everywhere are left out, unless they measure quality.
+    """
+    comparison = content["comparison"]
+    if not comparison or not comparison["sweep"]:
         return []
-    made = []
-    seeds = max(line["seeds"] for line in judged["lines"])
+    charts = []
+    seeds = max(row["seeds"] for row in comparison["rows"])
     about = {1: "one seed each", 2: "means, and from one seed to the other"}
     about = about.get(seeds, "means and 95 % intervals over seeds")
-    for protocol, metric in judged["columns"]:
-        curves = _curves(judged, protocol, metric)
+    for protocol, metric in comparison["columns"]:
+        curves = _curves(comparison, protocol, metric)
         means = {spread["mean"] for points in curves.lines.values() for _, spread, _ in points}
-        if len(means) > 1 or (means and [protocol, metric] in judged["quality"]):
-            made.append(_chart(curves, protocol, about))
-    return made
+        if len(means) > 1 or (means and [protocol, metric] in comparison["quality"]):
+            charts.append(_chart(curves, protocol, about))
+    return charts
 
 
-def _curves(judged: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
+def _curves(comparison: Mapping[str, Any], protocol: str, metric: str) -> _Curves:
     by_name = {
-        line["name"]: spread if line["seeds"] != 2 else _from_seed_to_seed(spread)
-        for line in judged["lines"]
-        if (spread := line["metrics"].get(protocol, {}).get(metric)) is not None
+        row["name"]: spread if row["seeds"] != 2 else _from_seed_to_seed(spread)
+        for row in comparison["rows"]
+        if (spread := row["metrics"].get(protocol, {}).get(metric)) is not None
     }
-    found = judged["sweep"]
-    every = list(dict.fromkeys(point["written"] for of in found["recipes"].values() for point in of))
+    sweep = comparison["sweep"]
+    every = list(dict.fromkeys(point["written"] for of in sweep["recipes"].values() for point in of))
     lines: dict[str, list[Point]] = {}
-    for recipe, of in found["recipes"].items():
+    for recipe, of in sweep["recipes"].items():
         for point in of:
-            place = every.index(point["written"]) if found["axis"] == "words" else point["value"]
+            place = every.index(point["written"]) if sweep["axis"] == "words" else point["value"]
             if (spread := by_name.get(point["name"])) is not None:
                 lines.setdefault(recipe, []).append((place, spread, point["written"]))
     best = sorted(lines, key=lambda recipe: -max(spread["mean"] for _, spread, _ in lines[recipe]))
-    references = judged["references"].items()
-    beside = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in references}
-    beside["baseline"] = (by_name.get(judged["baseline"]) or {}).get("mean")
-    known = {name: value for name, value in beside.items() if value is not None}
-    return _Curves(metric, found["option"], found["axis"], {recipe: lines[recipe] for recipe in best}, known)
+    models = comparison["references"].items()
+    references = {name: r["metrics"].get(protocol, {}).get(metric) for name, r in models}
+    references["baseline"] = (by_name.get(comparison["baseline"]) or {}).get("mean")
+    references = {name: value for name, value in references.items() if value is not None}
+    return _Curves(metric, sweep["option"], sweep["axis"], {recipe: lines[recipe] for recipe in best}, references)
 
 
 def _from_seed_to_seed(spread: Mapping[str, float]) -> dict[str, float]:
-    """The two values themselves for ends: their interval, 12.7 standard errors to each side, would hide everything."""
+    """The two values as ends: their 95 % interval, 12.7 standard errors to each side, would hide everything."""
     half = spread["deviation"] / 2**0.5
     return {**spread, "low": spread["mean"] - half, "high": spread["mean"] + half}
 
@@ -83,8 +85,8 @@ def _from_seed_to_seed(spread: Mapping[str, float]) -> dict[str, float]:
 def _chart(curves: _Curves, protocol: str, about: str) -> Chart:
     short = curves.option.rpartition(".")[2]
     title = f"{heading(curves.metric)} ({protocol}) over {short}"
-    if len(curves.lines) <= len(_TOGETHER):
-        panels = [_panel(title, curves, dict(zip(curves.lines, _TOGETHER, strict=False)))]
+    if len(curves.lines) <= len(_COLOURS):
+        panels = [_panel(title, curves, dict(zip(curves.lines, _COLOURS, strict=False)))]
     else:
         greys = dict.fromkeys(curves.lines, FAINT)
         panels = [_panel(recipe, curves, {**greys, recipe: ACCENT}) for recipe in curves.lines]
@@ -114,39 +116,38 @@ def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
             if recipe in before:
                 last = points[-1][1]["mean"]
                 ends.append((last, recipe if len(curves.lines) > 1 else number(last, curves.metric), colour))
-        for name, value in curves.beside.items():
+        for name, value in curves.references.items():
             far = "" if name in near else f" {number(value, curves.metric)} {'↑' if value > limits[1] else '↓'}"
             ends.append((min(max(value, limits[0]), limits[1]), name + far, SOFT))
             if name in near:
                 axes.axhline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0.5)
         axes.set_ylim(limits)
-        plain(axes, steps=False, shares=curves.metric in PERCENT)
+        plain(axes, steps=False, shares=is_share(curves.metric))
         _tick(axes, curves)
         label_ends(axes, ends)
 
-    said = [f"{recipe}: {_said(curves.lines[recipe], curves.metric)}" for recipe in before]
-    said += [f"{name} {number(value, curves.metric)}" for name, value in curves.beside.items()]
-    return Panel(title, f"Over {curves.option}. " + "; ".join(said) + ".", draw, 2.3, right=_RIGHT, left=_LEFT)
+    about = [f"{recipe}: {_description(curves.lines[recipe], curves.metric)}" for recipe in before]
+    about += [f"{name} {number(value, curves.metric)}" for name, value in curves.references.items()]
+    return Panel(title, f"Over {curves.option}. " + "; ".join(about) + ".", draw, 2.3, right=_RIGHT, left=_LEFT)
 
 
-def _said(points: Sequence[Point], metric: str) -> str:
+def _description(points: Sequence[Point], metric: str) -> str:
     return ", ".join(f"{number(s['mean'], metric)}{interval(s, metric)} at {written}" for _, s, written in points)
 
 
 def _limits(curves: _Curves) -> tuple[tuple[float, float], set[str]]:
-    """The height of the axes, and which of the references are in it."""
+    """The limits of the axes, and the references that are inside."""
     values = [s[end] for line in curves.lines.values() for _, s, _ in line for end in ("low", "mean", "high")]
     low, high = min(values), max(values)
     room = _FAR * ((high - low) or abs(high) or 1.0)
-    near = {name for name, value in curves.beside.items() if low - room <= value <= high + room}
-    inside = [*values, *(curves.beside[name] for name in near)]
+    near = {name for name, value in curves.references.items() if low - room <= value <= high + room}
+    inside = [*values, *(curves.references[name] for name in near)]
     edge = 0.06 * (max(inside) - min(inside)) or abs(high) or 1.0
     return (min(inside) - edge, max(inside) + edge), near
 
 
 def _tick(axes: Axes, curves: _Curves) -> None:
-    """Label the values that were tried as they were written; where they stand too close, words in two rows, and of
-    numbers not every one."""
+    """Label the swept values as they were written; where they are too close, words in two rows, and not all numbers."""
     written = {x: text for line in curves.lines.values() for x, _, text in line}
     places = sorted(written)
     axes.set_xlabel(curves.option, fontsize=7, labelpad=2)
@@ -163,10 +164,10 @@ def _tick(axes: Axes, curves: _Curves) -> None:
         if rows > 1:
             axes.set_xlabel("")  # for which there is no room below them; the title says what they are
         return
-    scale, taken, kept = 72 / axes.figure.dpi, float("-inf"), []
+    scale, taken, labelled = 72 / axes.figure.dpi, float("-inf"), []
     for x in places:
         middle, half = axes.transData.transform((x, 0))[0] * scale, _LETTER * len(written[x]) / 2
         if middle - half > taken:
-            kept.append(x)
+            labelled.append(x)
             taken = middle + half + 2
-    axes.set_xticks(kept, [written[x] for x in kept])
+    axes.set_xticks(labelled, [written[x] for x in labelled])

@@ -1,10 +1,11 @@
-"""A run: what a recipe describes, built, checked before anything is computed, trained and saved.
+"""Run a recipe: build, train or resume, save the student and what came of it.
 
 A run lives in one folder, `training.output_dir`:
 
-    recipe.yaml     the resolved recipe          metrics.jsonl   every log line
-    checkpoint-N/   to resume from               samples.jsonl   answers shown as the student learned
-    student/        the result                   run.json        versions, hardware, counts, seconds, final metrics
+    recipe.yaml     the resolved recipe            metrics.jsonl   every log line
+    .understudy     a marker: the rest is a run's  before.json     what it began with
+    checkpoint-N/   to resume from                 samples.jsonl   responses shown as the student learned
+    student/        the result                     run.json        versions, hardware, counts, seconds, final metrics
 
 The same command again resumes an interrupted run from its last complete checkpoint.
 """
@@ -12,70 +13,28 @@ The same command again resumes an interrupted run from its last complete checkpo
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from inspect import signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import torch
 from rich import get_console
 from rich.console import Console
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
 
-from .. import metrics
 from ..batch import Example
-from ..data.examples import Examples, examples_from_rows, load_examples
-from ..evaluation.evaluate import distance, evaluate
-from ..generation.response_cache import CachedRollout
-from ..generation.stop_tokens import stop_ids
-from ..method import Method
-from ..methods import METHODS
-from ..models.context_window import context_window
-from ..models.load import (
-    check_tokenizers,
-    check_vocabulary,
-    load_config,
-    load_tokenizer,
-    loading,
-)
-from ..models.student import load_student, student_config, tokenizer_name
-from ..playground.names import is_playground, rows
-from ..recipe import Data, Recipe, RecipeError
-from ..recipe_arguments import convert
-from ..registry import did_you_mean
-from ..reward import Reward, RewardModel, function
-from ..rollout import Rollout
-from ..rollouts import ROLLOUTS
-from ..sampling import Sampling
+from ..evaluation.evaluate import distance
+from ..files import write_atomic
+from ..recipe import Recipe
 from ..step import Step
-from ..teacher import Capability, Teacher
-from ..teachers import TEACHERS, check_provides
-from ..training.callbacks import LogMetrics, ShowSamples, StopOnInterrupt
-from ..training.trainer import StudentTrainer, last_checkpoint
-from .folder import check_unchanged, claim, write
+from ..teacher import Capability
+from ..training.callbacks import StopOnInterrupt
+from .arguments import training_arguments
+from .build import Run, build
+from .folder import RunFolder
 from .summary import summarize
-
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 class Interrupted(Exception):
     """The run was stopped by Ctrl-C after saving a checkpoint."""
-
-
-@dataclass
-class Run:
-    """Everything that a recipe describes, ready to train."""
-
-    recipe: Recipe
-    trainer: StudentTrainer
-    teacher: Teacher | None  # as the recipe describes it; a method may train with it in a changed form
-    tokenizer: Any
-    folder: Path
-    train: Examples
-    held_out: Examples | None
 
 
 def distill(recipe: Recipe, restart: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -87,262 +46,71 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     """
     console = console or get_console()
     arguments = training_arguments(recipe)
-    folder = Path(arguments.output_dir or ".")
+    folder = RunFolder(Path(arguments.output_dir or "."))
     with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            claim(folder, recipe, restart)
-    if (folder / "run.json").exists() and (folder / "student").exists():
-        console.print(f"{folder} is finished already; --restart runs it again", soft_wrap=True)
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        folder.check_free(recipe, restart)
+    if not restart and folder.is_finished and (summary := folder.read_run_json()) is not None:
+        console.print(f"{folder.path} is finished already; --restart runs it again", soft_wrap=True)
+        return summary
 
     run = build(recipe, arguments, console)
-    checkpoint = last_checkpoint(folder)
-    check_unchanged(folder, recipe, run.train)
+    if not restart:
+        folder.check_unchanged(recipe, run.train)
+    run.trainer.accelerator.wait_for_everyone()  # nothing is deleted before every process has found all it needs
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            folder.claim(recipe, restart)
+    checkpoint = folder.last_checkpoint()
     if checkpoint:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
-        before = json.loads((folder / "before.json").read_text(encoding="utf-8"))["own_samples"]
-    else:
-        before = own_samples(run)
-        began = {"fingerprint": run.train.fingerprint, "own_samples": before}
-        write(folder / "before.json", json.dumps(began), arguments)
-    watch = StopOnInterrupt()
-    run.trainer.add_callback(watch)
+    before = _distance_before(run, resumed=checkpoint is not None)
+    interrupt = StopOnInterrupt()
+    run.trainer.add_callback(interrupt)
     start, cpu_start = time.perf_counter(), time.process_time()
     run.trainer.train(resume_from_checkpoint=checkpoint)
-    if watch.interrupted:
+    if interrupt.interrupted:
         raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command goes on from there")
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
-    found = run.trainer.evaluate() if run.held_out is not None else {}
-    summary = summarize(run, seconds, found) | {"own_samples": {"before": before, "after": own_samples(run)}}
+    metrics = run.trainer.evaluate() if run.held_out is not None else {}
+    after = student_samples(run)
+    summary = summarize(run, seconds, metrics) | {"student_samples": {"before": before, "after": after}}
     save_student(run)
     if arguments.process_index == 0:
-        run.trainer.method.export(folder)
-    write(folder / "run.json", json.dumps(summary, indent=2), arguments)
+        run.trainer.method.export(folder.path)
+        write_atomic(folder.run_json, json.dumps(summary, indent=2))
     return summary
 
 
-def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
-    """Build what a recipe describes. Mistakes are looked for in the order of what finding them costs."""
-    method: Method = recipe.build("method", METHODS, **_reward(recipe))
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
-    uses_teacher = bool(method.requires) or "teacher" in method.authors
-    if uses_teacher and recipe.teacher is None:
-        message = f"{recipe.method[0]} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
-        raise recipe.error("method", message)
-    teacher: Teacher | None = None if recipe.teacher is None else recipe.build("teacher", TEACHERS)
-    with recipe.locating("teacher"):
-        try:
-            check_provides(teacher, method.requires, recipe.method[0])
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
-
-    # From here on files are read, or fetched from the hub; weights come last.
-    name = None if teacher is None else teacher.model_name
-    with recipe.locating("student"):
-        tokenizer = load_tokenizer(tokenizer_name(recipe, None if teacher is None else teacher.tokenizer_name))
-        config = student_config(recipe, name)
-        check_vocabulary(tokenizer, config, "the student has")
-    configs = [config]
-    if teacher is not None and teacher.tokenizer_name is not None:
-        with recipe.locating("teacher"):
-            check_tokenizers(tokenizer, load_tokenizer(teacher.tokenizer_name))
-    if name is not None:
-        with recipe.locating("teacher"):
-            if uses_teacher:
-                configs.append(load_config(name))
-                check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    writes = method.authors - {"dataset"}
-    window = context_window(*configs)
-    window = None if window is None else window - method.teacher_prefix_tokens
-    train, held_out, corpus = _datasets(recipe, method, tokenizer, window, sampling.max_new_tokens if writes else 1)
-
-    set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
-    with recipe.locating("student"):
-        student = load_student(recipe, config, name)
-    teacher = teacher if uses_teacher else None
-    with recipe.locating("teacher"):
-        teacher_model = None if teacher is None else teacher.model  # loaded here, where mistakes have a place
-    if not sampling.stop_ids:
-        sampling = replace(sampling, stop_ids=tuple(stop_ids(tokenizer, student, teacher_model)))
-    folder = Path(arguments.output_dir or ".")
-    teacher_rollout = None
-    if "teacher" in writes and teacher is not None:
-        bound = rollout.bind(teacher_model, tokenizer, "teacher")
-        teacher_rollout = CachedRollout(bound, folder / "teacher_answers.jsonl")
-    trainer = StudentTrainer(
-        student,
-        teacher,
-        method,
-        rollout,
-        sampling,
-        processing_class=tokenizer,
-        teacher_rollout=teacher_rollout,
-        response_metrics=_judge(recipe, rollout, sampling, tokenizer, held_out) if recipe.evaluate.metrics else None,
-        budget=recipe.budget,
-        corpus=corpus,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        callbacks=[LogMetrics(folder / "metrics.jsonl")],
-    )
-    shown = recipe.evaluate
-    if shown.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(shown.patience))
-    if shown.show:
-        every = shown.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
-        source = held_out or train
-        examples = [source[i] for i in range(min(shown.show, len(source)))]
-        trainer.add_callback(
-            ShowSamples(trainer.writers.student, examples, tokenizer, every, folder / "samples.jsonl", console)
-        )
-    return Run(recipe, trainer, teacher, tokenizer, folder, train, held_out)
+def _distance_before(run: Run, resumed: bool) -> dict[str, float]:
+    """The distance to the teacher with which the run began; measured and written now, unless the run is resumed."""
+    if resumed:
+        return (run.folder.read_before() or {})["student_samples"]
+    before = student_samples(run)
+    if run.trainer.args.process_index == 0:
+        content = {"fingerprint": run.train.fingerprint, "student_samples": before}
+        write_atomic(run.folder.before, json.dumps(content))
+    return before
 
 
-def _reward(recipe: Recipe) -> dict[str, Reward]:
-    """The method's argument `reward`, if the recipe has that block."""
-    block = recipe.reward
-    if block is None:
-        return {}
-    name = recipe.method[0]
-    if name in METHODS.names() and "reward" not in signature(METHODS.get(name)).parameters:
-        raise recipe.error("reward", f"{name} takes no reward; gkd does")
-    with recipe.locating("reward"):
-        try:
-            functions: dict[Any, float] = {function(place): w for place, w in block.functions.items()}
-            if block.model is not None:
-                with loading("reward model", block.model):
-                    functions[RewardModel(block.model, block.label, block.reads)] = block.weight
-            return {"reward": Reward(functions, block.normalize)}
-        except ValueError as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
+def student_samples(run: Run, count: int = 64) -> dict[str, float]:
+    """The distance of the student to the teacher on its own responses to a few prompts, the same draws at every call.
 
-
-def _judge(
-    recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
-) -> Callable[[Any], dict[str, float]]:
-    """What a student's greedy answers to the held-out prompts come to, as numbers."""
-    names = recipe.evaluate.metrics
-    if held_out is None:
-        raise recipe.error("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
-    with recipe.locating("evaluate.metrics"):
-        metrics.check(names)
-    greedy = replace(sampling, temperature=0.0, n=1)
-
-    def judge(student: Any) -> dict[str, float]:
-        found = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
-        return {
-            name: value for name, value in found.items() if not name.startswith(("seconds", "tokens_per", "examples"))
-        }
-
-    return judge
-
-
-def own_samples(run: Run, count: int = 64) -> dict[str, float]:
-    """How far the student is from the teacher on its own answers to a few prompts, drawn alike whenever asked.
-
-    Returns the means of `scores.compare` over the answers' tokens; nothing where no teacher's distribution is known.
+    Returns the means of `scores.divergence_metrics` over the responses' tokens; nothing where the teacher provides no
+    distribution.
     """
     trainer, teacher = run.trainer, run.teacher
     if teacher is None or not teacher.can(Capability.TOP_K):
         return {}
-    source = run.held_out or run.train
-    prompts: list[Example] = [source[i] for i in range(min(count, len(source)))]
-    written = trainer.writers.student(prompts, Step(0, trainer.args.seed))
+    dataset = run.held_out or run.train
+    prompts: list[Example] = [dataset[i] for i in range(min(count, len(dataset)))]
+    responses = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
-    return distance(trainer.model, teacher, written, trainer.vocabulary)
-
-
-def gains_from_bf16() -> bool:
-    """Has this machine instructions that multiply in bfloat16: a GPU's tensor cores, or a CPU's AVX-512, AMX or SVE?"""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    having: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(having.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
-
-
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The training block, which is TrainingArguments, with a run folder and logging at a pace to watch."""
-    values: dict[str, Any] = {
-        "output_dir": f"runs/{recipe.name}",
-        "report_to": "none",
-        "logging_steps": 10,
-        "save_total_limit": 2,
-    }
-    known, hints = {f.name for f in fields(TrainingArguments) if f.init}, get_type_hints(TrainingArguments)
-    for key, value in recipe.training.items():
-        if key not in known:
-            message = f'transformers\' TrainingArguments have no field "{key}"{did_you_mean(key, known)}'
-            raise recipe.error(f"training.{key}", message)
-        if value is False and key.endswith("_strategy"):
-            value = "no"  # which YAML reads as false
-        if (key, value) == ("bf16", "auto"):
-            value = gains_from_bf16()
-        hint: Any = hints[key]
-        with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
-            values[key] = convert(value, hint, f"training.{key}") if hint in (int, float, bool) else value
-        if key in _AT_LEAST_ONE and int(value) < 1:
-            raise recipe.error(f"training.{key}", f"training.{key} is {value}, and 1 is the least")
-    if values.get("eval_strategy", "no") not in ("no", False) and recipe.evaluate.dataset is None:
-        message = "evaluating while training needs held-out data: add evaluate.dataset, or leave eval_strategy out"
-        raise recipe.error("training.eval_strategy", message)
-    try:
-        made = TrainingArguments(**values)
-        for callback in get_reporting_integration_callbacks(made.report_to):
-            callback()  # fails where the logger's package is not installed
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        key = next((key for key in recipe.training if key in str(error)), "")
-        key = key or next((key for key, value in recipe.training.items() if f"{value} " in f"{error} "), "")
-        message = str(error).strip().split("\n")[0]
-        raise recipe.error(f"training.{key}".rstrip("."), f"training.{key}: {message}".replace(".:", ":")) from None
-    return made
-
-
-def load_data(data: Data, tokenizer: Any, window: int | None, reserve: int) -> Examples:
-    """The examples that a data block describes, cut to the models' window, with room for `reserve` new tokens.
-
-    Raises:
-        RecipeError: if the block asks for more than the window; and DataError as `data.load_examples`.
-    """
-    options = data.model_dump(exclude={"dataset", "split", "name", "seed"})
-    if window is not None and data.max_length > window:
-        if "max_length" in data.model_fields_set:
-            message = f"data.max_length {data.max_length} is longer than the models' window of {window}: lower it"
-            raise RecipeError(message, "data.max_length")
-        options["max_length"] = window
-    if is_playground(data.dataset):
-        found = rows(data.dataset, data.split, data.seed, data.limit)
-        return examples_from_rows(found, tokenizer, source=data.dataset, reserve=reserve, **options)
-    return load_examples(data.dataset, tokenizer, split=data.split, name=data.name, reserve=reserve, **options)
-
-
-def _datasets(
-    recipe: Recipe, method: Method, tokenizer: Any, window: int | None, reserve: int
-) -> tuple[Examples, Examples | None, Sequence[Example]]:
-    """What is trained on and, where the recipe names it, what is held out."""
-    look = recipe.evaluate
-    other = {"dataset": look.dataset, "split": look.split, "name": look.name, "limit": look.limit}
-    with recipe.locating("data"):
-        train = load_data(recipe.data, tokenizer, window, reserve)
-        held_out = None
-        if look.dataset is not None:
-            held_out = load_data(recipe.data.model_copy(update=other), tokenizer, window, reserve)
-    corpus: Sequence[Example] = ()
-    if recipe.corpus is not None:
-        if not method.uses_corpus:
-            raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
-        texts = recipe.corpus.model_copy(update={"text_prompt": 1})
-        with recipe.locating("corpus"):
-            corpus = load_data(texts, tokenizer, window, 1).examples
-    if "dataset" in method.authors:
-        for examples in filter(None, (train, held_out)):
-            examples.require_responses(recipe.method[0])
-    return train, held_out, corpus
+    return distance(trainer.model, teacher, responses, trainer.vocabulary)
 
 
 def save_student(run: Run) -> None:
-    """The student and its tokenizer in student/, complete or not there at all; adapters merged where asked for."""
-    trainer, target = run.trainer, run.folder / "student"
-    partial = run.folder / "student.partial"
+    """Save the student and its tokenizer in student/, complete or not at all; adapters are merged where asked for."""
+    trainer, partial = run.trainer, run.folder.student_partial
     if run.recipe.student.merge:
         model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         if trainer.args.should_save:
@@ -352,6 +120,6 @@ def save_student(run: Run) -> None:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        shutil.rmtree(run.folder.student, ignore_errors=True)
+        partial.rename(run.folder.student)
     trainer.accelerator.wait_for_everyone()

@@ -1,88 +1,216 @@
-"""A run's folder: whose it is, what in it took long to compute, and files that are written whole or not at all."""
+"""A run's folder: the names of all files in it, how they are read and written, and which run they belong to.
+
+Nothing heavy is imported here: a mistake in a folder's name is reported at once.
+"""
 
 import errno
 import json
 import os
-import shutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import TrainingArguments
 
-from ..data.examples import Examples
-from ..recipe import Recipe, load
-from ..recipe_yaml import RecipeError
-from ..training.trainer import last_checkpoint
+from ..files import read_jsonl, write_atomic
+from ..recipe import Recipe, RecipeError, load
+from ..training import checkpoint
+from . import marker
 
-_DEAR = ("student", "teacher_answers.jsonl")  # what takes long to compute, beside checkpoints
-_RESULTS = (  # all that a run writes
-    *("checkpoint-*", "student", "student.partial", "teacher_answers.jsonl", "soft_prompt"),
-    *("metrics.jsonl", "samples.jsonl", "before.json", "run.json", "report"),
+if TYPE_CHECKING:
+    from ..data.examples import Examples
+
+_RESPONSES = re.compile(r"responses-(.+)\.[0-9a-f]{8}\.jsonl")
+_MEASURED = ".metrics.json"
+_REMEDY = "give another training.output_dir"
+
+
+class _Entry:
+    """A file or folder of this name in a run's folder: its path, or of the class the bare name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: "RunFolder | None", owner: type) -> Path:
+        return Path(self.name) if folder is None else folder.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, `training.output_dir`; or one that holds the evaluation of a model alone."""
+
+    path: Path
+
+    recipe = _Entry("recipe.yaml")  # the resolved recipe
+    marker = _Entry(marker.MARKER)  # which of these files a run, and which an evaluation, wrote here
+    before = _Entry("before.json")  # what the run began with: the data's fingerprint, the distance to the teacher
+    metrics = _Entry("metrics.jsonl")  # every log line
+    samples = _Entry("samples.jsonl")  # responses shown as the student learned
+    teacher_responses = _Entry("teacher_responses.jsonl")  # generated once, for every epoch
+    student = _Entry("student")  # the result
+    student_partial = _Entry("student.partial")
+    soft_prompt = _Entry("soft_prompt")  # what PromptKD learns beside the student
+    run_json = _Entry("run.json")  # versions, hardware, counts, seconds, final metrics
+    report = _Entry("report")
+    evaluation = _Entry("evaluation.json")  # of the student, as `compare` evaluates all alike
+    failed = _Entry("failed.txt")  # why, where a comparison's run has failed
+    log = _Entry("log.txt")  # what a comparison's run printed
+
+    def read_run_json(self) -> dict[str, Any] | None:
+        """What the run was and what came of it; None before it is finished."""
+        return read_json(self.run_json) if self.run_json.is_file() else None
+
+    def read_before(self) -> dict[str, Any] | None:
+        return read_json(self.before) if self.before.is_file() else None
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        return read_json(self.evaluation) if self.evaluation.is_file() else None
+
+    def read_failed(self) -> str | None:
+        return self.failed.read_text(encoding="utf-8").strip() if self.failed.is_file() else None
+
+    def read_measurements(self) -> dict[str, dict[str, Any]]:
+        """What `understudy evaluate --output` measured, by the name of its file of responses."""
+        paths = sorted(self.path.glob(f"*{_MEASURED}"))
+        return {path.name.removesuffix(_MEASURED): read_json(path) for path in paths}
+
+    def responses(self, name: str, digest: str) -> Path:
+        """The responses of an evaluation, which depend on all that `digest` is of."""
+        return self.path / f"responses-{name}.{digest}.jsonl"
+
+    def read_responses(self) -> dict[str, list[dict[str, Any]]]:
+        """The responses that were evaluated, by the settings' name, in the order of seeds and rows.
+
+        Of an evaluation that is not finished, those that there are.
+        """
+        results = (self.read_evaluation() or {}).get("results")
+        if isinstance(results, dict):
+            names = {name: result.get("responses") for name, result in results.items() if isinstance(result, dict)}
+            files = {name: self.path / Path(file).name for name, file in names.items() if isinstance(file, str)}
+        else:
+            unfinished = sorted(self.path.glob("responses-*.jsonl"), key=lambda file: file.stat().st_mtime)
+            files = {match[1]: file for file in unfinished if (match := _RESPONSES.fullmatch(file.name))}
+        lines = {name: read_jsonl(file) for name, file in files.items() if file.is_file()}
+        return {
+            name: sorted(part, key=lambda line: (line.get("seed", 0), line.get("row", 0)))
+            for name, part in lines.items()
+        }
+
+    def last_checkpoint(self) -> str | None:
+        """The newest complete checkpoint."""
+        return checkpoint.last_checkpoint(self.path)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.run_json.exists() and self.student.exists()
+
+    @property
+    def has_results(self) -> bool:
+        """Does the folder hold anything that took long to compute?"""
+        return self.last_checkpoint() is not None or self.student.exists() or self.teacher_responses.exists()
+
+    def holds_run_of(self, recipe: Recipe) -> bool:
+        """Is the resolved recipe in the folder this one?"""
+        if not self.recipe.is_file():
+            return False
+        try:
+            return load(self.recipe).resolved() == recipe.resolved()
+        except RecipeError:
+            return False
+
+    def check_free(self, recipe: Recipe, restart: bool) -> None:
+        """Refuse a folder with another recipe's run, or with files that a run would replace; changes nothing.
+
+        Raises:
+            RecipeError: naming what is in the way, with the remedy.
+        """
+        same = self.holds_run_of(recipe)
+        if not same and self.recipe.exists() and self.recipe.resolve() == recipe.source.resolve():
+            message = f"{self.path} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
+            raise recipe.error("training.output_dir", f"{message}: {_REMEDY}")
+        try:
+            marker.check(self.path, RUN, _REMEDY)
+        except ValueError as error:
+            raise recipe.error("training.output_dir", str(error)) from None
+        if not same and not restart and self.has_results:
+            message = f"{self.path} holds a run of another recipe: {_REMEDY}, or --restart to delete that run"
+            raise recipe.error("training.output_dir", message)
+        nearest = next((place for place in (self.path, *self.path.absolute().parents) if place.exists()), self.path)
+        if not nearest.is_dir():
+            raise self._not_writable(recipe, errno.EEXIST if nearest == self.path else errno.ENOTDIR)
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise self._not_writable(recipe, errno.EACCES)
+
+    def claim(self, recipe: Recipe, restart: bool) -> None:
+        """Make the folder this recipe's, and delete what an earlier run left there that is not to be resumed.
+
+        Raises:
+            RecipeError: as `check_free`, and where nothing can be written.
+        """
+        self.check_free(recipe, restart)
+        same = self.holds_run_of(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            marker.mark(self.path, RUN)
+            if restart or not same:
+                marker.clear(self.path, RUN, keep=(str(RunFolder.recipe),))
+            if not same:
+                write_atomic(self.recipe, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise self._not_writable(recipe, error.errno) from None
+
+    def check_unchanged(self, recipe: Recipe, train: "Examples") -> None:
+        """Refuse to resume with other data than the run began with: its order and the teacher's responses are those
+        of the rows."""
+        before = self.read_before()
+        if self.has_results and before is not None and before["fingerprint"] != train.fingerprint:
+            message = f"{train.source} is not what it was when the run in {self.path} began"
+            message += ": restore it, give another training.output_dir, or --restart to delete that run"
+            raise recipe.error("data.dataset", message)
+
+    def _not_writable(self, recipe: Recipe, code: int | None) -> RecipeError:
+        reason = os.strerror(code or errno.EIO)
+        message = f"the run's folder {self.path} cannot be written ({reason}): {_REMEDY}"
+        return recipe.error("training.output_dir", message)
+
+
+def _kind(name: str, *patterns: Any, **options: Any) -> marker.Kind:
+    return marker.Kind(name, tuple(map(str, patterns)), **options)
+
+
+REPORT = marker.Kind("report", ("report.html", "report.json", "png"))
+EVALUATION = _kind("evaluation", RunFolder.evaluation, RunFolder.failed, RunFolder.log)
+RUN = _kind(
+    *("run", RunFolder.recipe, checkpoint.PATTERN, RunFolder.student, RunFolder.teacher_responses),
+    *(RunFolder.soft_prompt, RunFolder.metrics, RunFolder.samples, RunFolder.before, RunFolder.run_json),
+    RunFolder.report,
+    nested={str(RunFolder.report): REPORT},
 )
 
 
-def claim(folder: Path, recipe: Recipe, restart: bool) -> None:
-    """Make the folder this recipe's, and refuse one that belongs to another: nothing computed is overwritten."""
-    file = folder / "recipe.yaml"
-    same = _is_of(file, recipe)
-    if not same and file.exists() and file.resolve() == recipe.source.resolve():
-        message = f"{folder} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
-        raise recipe.error("training.output_dir", f"{message}: give another training.output_dir")
-    if not same and not restart and is_dear(folder):
-        message = f"{folder} holds a run of another recipe: give another training.output_dir, or --restart"
-        raise recipe.error("training.output_dir", f"{message} to delete that run")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: naming the file, if it holds none.
+    """
+    return read_mapping(path, json.loads, path.read_text(encoding="utf-8"))
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any], text: str) -> dict[str, Any]:
+    """The mapping that a file's `text` stands for.
+
+    Raises:
+        ValueError: naming the file, if it is none.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if restart or not same:
-            _clear(folder, _RESULTS)
-        if not same:
-            write(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-        elif not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        message = f"the run's folder {folder} cannot be written ({error.strerror}): give another training.output_dir"
-        raise recipe.error("training.output_dir", message) from None
-
-
-def is_dear(folder: Path) -> bool:
-    """Does a run's folder hold what took long to compute?"""
-    return last_checkpoint(folder) is not None or any((folder / name).exists() for name in _DEAR)
-
-
-def _is_of(file: Path, recipe: Recipe) -> bool:
-    """Is this the resolved recipe of a run of `recipe`?"""
-    if not file.exists():
-        return False
-    try:
-        return load(file).resolved() == recipe.resolved()
-    except RecipeError:
-        return False
-
-
-def _clear(folder: Path, names: tuple[str, ...]) -> None:
-    """Delete what a run wrote into its folder, and nothing else that may lie there."""
-    for name in names:
-        for path in folder.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def check_unchanged(folder: Path, recipe: Recipe, train: Examples) -> None:
-    """Refuse to go on with other data than a run began with: its order and the teacher's answers belong to the rows."""
-    file = folder / "before.json"
-    if not file.exists() or not is_dear(folder):
-        return
-    if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != train.fingerprint:
-        message = f"{train.source} is not what it was when the run in {folder} began"
-        message += ": restore it, give another training.output_dir, or --restart to delete that run"
-        raise recipe.error("data.dataset", message)
-
-
-def write(path: Path, text: str, arguments: TrainingArguments | None = None) -> None:
-    """Write a file whole or not at all; with `arguments`, on the main process alone."""
-    if arguments is not None and arguments.process_index != 0:
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        content = parse(text)
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it is not what a run writes there; put it away, or restore it")
+    return content

@@ -1,4 +1,4 @@
-"""What a run was and what came of it: the content of run.json."""
+"""The content of run.json: what a run was, what it cost and what came of it."""
 
 import os
 import platform
@@ -12,22 +12,22 @@ import transformers
 
 if TYPE_CHECKING:
     from ..training.trainer import StudentTrainer
-    from .distill import Run
+    from .build import Run
 
 
-def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) -> dict[str, Any]:
+def summarize(run: "Run", seconds: dict[str, float], metrics: dict[str, float]) -> dict[str, Any]:
     """The content of run.json.
 
     Args:
         seconds: `seconds` and `cpu_seconds` of training.
-        found: what the trainer's last evaluation returned.
+        metrics: of the trainer's last evaluation.
     """
     trainer = run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     teacher = getattr(run.teacher, "model", None)
     return {
         "recipe": run.recipe.name,
-        "folder": str(run.folder),
+        "folder": str(run.folder.path),
         "steps": trainer.state.global_step,
         **{name: round(value, 2) for name, value in seconds.items()},
         "tokens": trainer.tokens_seen,
@@ -52,12 +52,12 @@ def summarize(run: "Run", seconds: dict[str, float], found: dict[str, float]) ->
             "understudy": version("understudy"),
             "commit": _commit(),
         },
-        "metrics": {name: value for name, value in found.items() if isinstance(value, float)},
+        "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
     }
 
 
 def _budget(trainer: "StudentTrainer") -> dict[str, Any] | None:
-    """The `tokens` or `seconds` that could be spent, what was `spent` of them, and what the run was `ended_by`."""
+    """The limit in `tokens` or `seconds`, what was `spent` of it, and what the run was `ended_by`."""
     spending, state = trainer.spending, trainer.state
     budget = spending.budget
     if budget is None:
@@ -68,26 +68,26 @@ def _budget(trainer: "StudentTrainer") -> dict[str, Any] | None:
 
 
 def _peak_memory_mb() -> float | None:
-    """The most memory that this process has held: on the GPU if there is one, else as the operating system counts."""
+    """Peak memory of this process: on the GPU if there is one, else as the operating system counts."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
         import resource
     except ImportError:  # Windows
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(most / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
 
 
 def _commit() -> str | None:
     """The commit of the checkout that this code lies in, if it is one."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     try:
-        asked = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return asked.stdout.strip() or None
+    return process.stdout.strip() or None

@@ -1,6 +1,5 @@
 """Callbacks of the training loop: schedules, budget, gradient check, Ctrl-C, metrics file, samples, progress bar."""
 
-import json
 import math
 import signal
 import threading
@@ -18,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..batch import Example
 from ..budget import amount
+from ..files import append_jsonl, read_jsonl, write_jsonl
 from ..method import Method
 from ..rollout import Rollout, Writer
 from ..step import Step
@@ -119,11 +119,11 @@ class LogMetrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _drop_after(self.path, state.global_step)
+            _drop_lines_after(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _append(self.path, {"step": state.global_step, **logs})
+            append_jsonl(self.path, {"step": state.global_step, **logs})
 
 
 class ShowSamples(TrainerCallback):
@@ -144,7 +144,7 @@ class ShowSamples(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _drop_after(self.path, state.global_step)
+            _drop_lines_after(self.path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.every or state.global_step % self.every or not self.examples:
@@ -159,7 +159,7 @@ class ShowSamples(TrainerCallback):
             columns_ids = (example.prompt, sample.response, example.response)
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in columns_ids]
             table.add_row(*(Text(_printable(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
-            _append(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
+            append_jsonl(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
         self.console.print(table)
 
 
@@ -212,19 +212,8 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\t", " "))
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL file that are later than `step`, and a torn last line."""
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that are later than `step`, and what is no such line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue
-    path.write_text("".join(lines), encoding="utf-8")
+    lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int | float)]
+    write_jsonl(path, [line for line in lines if line["step"] <= step])

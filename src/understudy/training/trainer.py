@@ -12,7 +12,6 @@ The loss of an optimizer step is Σ weight · value over all its tokens on all p
 does not depend on how the step is split into micro-batches and processes.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batch import Batch, Example, micro_batches
 from ..budget import Budget
@@ -40,6 +38,7 @@ from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
 from .callbacks import AfterStep, CheckGradients, ShowProgress, StopAtBudget, SyncRollout
+from .checkpoint import last_checkpoint
 from .spending import Spending, follow_budget
 from .step_metrics import StepMetrics
 
@@ -319,18 +318,3 @@ class StudentTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
                     callback.progress.stop()  # gives the terminal its cursor back, also after an error
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end: a killed run may leave a part of one.
-
-    The trainer's state is the last file of a checkpoint to be written.
-    """
-    found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None

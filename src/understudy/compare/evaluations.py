@@ -1,0 +1,112 @@
+"""Evaluate models with the same settings, keep the evaluation in a folder, and read it back as a result.
+
+`evaluation.json` holds the settings and the results by name: greedy, T=1, exposure. Every file of responses is named
+after all that they depend on, so that those of other settings or other weights stay, and the same ones are resumed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.evaluate import Evaluation
+from ..evaluation.evaluate_model import LoadedModel, evaluate_loaded, load_for_evaluation
+from ..evaluation.responses import identity
+from ..evaluation.settings import EvalSettings
+from ..files import write_atomic
+from ..recipe import Recipe
+from ..run import marker
+from ..run.folder import EVALUATION, RunFolder
+from .statistics import Result
+
+EXPOSURE = "exposure"  # the name of the settings that measure exposure bias
+_FORMAT = ("name", "columns", "template", "chat_template_kwargs", "text_prompt", "on_bad_row", "on_long_prompt")
+
+NamedSettings = Mapping[str, EvalSettings]
+
+
+def named_settings(
+    settings: EvalSettings, temperatures: Sequence[float] = (0.0,), exposure: int = 0, teacher: str | None = None
+) -> dict[str, EvalSettings]:
+    """Settings for each temperature, and for exposure bias against `teacher` on the first `exposure` prompts."""
+    named = {"greedy" if t == 0 else f"T={t:g}": replace(settings, temperature=t) for t in temperatures}
+    if exposure:
+        data = settings.data.model_copy(update={"limit": exposure})
+        changes = {"data": data, "temperature": 1.0, "metrics": (), "teacher": teacher, "exposure_bias": True}
+        named[EXPOSURE] = replace(settings, **changes)
+    return named
+
+
+def with_format_of(settings: NamedSettings, recipe: Recipe) -> dict[str, EvalSettings]:
+    """The settings with the recipe's own way of reading a row: columns, templates, and what is done with bad rows."""
+    fields = {name: getattr(recipe.data, name) for name in _FORMAT if name in recipe.data.model_fields_set}
+    return {name: replace(each, data=each.data.model_copy(update=fields)) for name, each in settings.items()}
+
+
+def reference_folder(output: Path, model: str) -> RunFolder:
+    """Where a comparison keeps the evaluation of a model that it did not train."""
+    return RunFolder(output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8])
+
+
+def evaluate_into(folder: RunFolder, model: str, settings: NamedSettings) -> None:
+    """Evaluate a model with all settings; write evaluation.json and the responses.
+
+    Exposure bias of a teacher against itself is left out.
+
+    Raises:
+        ValueError: for a folder with an evaluation.json that was not written here; and as `evaluate_model`.
+    """
+    claim(folder)
+    results: dict[str, Any] = {}
+    loaded: LoadedModel | None = None
+    for name, each in settings.items():
+        if each.exposure_bias and each.teacher == model:
+            continue
+        loaded = load_for_evaluation(model, each, loaded)
+        file = folder.responses(name, _digest(loaded, each))
+        results[name] = _content(evaluate_loaded(loaded, each, file), each) | {"responses": file.name}
+    content = {"settings": {name: each.as_dict() for name, each in settings.items()}, "results": results}
+    write_atomic(folder.evaluation, json.dumps(content, indent=1))
+
+
+def claim(folder: RunFolder) -> None:
+    """Mark a folder, made where there is none, as one that holds an evaluation."""
+    marker.check(folder.path, EVALUATION, "give another folder")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    marker.mark(folder.path, EVALUATION)
+
+
+def read_result(folder: RunFolder, settings: NamedSettings) -> Result | str:
+    """The result of a folder's evaluation with these settings, or why there is none."""
+    evaluation = folder.read_evaluation()
+    if evaluation is None or evaluation.get("settings") != {name: each.as_dict() for name, each in settings.items()}:
+        default = "the process was killed" if evaluation is None else "evaluated with other settings"
+        return folder.read_failed() or default
+    return result_of(evaluation["results"], folder.read_run_json())
+
+
+def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Result:
+    """A result from what evaluation.json and run.json hold."""
+    return Result(
+        metrics={name: dict(part["metrics"]) for name, part in results.items()},
+        scores={name: part["scores"] for name, part in results.items() if part.get("scores") is not None},
+        **{name: (run or {}).get(name) for name in ("seconds", "cpu_seconds", "tokens", "budget")},
+    )
+
+
+def _content(evaluation: Evaluation, settings: EvalSettings) -> dict[str, Any]:
+    correct = [response["correct"] for response in evaluation.responses]
+    scores = None if None in correct or settings.exposure_bias else [float(value) for value in correct]
+    content = {"metrics": evaluation.metrics, "scores": scores}
+    return content | ({"curves": evaluation.curves} if evaluation.curves else {})
+
+
+def _digest(loaded: LoadedModel, settings: EvalSettings) -> str:
+    """8 hexadecimal digits that change with whatever the responses of model and teacher depend on."""
+    models = [loaded.model, *([loaded.teacher.model] if settings.exposure_bias and loaded.teacher else [])]
+    identities = [identity(model, loaded.rollout, loaded.sampling, "student") for model in models]
+    prompts = [example.prompt for example in loaded.examples.examples]
+    content = json.dumps([settings.seeds, identities, prompts], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

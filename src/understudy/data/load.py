@@ -1,0 +1,25 @@
+"""Load the examples that a recipe's data block describes: a file, a folder, a dataset of the hub, or the playground."""
+
+from typing import Any
+
+from ..playground.names import is_playground, rows
+from ..recipe import Data, RecipeError
+from .examples import Examples, examples_from_rows, load_examples
+
+
+def load_data(data: Data, tokenizer: Any, context_length: int | None, reserve: int) -> Examples:
+    """The examples of a data block, cut to the models' context length, with room for `reserve` new tokens.
+
+    Raises:
+        RecipeError: if the block asks for more than the context length; and DataError as `load_examples`.
+    """
+    options = data.model_dump(exclude={"dataset", "split", "name", "seed"})
+    if context_length is not None and data.max_length > context_length:
+        if "max_length" in data.model_fields_set:
+            message = f"data.max_length {data.max_length} is more than the models' context length {context_length}"
+            raise RecipeError(f"{message}: lower it", "data.max_length")
+        options["max_length"] = context_length
+    if is_playground(data.dataset):
+        problems = rows(data.dataset, data.split, data.seed, data.limit)
+        return examples_from_rows(problems, tokenizer, source=data.dataset, reserve=reserve, **options)
+    return load_examples(data.dataset, tokenizer, split=data.split, name=data.name, reserve=reserve, **options)

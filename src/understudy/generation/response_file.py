@@ -1,0 +1,125 @@
+"""A JSONL file of responses, each with the id of what it depends on, that is appended to and never rewritten.
+
+A response is a function of model, sampling, seed and prompt, so a line that carries a digest of these (`id`) stands for
+it: responses that are there already need not be generated again, and those of something else are recognised.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..batch import Example
+from ..files import append_jsonl, split_lines
+
+_OPENING = b'{"seed": '  # of every line
+_REMEDY = "give another file for the responses, or delete this one to have them generated again"
+
+
+class ResponseFile:
+    """Responses in a file, as lines with `seed`, `row`, `tokens`, `truncated`, `id`, and whatever helps its readers.
+
+    Args:
+        path: of the file; None keeps nothing.
+        depends_on: what a response depends on beside its seed and its prompt, such as weights and sampling.
+    """
+
+    def __init__(self, path: Path | None, depends_on: Mapping[str, Any]) -> None:
+        self.path = path
+        self._depends_on = json.dumps(depends_on, sort_keys=True, default=str)
+
+    def id(self, seed: int, prompt: Example) -> str:
+        """16 hexadecimal digits that change with anything that the response to a prompt depends on."""
+        content = f"{self._depends_on}{seed} {prompt.row} {prompt.prompt}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def line(self, seed: int, example: Example, **columns: Any) -> dict[str, Any]:
+        """The line of a response, with further columns for its readers."""
+        head = {"seed": seed, "row": example.row}
+        tail = {"truncated": example.truncated, "tokens": example.response, "id": self.id(seed, example)}
+        return head | columns | tail
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to the file, in one write."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_jsonl(self.path, *map(dict, lines))
+
+    def load(self) -> list[dict[str, Any]]:
+        """The lines of the file; changes nothing. A last line that a killed process left torn is left out.
+
+        Raises:
+            ValueError: for a file with anything but responses. A last line without its end is part of a response only
+                behind responses, and where it begins like one.
+        """
+        if self.path is None or not self.path.is_file():
+            return []
+        lines, torn = split_lines(self.path.read_bytes())
+        values = [self._parse(number, line) for number, line in enumerate(lines, 1)]
+        if torn and not (lines and (torn.startswith(_OPENING) or _OPENING.startswith(torn))):
+            raise self.error(len(lines) + 1, "no response that was generated here")
+        return values
+
+    def drop_torn_line(self) -> None:
+        """Cut off what a killed process left of a last line; only after `load` has found the file to be one of ours."""
+        if self.path is not None and self.path.exists():
+            content = self.path.read_bytes()
+            _, torn = split_lines(content)
+            if torn:
+                with self.path.open("rb+") as file:
+                    file.truncate(len(content) - len(torn))
+
+    def error(self, number: int, what: str) -> ValueError:
+        """An error about a line of the file, with the remedy."""
+        return ValueError(f"{self.path}:{number} is {what}: {_REMEDY}")
+
+    def _parse(self, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            line = json.loads(text)
+            types = {"seed": int, "row": int, "id": str, "truncated": bool}
+            line |= {name: kind(line[name]) for name, kind in types.items()}
+            return line | {"tokens": [int(token) for token in line["tokens"]]}
+        except (ValueError, KeyError, TypeError):
+            raise self.error(number, "no response that was generated here") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from adding to the file; the lock of a process that was killed is free again.
+
+        Raises:
+            ValueError: while another process holds the lock, and where the file or its lock is something else.
+        """
+        if self.path is None:
+            yield
+            return
+        if self.path.is_dir():
+            raise ValueError(
+                f"{self.path} is a folder: name a file for the responses, such as {self.path / 'responses.jsonl'}"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._lock.exists() and self._lock.stat().st_size:
+            raise ValueError(f"{self._lock} is no lock, which would be empty: give another file for the responses")
+        lock = FileLock(self._lock, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            message = f"another process is writing responses to {self.path}: let it end, or give another file"
+            raise ValueError(message) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def has_lock(self) -> bool:
+        """Does a lock lie beside the file, as every process that adds to it leaves one?"""
+        return self.path is not None and self._lock.exists()
+
+    @property
+    def _lock(self) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.lock")

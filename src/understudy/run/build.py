@@ -1,0 +1,231 @@
+"""Build everything that a recipe describes. Mistakes are looked for in the order of what it costs to find them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+
+from .. import metrics
+from ..batch import Example
+from ..data.examples import Examples
+from ..data.load import load_data
+from ..evaluation.evaluate import evaluate
+from ..generation.response_cache import CachedRollout
+from ..generation.stop_tokens import stop_ids
+from ..method import Method
+from ..methods import METHODS
+from ..models.context_window import context_window
+from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
+from ..models.student import load_student, student_config, tokenizer_name
+from ..recipe import Recipe, RecipeError
+from ..reward import Reward, RewardModel, function
+from ..rollout import Rollout
+from ..rollouts import ROLLOUTS
+from ..sampling import Sampling
+from ..teacher import Capability, Teacher
+from ..teachers import TEACHERS, check_provides
+from ..training.callbacks import LogMetrics, ShowSamples
+from ..training.trainer import StudentTrainer
+from .folder import RunFolder
+
+
+@dataclass
+class Run:
+    """Everything that a recipe describes, ready to train."""
+
+    recipe: Recipe
+    trainer: StudentTrainer
+    teacher: Teacher | None  # as the recipe describes it; a method may train with it in a changed form
+    tokenizer: Any
+    folder: RunFolder
+    train: Examples
+    held_out: Examples | None
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What is known of the models before their weights are loaded."""
+
+    tokenizer: Any
+    config: Any  # the student's
+    context_length: int | None  # of student and teacher both
+
+
+def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
+    """Build what a recipe describes: data, student, teacher and trainer.
+
+    Raises:
+        RecipeError: naming the line, for what is wrong with the recipe; files are read or fetched after the recipe's
+            own mistakes are ruled out, and weights are loaded last.
+    """
+    method: Method = recipe.build("method", METHODS, **_reward(recipe))
+    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    teacher = _teacher(recipe, method)
+
+    # From here on files are read, or fetched from the hub; weights come last.
+    names = _check_names(recipe, teacher, uses_teacher(method))
+    context = None if names.context_length is None else names.context_length - method.teacher_prefix_tokens
+    generates = bool(method.authors - {"dataset"})
+    reserve = sampling.max_new_tokens if generates else 1
+    train, held_out, corpus = _datasets(recipe, method, names.tokenizer, context, reserve)
+
+    set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
+    with recipe.locating("student"):
+        student = load_student(recipe, names.config, None if teacher is None else teacher.model_name)
+    if not uses_teacher(method):
+        teacher = None
+    with recipe.locating("teacher"):
+        teacher_model = None if teacher is None else teacher.model  # loaded now
+    if not sampling.stop_ids:
+        sampling = replace(sampling, stop_ids=tuple(stop_ids(names.tokenizer, student, teacher_model)))
+    folder = RunFolder(Path(arguments.output_dir or "."))
+    trainer = StudentTrainer(
+        student,
+        teacher,
+        method,
+        rollout,
+        sampling,
+        processing_class=names.tokenizer,
+        teacher_rollout=_teacher_rollout(method, rollout, teacher, names.tokenizer, folder),
+        response_metrics=_response_metrics(recipe, rollout, sampling, names.tokenizer, held_out),
+        budget=recipe.budget,
+        corpus=corpus,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        callbacks=[LogMetrics(folder.metrics)],
+    )
+    run = Run(recipe, trainer, teacher, names.tokenizer, folder, train, held_out)
+    _add_callbacks(run, console)
+    return run
+
+
+def uses_teacher(method: Method) -> bool:
+    """Does the method need a teacher, to score or to generate?"""
+    return bool(method.requires) or "teacher" in method.authors
+
+
+def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
+    """The recipe's teacher, whose model is not loaded yet; refused where it does not provide what the method needs."""
+    name = recipe.method[0]
+    if recipe.teacher is None:
+        if uses_teacher(method):
+            message = f"{name} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
+            raise recipe.error("method", message)
+        return None
+    teacher: Teacher = recipe.build("teacher", TEACHERS)
+    generates = {Capability.MODEL} if "teacher" in method.authors else set()
+    with recipe.locating("teacher"):
+        try:
+            check_provides(teacher, method.requires | generates, name)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+    return teacher
+
+
+def _check_names(recipe: Recipe, teacher: Teacher | None, uses_it: bool) -> _Names:
+    """Check that tokenizers and configurations fit together."""
+    name = None if teacher is None else teacher.tokenizer_name
+    with recipe.locating("student"):
+        tokenizer = load_tokenizer(tokenizer_name(recipe, name))
+        config = student_config(recipe, None if teacher is None else teacher.model_name)
+        check_vocabulary(tokenizer, config, "the student has")
+    configs = [config]
+    with recipe.locating("teacher"):
+        if name is not None:
+            check_tokenizers(tokenizer, load_tokenizer(name))
+        if teacher is not None and teacher.model_name is not None and uses_it:
+            configs.append(load_config(teacher.model_name))
+            check_vocabulary(tokenizer, configs[-1], "the teacher has")
+    return _Names(tokenizer, config, context_window(*configs))
+
+
+def _reward(recipe: Recipe) -> dict[str, Reward]:
+    """The method's argument `reward`, if the recipe has that block."""
+    block = recipe.reward
+    if block is None:
+        return {}
+    with recipe.locating("method"):
+        parameters = signature(METHODS.get(recipe.method[0])).parameters
+    if "reward" not in parameters:
+        raise recipe.error("reward", f"{recipe.method[0]} takes no reward; gkd does")
+    with recipe.locating("reward"):
+        try:
+            functions: dict[Any, float] = {function(place): w for place, w in block.functions.items()}
+            if block.model is not None:
+                with loading("reward model", block.model):
+                    functions[RewardModel(block.model, block.label, block.reads)] = block.weight
+            return {"reward": Reward(functions, block.normalize)}
+        except ValueError as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
+
+
+def _datasets(
+    recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
+) -> tuple[Examples, Examples | None, Sequence[Example]]:
+    """The training data, the held-out dataset and the corpus; of the latter two what the recipe names."""
+    block = recipe.evaluate
+    changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
+    with recipe.locating("data"):
+        train = load_data(recipe.data, tokenizer, context_length, reserve)
+        held_out = None
+        if block.dataset is not None:
+            held_out = load_data(recipe.data.model_copy(update=changes), tokenizer, context_length, reserve)
+    corpus: Sequence[Example] = ()
+    if recipe.corpus is not None:
+        if not method.uses_corpus:
+            raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
+        texts = recipe.corpus.model_copy(update={"text_prompt": 1})
+        with recipe.locating("corpus"):
+            corpus = load_data(texts, tokenizer, context_length, 1).examples
+    if "dataset" in method.authors:
+        for examples in filter(None, (train, held_out)):
+            examples.require_responses(recipe.method[0])
+    return train, held_out, corpus
+
+
+def _teacher_rollout(
+    method: Method, rollout: Rollout, teacher: Teacher | None, tokenizer: Any, folder: RunFolder
+) -> Rollout | None:
+    """A rollout for the teacher's responses, each of which is generated once and read from the run's folder after."""
+    if "teacher" not in method.authors or teacher is None:
+        return None
+    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses)
+
+
+def _response_metrics(
+    recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
+) -> Callable[[Any], dict[str, float]] | None:
+    """A function from the student to the metrics of its greedy responses to the held-out prompts, if asked for."""
+    names = recipe.evaluate.metrics
+    if not names:
+        return None
+    if held_out is None:
+        raise recipe.error("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
+    with recipe.locating("evaluate.metrics"):
+        metrics.check(names)
+    greedy = replace(sampling, temperature=0.0, n=1)
+    skipped = ("seconds", "tokens_per", "examples")
+
+    def response_metrics(student: Any) -> dict[str, float]:
+        values = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
+        return {name: value for name, value in values.items() if not name.startswith(skipped)}
+
+    return response_metrics
+
+
+def _add_callbacks(run: Run, console: Console | None) -> None:
+    """Early stopping and samples, as the recipe's block `evaluate` asks for."""
+    block, arguments = run.recipe.evaluate, run.trainer.args
+    if block.patience is not None:
+        run.trainer.add_callback(EarlyStoppingCallback(block.patience))
+    if block.show:
+        every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
+        dataset = run.held_out or run.train
+        examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
+        samples = ShowSamples(run.trainer.writers.student, examples, run.tokenizer, every, run.folder.samples, console)
+        run.trainer.add_callback(samples)

@@ -1,0 +1,91 @@
+"""Which files in a folder this package wrote: a marker file, `.understudy`, names their kinds.
+
+A file's name says nothing about who wrote it. So nothing is overwritten or deleted in a folder unless its marker names
+that kind of files, and a folder is only marked where none of the kind's names is taken.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from ..training.checkpoint import PATTERN
+
+MARKER = ".understudy"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files that are written together, by the patterns of their names; all other files in the folder are left alone."""
+
+    name: str
+    patterns: tuple[str, ...]
+    nested: Mapping[str, "Kind"] = field(default_factory=dict)  # folders with a marker of their own
+
+
+def kinds(folder: Path) -> list[str]:
+    """The names of the kinds of files that this package wrote into a folder, as its marker says."""
+    try:
+        names = json.loads((folder / MARKER).read_text(encoding="utf-8"))["holds"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def foreign(folder: Path, kind: Kind) -> Path | None:
+    """The first file that writing files of this kind would replace, and that this package did not write."""
+    names = kinds(folder)
+    if kind.name in names:
+        return None
+    if not names and (folder / MARKER).exists():
+        return folder / MARKER
+    return next(_matches(folder, *kind.patterns), None)
+
+
+def check(folder: Path, kind: Kind, remedy: str) -> None:
+    """Refuse a folder in which files of this kind would replace what this package did not write; changes nothing.
+
+    Raises:
+        ValueError: naming the file, with the remedy.
+    """
+    if (path := foreign(folder, kind)) is not None:
+        raise ValueError(f"{path} exists already and was not written by a {kind.name}: {remedy}")
+
+
+def mark(folder: Path, kind: Kind) -> None:
+    """Note in the folder's marker that it holds files of this kind, before the first of them is written."""
+    names = kinds(folder)
+    if kind.name not in names:
+        line = json.dumps({"understudy": version("understudy"), "holds": [*names, kind.name]})
+        partial = folder / f"{MARKER}.{os.getpid()}.partial"
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(line + "\n")
+        partial.replace(folder / MARKER)
+
+
+def clear(folder: Path, kind: Kind, keep: tuple[str, ...] = ()) -> None:
+    """Delete the files of a kind from a folder that is marked with it; of a nested kind only that kind's files."""
+    if kind.name not in kinds(folder):
+        return
+    for path in list(_matches(folder, *(pattern for pattern in kind.patterns if pattern not in keep))):
+        if (nested := kind.nested.get(path.name)) is not None:
+            if nested.name in kinds(path):
+                clear(path, nested)
+                if [file.name for file in path.iterdir()] == [MARKER]:
+                    shutil.rmtree(path)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _matches(folder: Path, *patterns: str) -> Iterator[Path]:
+    """What has these names in a folder, and what a killed process left of a file that was to have such a name."""
+    for pattern in patterns:
+        for path in sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.partial")]):
+            if pattern != PATTERN or re.fullmatch(r"checkpoint-\d+", path.name):
+                yield path
