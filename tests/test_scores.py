@@ -1,0 +1,139 @@
+"""Scores: divergences between two models, metrics of them, and policy gradients against enumerated closed forms."""
+
+import itertools
+
+import pytest
+import torch
+from fakes import VOCABULARY, Tabular, tiny
+from gradients import BATCH
+from torch import Tensor
+
+from understudy import scores
+from understudy.batch import Batch, Example
+from understudy.divergences import ForwardKL, ReverseKL
+from understudy.fused_linear.distributions import Projected, TopK
+from understudy.models.forward import score, score_no_grad
+from understudy.scores import Scores, divergence_metrics
+
+f64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(scores, "rows_per_tile", lambda vocabulary: 4)
+
+
+# What is shown to people
+
+
+@pytest.mark.parametrize("top", [False, True])
+def test_compare_gives_divergences_and_entropies(top):
+    student, teacher = (score_no_grad(tiny("llama", seed=seed).to(f64), BATCH) for seed in (0, 1))
+    p, q = teacher.log_probs.exp(), student.log_probs.exp()
+    if top:
+        values, support = teacher.log_probs.topk(6)
+        teacher = Scores(BATCH.tokens, TopK(values, support))
+        p, q = (torch.cat([x.gather(-1, support), 1 - x.gather(-1, support).sum(-1, keepdim=True)], -1) for x in (p, q))
+    seen = divergence_metrics(teacher, student)
+    torch.testing.assert_close(seen["forward_kl"], (p * (p / q).log()).sum(-1))
+    torch.testing.assert_close(seen["reverse_kl"], (q * (q / p).log()).sum(-1))
+    torch.testing.assert_close(seen["student_entropy"], -(q * q.log()).sum(-1))
+    torch.testing.assert_close(seen["teacher_entropy"], -(p * p.log()).sum(-1))
+
+
+def test_compare_takes_vocabularies_of_different_size():
+    student, teacher = score_no_grad(tiny("llama"), BATCH), score_no_grad(tiny("llama", vocabulary=60, seed=1), BATCH)
+    seen = divergence_metrics(teacher, student)
+    expected = ForwardKL()(teacher.distribution.log_probs()[:, :VOCABULARY].log_softmax(-1), student.log_probs)
+    torch.testing.assert_close(seen["forward_kl"], expected)
+    assert isinstance(teacher.distribution, Projected)
+
+
+# A world small enough to be enumerated: two steps of three tokens, after one prompt token
+
+PROMPT = 0
+P1, Q1 = [0.6, 0.3, 0.1], [0.2, 0.5, 0.3]
+P2 = [[0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]]
+Q2 = [[0.3, 0.3, 0.4], [0.4, 0.4, 0.2], [0.25, 0.5, 0.25]]
+
+
+def tabular(first: list[float], second: list[list[float]]) -> Tabular:
+    table = {(PROMPT,): torch.tensor(first, dtype=f64).log()}
+    for token in range(3):
+        table[PROMPT, token] = torch.tensor(second[token], dtype=f64).log()
+    return Tabular(table)
+
+
+EVERY_RESPONSE = [Example([PROMPT], [a, b], author="student") for a, b in itertools.product(range(3), repeat=2)]
+WORLD = Batch.from_examples(EVERY_RESPONSE, pad=0)
+CHANCE_Q = torch.tensor([Q1[a] * Q2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
+CHANCE_P = torch.tensor([P1[a] * P2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
+
+
+def expected_loss(divergence, reduction: str, student: Tabular, teacher: Tabular) -> Tensor:
+    """E over the student's responses of a response's loss; responses are data, the divergence is differentiated."""
+    kept = score_no_grad(teacher, WORLD, fused=False)
+
+    def per_response(mine: Scores) -> Tensor:
+        return WORLD.per_sequence(WORLD.weights(reduction) * kept.divergence_to(mine, divergence))
+
+    return (CHANCE_Q * score(student, WORLD, per_response, fused=False)).sum()
+
+
+@pytest.mark.parametrize(("divergence", "mean"), [(ForwardKL(), 0.334096), (ReverseKL(), 0.312208)])
+def test_on_policy_loss_enumerated_over_all_responses(divergence, mean):
+    student, teacher = tabular(Q1, Q2), tabular(P1, P2)
+    assert expected_loss(divergence, "sequence", student, teacher).item() == pytest.approx(mean, abs=1e-6)
+    assert expected_loss(divergence, "sum", student, teacher).item() == pytest.approx(2 * mean, abs=2e-6)
+
+
+def test_summed_on_policy_reverse_kl_is_the_divergence_between_whole_sequences():
+    whole = (CHANCE_Q * (CHANCE_Q / CHANCE_P).log()).sum()
+    summed = expected_loss(ReverseKL(), "sum", tabular(Q1, Q2), tabular(P1, P2))
+    assert whole.item() == pytest.approx(0.624417, abs=1e-6)
+    torch.testing.assert_close(summed, whole)
+
+
+@pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("sequence", 0.5)])
+def test_sampling_is_not_differentiated_so_the_first_step_has_the_gradient_of_its_own_divergence(reduction, share):
+    student, teacher = tabular(Q1, Q2), tabular(P1, P2)
+    expected_loss(ReverseKL(), reduction, student, teacher).backward()
+    first = student.logits.grad[student.rows[PROMPT,]] / share
+    assert first.tolist() == pytest.approx([-0.292777, 0.072776, 0.220001], abs=1e-6)
+    # the gradient of the sequences' divergence also counts how the first token changes what comes after
+    logits = torch.tensor(Q1, dtype=f64).log().requires_grad_()
+    chance = logits.softmax(-1)[:, None] * torch.tensor(Q2, dtype=f64)
+    exact = torch.autograd.grad((chance.flatten() * (chance.flatten() / CHANCE_P).log()).sum(), logits)[0]
+    assert exact.tolist() == pytest.approx([-0.319804, 0.110602, 0.209202], abs=1e-6)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_policy_gradient_of_the_log_ratio_is_in_expectation_the_reverse_kl_gradient(centred):
+    """With the advantage log p(v) − log q(v) of sampled tokens alone; a constant in it changes nothing."""
+    student, teacher = tabular(Q1, Q2), tabular(P1, P2)
+    kept = score_no_grad(teacher, WORLD, fused=False)
+
+    def surrogate(mine: Scores) -> Tensor:
+        advantage = (kept.chosen - mine.chosen).detach() - (0 if centred else 1)
+        return WORLD.per_sequence(-advantage * mine.chosen)
+
+    (CHANCE_Q * score(student, WORLD, surrogate, fused=False)).sum().backward()
+    estimated = student.logits.grad.clone()
+    student.logits.grad = None
+    expected_loss(ReverseKL(), "sum", student, teacher).backward()
+    torch.testing.assert_close(estimated, student.logits.grad, rtol=1e-10, atol=1e-12)
+    assert estimated[student.rows[PROMPT,]].tolist() == pytest.approx([-0.292777, 0.072776, 0.220001], abs=1e-6)
+
+
+def test_policy_gradient_with_reward_to_go_is_in_expectation_the_gradient_of_the_sequences_divergence():
+    student, teacher = tabular(Q1, Q2), tabular(P1, P2)
+    kept = score_no_grad(teacher, WORLD, fused=False)
+
+    def surrogate(mine: Scores) -> Tensor:
+        reward = (kept.chosen - mine.chosen).detach().view(-1, 2)
+        to_go = reward.flip(-1).cumsum(-1).flip(-1).flatten()
+        return WORLD.per_sequence(-(to_go - 1) * mine.chosen)
+
+    (CHANCE_Q * score(student, WORLD, surrogate, fused=False)).sum().backward()
+    first = student.logits.grad[student.rows[PROMPT,]]
+    assert first.tolist() == pytest.approx([-0.319804, 0.110602, 0.209202], abs=1e-6)
