@@ -1,22 +1,44 @@
 """The loss of a model on a batch and the gradient of every trained parameter, and comparing two such results."""
 
+from typing import Any, NamedTuple
+
 import torch
 from fakes import some_examples
 from torch import Tensor
 
-from understudy.batch import Batch
+from understudy.batch import Batch, Reduction
+from understudy.divergences import Divergence
 from understudy.models.forward import score
 from understudy.scores import Scores
 
 BATCH = Batch.from_examples(some_examples(), pad=0)
 
 
-def loss_and_gradients(student, teacher, divergence, batch=BATCH, reduction=None, weights=None, **options):
-    """The loss, every row's value, and the gradient of every trained parameter."""
+class Result(NamedTuple):
+    """What a training step computes on a batch."""
+
+    loss: Tensor
+    values: Tensor  # (N,)
+    gradients: dict[str, Tensor | None]  # of the trained parameters, by name
+
+
+def loss_and_gradients(
+    student: Any,
+    teacher: Scores,
+    divergence: Divergence,
+    batch: Batch = BATCH,
+    reduction: Reduction | None = None,
+    weights: Tensor | None = None,
+    **options: Any,
+) -> Result:
+    """The divergence's loss, without a `reduction` a sum with weights of either sign.
+
+    `options` are those of `score`.
+    """
     rows = []
 
-    def loss(mine: Scores) -> Tensor:
-        values = teacher.divergence_to(mine, divergence)
+    def loss(scores: Scores) -> Tensor:
+        values = teacher.divergence_to(scores, divergence)
         rows.append(values.detach())
         if reduction is None:
             return (values * torch.linspace(-1, 2, len(values), dtype=values.dtype)).sum()
@@ -25,18 +47,19 @@ def loss_and_gradients(student, teacher, divergence, batch=BATCH, reduction=None
     student.zero_grad(set_to_none=True)
     value = score(student, batch, loss, weights=weights, **options)
     value.backward()
-    bare = options.get("unwrapped", student)
-    return value.detach(), rows[0], {name: p.grad for name, p in bare.named_parameters() if p.requires_grad}
+    named = options.get("unwrapped", student).named_parameters()
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in named if p.requires_grad}
+    return Result(value.detach(), rows[0], gradients)
 
 
-def assert_same(one, other, rtol, atol):
-    torch.testing.assert_close(one[0], other[0], rtol=rtol, atol=atol)
-    torch.testing.assert_close(one[1], other[1], rtol=rtol, atol=atol)
-    assert one[2].keys() == other[2].keys()
-    for name in one[2]:
-        grad, wanted = one[2][name], other[2][name]
-        assert (grad is None) == (wanted is None), name
-        if wanted is not None:
-            torch.testing.assert_close(
-                grad, wanted, rtol=rtol, atol=atol * max(1.0, wanted.abs().max().item()), msg=name
-            )
+def assert_same(result: Result, expected: Result, rtol: float, atol: float) -> None:
+    """Loss, values and gradients agree; `atol` of a gradient is relative to its largest element if that is above 1."""
+    torch.testing.assert_close(result.loss, expected.loss, rtol=rtol, atol=atol)
+    torch.testing.assert_close(result.values, expected.values, rtol=rtol, atol=atol)
+    assert result.gradients.keys() == expected.gradients.keys()
+    for name, gradient in result.gradients.items():
+        reference = expected.gradients[name]
+        assert (gradient is None) == (reference is None), name
+        if gradient is not None and reference is not None:
+            largest = max(1.0, reference.abs().max().item())
+            torch.testing.assert_close(gradient, reference, rtol=rtol, atol=atol * largest, msg=name)

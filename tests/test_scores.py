@@ -23,33 +23,33 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(scores, "rows_per_tile", lambda vocabulary: 4)
 
 
-# What is shown to people
+# Metrics
 
 
-@pytest.mark.parametrize("top", [False, True])
-def test_compare_gives_divergences_and_entropies(top):
+@pytest.mark.parametrize("top_k", [False, True])
+def test_metrics_are_both_kls_and_both_entropies(top_k):
     student, teacher = (score_no_grad(tiny("llama", seed=seed).to(f64), BATCH) for seed in (0, 1))
     p, q = teacher.log_probs.exp(), student.log_probs.exp()
-    if top:
+    if top_k:
         values, support = teacher.log_probs.topk(6)
         teacher = Scores(BATCH.tokens, TopK(values, support))
         p, q = (torch.cat([x.gather(-1, support), 1 - x.gather(-1, support).sum(-1, keepdim=True)], -1) for x in (p, q))
-    seen = divergence_metrics(teacher, student)
-    torch.testing.assert_close(seen["forward_kl"], (p * (p / q).log()).sum(-1))
-    torch.testing.assert_close(seen["reverse_kl"], (q * (q / p).log()).sum(-1))
-    torch.testing.assert_close(seen["student_entropy"], -(q * q.log()).sum(-1))
-    torch.testing.assert_close(seen["teacher_entropy"], -(p * p.log()).sum(-1))
+    metrics = divergence_metrics(teacher, student)
+    torch.testing.assert_close(metrics["forward_kl"], (p * (p / q).log()).sum(-1))
+    torch.testing.assert_close(metrics["reverse_kl"], (q * (q / p).log()).sum(-1))
+    torch.testing.assert_close(metrics["student_entropy"], -(q * q.log()).sum(-1))
+    torch.testing.assert_close(metrics["teacher_entropy"], -(p * p.log()).sum(-1))
 
 
-def test_compare_takes_vocabularies_of_different_size():
+def test_metrics_of_vocabularies_of_different_size_are_over_the_shared_tokens():
     student, teacher = score_no_grad(tiny("llama"), BATCH), score_no_grad(tiny("llama", vocabulary=60, seed=1), BATCH)
-    seen = divergence_metrics(teacher, student)
+    metrics = divergence_metrics(teacher, student)
     expected = ForwardKL()(teacher.distribution.log_probs()[:, :VOCABULARY].log_softmax(-1), student.log_probs)
-    torch.testing.assert_close(seen["forward_kl"], expected)
+    torch.testing.assert_close(metrics["forward_kl"], expected)
     assert isinstance(teacher.distribution, Projected)
 
 
-# A world small enough to be enumerated: two steps of three tokens, after one prompt token
+# All responses enumerated: two steps of three tokens, after one prompt token
 
 PROMPT = 0
 P1, Q1 = [0.6, 0.3, 0.1], [0.2, 0.5, 0.3]
@@ -64,20 +64,20 @@ def tabular(first: list[float], second: list[list[float]]) -> Tabular:
     return Tabular(table)
 
 
-EVERY_RESPONSE = [Example([PROMPT], [a, b], author="student") for a, b in itertools.product(range(3), repeat=2)]
-WORLD = Batch.from_examples(EVERY_RESPONSE, pad=0)
-CHANCE_Q = torch.tensor([Q1[a] * Q2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
-CHANCE_P = torch.tensor([P1[a] * P2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
+RESPONSES = [Example([PROMPT], [a, b], author="student") for a, b in itertools.product(range(3), repeat=2)]
+ALL_RESPONSES = Batch.from_examples(RESPONSES, pad=0)
+PROBABILITY_Q = torch.tensor([Q1[a] * Q2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
+PROBABILITY_P = torch.tensor([P1[a] * P2[a][b] for a, b in itertools.product(range(3), repeat=2)], dtype=f64)
 
 
 def expected_loss(divergence, reduction: str, student: Tabular, teacher: Tabular) -> Tensor:
     """E over the student's responses of a response's loss; responses are data, the divergence is differentiated."""
-    kept = score_no_grad(teacher, WORLD, fused=False)
+    p = score_no_grad(teacher, ALL_RESPONSES, fused=False)
 
-    def per_response(mine: Scores) -> Tensor:
-        return WORLD.per_sequence(WORLD.weights(reduction) * kept.divergence_to(mine, divergence))
+    def per_response(q: Scores) -> Tensor:
+        return ALL_RESPONSES.per_sequence(ALL_RESPONSES.weights(reduction) * p.divergence_to(q, divergence))
 
-    return (CHANCE_Q * score(student, WORLD, per_response, fused=False)).sum()
+    return (PROBABILITY_Q * score(student, ALL_RESPONSES, per_response, fused=False)).sum()
 
 
 @pytest.mark.parametrize(("divergence", "mean"), [(ForwardKL(), 0.334096), (ReverseKL(), 0.312208)])
@@ -87,11 +87,11 @@ def test_on_policy_loss_enumerated_over_all_responses(divergence, mean):
     assert expected_loss(divergence, "sum", student, teacher).item() == pytest.approx(2 * mean, abs=2e-6)
 
 
-def test_summed_on_policy_reverse_kl_is_the_divergence_between_whole_sequences():
-    whole = (CHANCE_Q * (CHANCE_Q / CHANCE_P).log()).sum()
+def test_summed_on_policy_reverse_kl_is_the_divergence_between_sequences():
+    expected = (PROBABILITY_Q * (PROBABILITY_Q / PROBABILITY_P).log()).sum()
     summed = expected_loss(ReverseKL(), "sum", tabular(Q1, Q2), tabular(P1, P2))
-    assert whole.item() == pytest.approx(0.624417, abs=1e-6)
-    torch.testing.assert_close(summed, whole)
+    assert expected.item() == pytest.approx(0.624417, abs=1e-6)
+    torch.testing.assert_close(summed, expected)
 
 
 @pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("sequence", 0.5)])
@@ -102,8 +102,10 @@ def test_sampling_is_not_differentiated_so_the_first_step_has_the_gradient_of_it
     assert first.tolist() == pytest.approx([-0.292777, 0.072776, 0.220001], abs=1e-6)
     # the gradient of the sequences' divergence also counts how the first token changes what comes after
     logits = torch.tensor(Q1, dtype=f64).log().requires_grad_()
-    chance = logits.softmax(-1)[:, None] * torch.tensor(Q2, dtype=f64)
-    exact = torch.autograd.grad((chance.flatten() * (chance.flatten() / CHANCE_P).log()).sum(), logits)[0]
+    probability = logits.softmax(-1)[:, None] * torch.tensor(Q2, dtype=f64)
+    exact = torch.autograd.grad((probability.flatten() * (probability.flatten() / PROBABILITY_P).log()).sum(), logits)[
+        0
+    ]
     assert exact.tolist() == pytest.approx([-0.319804, 0.110602, 0.209202], abs=1e-6)
 
 
@@ -111,13 +113,13 @@ def test_sampling_is_not_differentiated_so_the_first_step_has_the_gradient_of_it
 def test_policy_gradient_of_the_log_ratio_is_in_expectation_the_reverse_kl_gradient(centred):
     """With the advantage log p(v) − log q(v) of sampled tokens alone; a constant in it changes nothing."""
     student, teacher = tabular(Q1, Q2), tabular(P1, P2)
-    kept = score_no_grad(teacher, WORLD, fused=False)
+    p = score_no_grad(teacher, ALL_RESPONSES, fused=False)
 
-    def surrogate(mine: Scores) -> Tensor:
-        advantage = (kept.chosen - mine.chosen).detach() - (0 if centred else 1)
-        return WORLD.per_sequence(-advantage * mine.chosen)
+    def surrogate(q: Scores) -> Tensor:
+        advantage = (p.chosen - q.chosen).detach() - (0 if centred else 1)
+        return ALL_RESPONSES.per_sequence(-advantage * q.chosen)
 
-    (CHANCE_Q * score(student, WORLD, surrogate, fused=False)).sum().backward()
+    (PROBABILITY_Q * score(student, ALL_RESPONSES, surrogate, fused=False)).sum().backward()
     estimated = student.logits.grad.clone()
     student.logits.grad = None
     expected_loss(ReverseKL(), "sum", student, teacher).backward()
@@ -127,13 +129,13 @@ def test_policy_gradient_of_the_log_ratio_is_in_expectation_the_reverse_kl_gradi
 
 def test_policy_gradient_with_reward_to_go_is_in_expectation_the_gradient_of_the_sequences_divergence():
     student, teacher = tabular(Q1, Q2), tabular(P1, P2)
-    kept = score_no_grad(teacher, WORLD, fused=False)
+    p = score_no_grad(teacher, ALL_RESPONSES, fused=False)
 
-    def surrogate(mine: Scores) -> Tensor:
-        reward = (kept.chosen - mine.chosen).detach().view(-1, 2)
+    def surrogate(q: Scores) -> Tensor:
+        reward = (p.chosen - q.chosen).detach().view(-1, 2)
         to_go = reward.flip(-1).cumsum(-1).flip(-1).flatten()
-        return WORLD.per_sequence(-(to_go - 1) * mine.chosen)
+        return ALL_RESPONSES.per_sequence(-(to_go - 1) * q.chosen)
 
-    (CHANCE_Q * score(student, WORLD, surrogate, fused=False)).sum().backward()
+    (PROBABILITY_Q * score(student, ALL_RESPONSES, surrogate, fused=False)).sum().backward()
     first = student.logits.grad[student.rows[PROMPT,]]
     assert first.tolist() == pytest.approx([-0.319804, 0.110602, 0.209202], abs=1e-6)

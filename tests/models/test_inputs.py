@@ -37,7 +37,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: 4)
 
 
-# Padding left out
+# Packing
 
 RAGGED = Batch.from_examples(
     ragged_examples(5), pad=ragged_examples(5)[0].response[0]
@@ -46,33 +46,35 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # attention that transformers writes out t
 PACKS = [kind for kind in KINDS if kind != "opt"]  # whose masks do not look at position ids
 
 
-def by_hand(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **options):
-    """What a FlashAttention does with a packed row: a position id that does not follow the last begins a sequence."""
+def flash_attention_by_hand(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **options
+):
+    """What FlashAttention does with a packed row: a position id that does not follow the last begins a sequence."""
     assert attention_mask is None
-    place = options["position_ids"][0]
-    sequence = (place.diff(prepend=place[:1] - 1) != 1).cumsum(0)
-    apart = place[:, None] - place
-    sees = (sequence[:, None] == sequence) & (apart >= 0) & (apart < (sliding_window or math.inf))
+    position = options["position_ids"][0]
+    sequence = (position.diff(prepend=position[:1] - 1) != 1).cumsum(0)
+    distance = position[:, None] - position
+    visible = (sequence[:, None] == sequence) & (distance >= 0) & (distance < (sliding_window or math.inf))
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.mT * (scaling or query.shape[-1] ** -0.5)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("flash_by_hand", by_hand)
+AttentionInterface.register("flash_by_hand", flash_attention_by_hand)
 AttentionMaskInterface.register("flash_by_hand", flash_attention_mask)
 
 
-def small(family: str) -> PreTrainedModel:
+def two_layers(family: str) -> PreTrainedModel:
     """A model of two layers in float64, with windows of three tokens where the family has windows."""
     shape = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     shape |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     shape |= {"head_dim": 8, "intermediate_size": 16, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
     shape |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64}
-    usual = CONFIG_MAPPING[family]()
+    defaults = CONFIG_MAPPING[family]()
     shape |= {"sliding_window": 3, "max_window_layers": 1, "attn_logit_softcapping": None}
-    shape |= {"use_sliding_window": family != "qwen2_moe"}  # whose kernels are never told of the window
-    config = CONFIG_MAPPING[family](**{name: value for name, value in shape.items() if hasattr(usual, name)})
+    shape |= {"use_sliding_window": family != "qwen2_moe"}  # whose kernels do not get the window
+    config = CONFIG_MAPPING[family](**{name: value for name, value in shape.items() if hasattr(defaults, name)})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     model.config._attn_implementation = "sdpa"  # without caps Gemma 2 can do it, too
@@ -83,18 +85,17 @@ def small(family: str) -> PreTrainedModel:
 
 
 def packed_and_padded(model, monkeypatch, force: bool, batch=RAGGED, **options):
-    """Loss, values and gradients with padding and without, and the shape of what the model read without."""
+    """Loss, values and gradients of packed and padded inputs, and the shape of the packed ones."""
     teacher = Scores(batch.tokens, Dense(torch.randn(len(batch.tokens), VOCABULARY, dtype=f64).log_softmax(-1)))
-    bare = without_adapters(model)
-    attention, shapes, results = bare.config._attn_implementation, [], []
-    handle = bare.get_input_embeddings().register_forward_hook(lambda *a: shapes.append(a[2].shape))
+    inner = without_adapters(model)
+    attention, shapes, results = inner.config._attn_implementation, [], []
+    handle = inner.get_input_embeddings().register_forward_hook(lambda *a: shapes.append(a[2].shape))
     for pack in (False, True):
         with monkeypatch.context() as patch:
             if force or not pack:
                 patch.setattr("understudy.models.inputs.can_pack", lambda _, pack=pack: pack)
-            bare.config._attn_implementation = "flash_by_hand" if pack and not force else attention
-            value, rows, grads = loss_and_gradients(model, teacher, JensenShannon(0.3), batch, **options)
-            results.append((value, rows, {name: g if g is None else g.clone() for name, g in grads.items()}))
+            inner.config._attn_implementation = "flash_by_hand" if pack and not force else attention
+            results.append(loss_and_gradients(model, teacher, JensenShannon(0.3), batch, **options))
     handle.remove()
     return results[1], results[0], shapes[-1]
 
@@ -102,18 +103,18 @@ def packed_and_padded(model, monkeypatch, force: bool, batch=RAGGED, **options):
 @pytest.mark.parametrize("force", [True, False], ids=["by masks", "by position ids"])
 @pytest.mark.parametrize("family", sorted(PACKABLE))
 def test_a_family_that_may_be_packed_gives_the_same_values_and_gradients(family, force, monkeypatch):
-    packed, padded, read = packed_and_padded(small(family), monkeypatch, force)
+    packed, padded, shape = packed_and_padded(two_layers(family), monkeypatch, force)
     assert_same(packed, padded, **CLOSE)
-    assert read[:2] == (1, sum(map(len, RAGGED.examples)))
+    assert shape[:2] == (1, sum(map(len, RAGGED.examples)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", PACKS)
-def test_padding_left_out_changes_nothing_on_either_path(kind, tied, fused, monkeypatch):
-    packed, padded, read = packed_and_padded(tiny(kind, tied=tied).to(f64), monkeypatch, True, fused=fused)
+def test_packing_changes_nothing_on_either_path(kind, tied, fused, monkeypatch):
+    packed, padded, shape = packed_and_padded(tiny(kind, tied=tied).to(f64), monkeypatch, True, fused=fused)
     assert_same(packed, padded, **CLOSE)
-    assert read[:2] == (1, sum(map(len, RAGGED.examples)))
+    assert shape[:2] == (1, sum(map(len, RAGGED.examples)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -136,21 +137,21 @@ def test_packed_sequences_do_not_see_each_other_because_positions_begin_anew(att
     monkeypatch.setattr("understudy.models.inputs.can_pack", lambda _: True)
     model = tiny("llama").to(f64)
     model.config._attn_implementation = attention
-    first, *others = ragged_examples(5)
+    first, *rest = ragged_examples(5)
     changed = Example([5, *first.prompt], first.response)
-    before, after = (Batch.from_examples([one, *others], pad=0) for one in (first, changed))
-    ours = before.sequence_ids > 0
-    one, other = score_no_grad(model, before).log_probs, score_no_grad(model, after).log_probs
-    torch.testing.assert_close(one[ours], other[ours], rtol=1e-12, atol=1e-12)
-    assert (one[~ours] - other[~ours]).abs().amax(-1).min() > 1e-3
+    before, after = (Batch.from_examples([example, *rest], pad=0) for example in (first, changed))
+    unchanged = before.sequence_ids > 0
+    log_probs, log_probs_after = score_no_grad(model, before).log_probs, score_no_grad(model, after).log_probs
+    torch.testing.assert_close(log_probs[unchanged], log_probs_after[unchanged], rtol=1e-12, atol=1e-12)
+    assert (log_probs[~unchanged] - log_probs_after[~unchanged]).abs().amax(-1).min() > 1e-3
 
     inputs, predicts = model_inputs(model, before, None)
-    apart = model(**inputs).logits[predicts].log_softmax(-1)
-    torch.testing.assert_close(apart, one, rtol=1e-12, atol=1e-12)
+    separate = model(**inputs).logits[predicts].log_softmax(-1)
+    torch.testing.assert_close(separate, log_probs, rtol=1e-12, atol=1e-12)
     inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
     mixed = model(**inputs).logits[predicts].log_softmax(-1)
-    torch.testing.assert_close(mixed[~ours], one[~ours], rtol=1e-12, atol=1e-12)
-    assert (mixed[ours] - one[ours]).abs().amax(-1).min() > 1e-3
+    torch.testing.assert_close(mixed[~unchanged], log_probs[~unchanged], rtol=1e-12, atol=1e-12)
+    assert (mixed[unchanged] - log_probs[unchanged]).abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -169,14 +170,14 @@ def test_packed_sequences_do_not_see_each_other_because_positions_begin_anew(att
     ],
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "llama+lora"])
-def test_padding_is_left_out_where_the_attention_skips_it(kind, attention, packs):
+def test_sequences_are_packed_where_the_attention_separates_them(kind, attention, packs):
     model = tiny(kind)
     model.config._attn_implementation = attention
     assert can_pack(model) == packs
 
 
-class Borrowed(PreTrainedModel):
-    """Code from somewhere else that goes by the name of a known family."""
+class CustomCode(PreTrainedModel):
+    """A model that is not transformers' own under the name of a packable family."""
 
     _supports_sdpa = True
 
@@ -200,13 +201,13 @@ class Borrowed(PreTrainedModel):
                 layer_types=["conv", "full_attention"],
             )
         ),
-        lambda: Borrowed(tiny("llama").config),
+        lambda: CustomCode(tiny("llama").config),
         lambda: get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         lambda: get_peft_model(
             tiny("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
         ),
     ],
-    ids=["masks without positions", "alibi", "states", "convolutions", "foreign code", "prefix tuning", "aLoRA"],
+    ids=["masks without positions", "alibi", "states", "convolutions", "custom code", "prefix tuning", "aLoRA"],
 )
 def test_a_model_that_would_mix_packed_sequences_is_padded(make):
     model = make()
@@ -220,7 +221,7 @@ def test_a_model_without_a_configuration_is_padded():
 
 
 @pytest.mark.skipif("TEST_COMPILED" not in os.environ, reason="takes a quarter of a minute: set TEST_COMPILED=1")
-def test_flex_attention_reads_packed_sequences_as_sdpa_reads_padded_ones():
+def test_packed_flex_attention_equals_padded_sdpa():
     torch.compiler.reset()  # one shape at a time: its second compilation, for any shape, fails on some processors
     model = tiny("llama")
     padded = score_no_grad(model, RAGGED).log_probs
