@@ -1,6 +1,7 @@
 """Scores: divergences between two models, metrics of them, and policy gradients against enumerated closed forms."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from understudy import scores
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
-from understudy.fused_linear.distributions import Projected, TopK
+from understudy.fused_linear.distributions import Dense, Projected, TopK
 from understudy.models.forward import score, score_no_grad
 from understudy.scores import Scores, divergence_metrics
 
@@ -21,6 +22,50 @@ f64 = torch.float64
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(scores, "rows_per_tile", lambda vocabulary: 4)
+
+
+# Divergences and chosen tokens
+
+
+def test_divergence_to_is_from_the_teacher_to_the_student():
+    p, q = torch.tensor([P1], dtype=f64), torch.tensor([Q1], dtype=f64)
+    teacher, student = (Scores(torch.zeros(1, dtype=torch.long), Dense(x.log())) for x in (p, q))
+    assert teacher.divergence_to(student, ForwardKL()).item() == pytest.approx(0.396058, abs=1e-6)
+    assert teacher.divergence_to(student, ReverseKL()).item() == pytest.approx(0.365274, abs=1e-6)
+
+
+def test_chosen_of_a_top_k_teacher_are_the_values_that_it_reports():
+    log_p = score_no_grad(tiny("llama", seed=1), BATCH).log_probs
+    reported = log_p.gather(-1, BATCH.tokens[:, None])[:, 0]
+    assert torch.equal(Scores(BATCH.tokens, TopK(*log_p.topk(3), reported)).chosen, reported)
+
+
+def test_chosen_of_a_top_k_teacher_that_does_not_report_them_is_refused():
+    """Although some chosen tokens are among the top K: whether they are depends on the row."""
+    log_p = score_no_grad(tiny("llama", seed=1), BATCH).log_probs
+    with pytest.raises(
+        ValueError, match="reports its top tokens only, and not the log-probability of the chosen token"
+    ):
+        _ = Scores(BATCH.tokens, TopK(*log_p.topk(3))).chosen
+
+
+def test_cut_takes_tokens_out_of_every_distribution_and_keeps_tokens_and_weights():
+    scores = replace(score_no_grad(tiny("llama", seed=1), BATCH), weights=BATCH.weights("token"))
+    top_k = TopK(*scores.log_probs.topk(3), scores.chosen)
+    expected = scores.log_probs[:, :40].log_softmax(-1)
+    for distribution in (scores.distribution, Dense(scores.log_probs)):
+        cut = replace(scores, distribution=distribution).cut(40)
+        torch.testing.assert_close(cut.log_probs, expected)
+        assert cut.tokens is scores.tokens
+        assert cut.weights is scores.weights
+    assert replace(scores, distribution=top_k).cut(40).distribution is top_k
+
+
+def test_a_factor_on_row_weights_multiplies_those_that_are_given_and_leaves_late_ones_open():
+    scores, factor = score_no_grad(tiny("llama"), BATCH), torch.arange(len(BATCH.tokens))
+    assert scores.reweighted(factor).weights is None
+    weights = BATCH.weights("sequence")
+    assert torch.equal(replace(scores, weights=weights).reweighted(factor).weights, weights * factor)
 
 
 # Metrics

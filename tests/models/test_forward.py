@@ -1,6 +1,7 @@
 """Scoring a batch: the fused loss equals the loss from the model's own logits, in value and every gradient."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,35 @@ def test_exactly_the_response_tokens_count(position, counts):
         before = loss_and_gradients(student, teacher_scores, ForwardKL(), BATCH, "sum", fused=False)
         after = loss_and_gradients(Perturbed(student, mask), teacher_scores, ForwardKL(), BATCH, "sum", fused=False)
         assert (before.loss != after.loss) == counts
+
+
+def every_second(examples: list[Example]) -> list[Example]:
+    """Examples whose first, third … response tokens are trained on."""
+    return [replace(e, trained=[place % 2 == 0 for place in range(len(e.response))]) for e in examples]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_masked_response_has_the_loss_and_gradients_of_zero_weights(fused):
+    """The other response tokens are read as well: only their rows are missing."""
+    student, teacher = tiny("llama").to(f64), tiny("gpt2", seed=1).to(f64)
+    masked = Batch.from_examples(every_second(some_examples()), pad=0)
+    trained = torch.tensor([place % 2 == 0 for e in BATCH.examples for place in range(len(e.response))])
+    assert len(masked.tokens) == trained.sum() < len(BATCH.tokens)
+    losses, gradients = [], []
+    for batch, weights in ((masked, torch.ones(len(masked.tokens))), (BATCH, trained.float())):
+        teacher_scores = score_no_grad(teacher, batch)
+
+        def loss(scores: Scores, teacher_scores=teacher_scores, weights=weights) -> Tensor:
+            values = teacher_scores.divergence_to(scores, JensenShannon(0.3)) - scores.chosen
+            return (values * weights).sum()
+
+        student.zero_grad(set_to_none=True)
+        losses.append(score(student, batch, loss, weights=weights, fused=fused))
+        losses[-1].backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("fused", [True, False])

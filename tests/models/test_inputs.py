@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from understudy.divergences import JensenShannon
 from understudy.fused_linear.distributions import Dense
 from understudy.models.adapters import without_adapters
 from understudy.models.forward import score_no_grad
-from understudy.models.inputs import PACKABLE, can_pack, model_inputs
+from understudy.models.inputs import PACKABLE, can_pack, further_inputs, model_inputs
 from understudy.scores import Scores
 
 f64 = torch.float64
@@ -35,6 +36,75 @@ f64 = torch.float64
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: 4)
+
+
+# Further inputs
+
+
+class WithImage(nn.Module):
+    """A model that adds a number per sequence to the embeddings of all its tokens, as an image would change them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny("llama").to(f64)
+        self.config = self.inner.config
+        self.inputs: list[dict] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask, pixel_values, use_cache=None):
+        self.inputs.append({"input_ids": input_ids, "pixel_values": pixel_values})
+        embeddings = self.inner.get_input_embeddings()(input_ids) + pixel_values[:, None, None]
+        return self.inner(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=use_cache)
+
+
+def with_image(example: Example, value: float) -> Example:
+    return replace(example, inputs={"pixel_values": torch.tensor([value], dtype=f64)})
+
+
+def test_further_inputs_are_joined_along_their_first_dimension():
+    """Which is not always one per example: some models take the patches of all images in one tensor."""
+    patches = [torch.randn(2, 5), torch.randn(3, 5)]
+    grids = [[[1, 2, 1]], [[1, 3, 1]]]
+    examples = [Example([5], [6], inputs={"patches": p, "grid": g}) for p, g in zip(patches, grids, strict=True)]
+    joined = further_inputs(examples, "cpu")
+    assert list(joined) == ["grid", "patches"]
+    assert torch.equal(joined["patches"], torch.cat(patches))
+    assert joined["grid"].tolist() == [[1, 2, 1], [1, 3, 1]]
+    assert further_inputs([Example([5], [6])], "cpu") == {}
+
+
+def test_an_input_that_some_examples_lack_is_refused():
+    examples = [with_image(Example([5], [6]), 1.0), Example([5], [6], row=3)]
+    with pytest.raises(ValueError, match='row 3 has no input "pixel_values", which others of its batch have'):
+        further_inputs(examples, "cpu")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_further_inputs_reach_the_models_forward(fused):
+    model = WithImage()
+    examples = [with_image(e, value) for e, value in zip(RAGGED.examples, (0.0, 1.0, -1.0, 2.0, 0.5), strict=True)]
+    log_probs = score_no_grad(model, Batch.from_examples(examples, pad=0), fused=fused).log_probs
+    assert model.inputs[-1]["pixel_values"].tolist() == [0.0, 1.0, -1.0, 2.0, 0.5]
+    single = [score_no_grad(model, Batch.from_examples([e], pad=0), fused=fused).log_probs for e in examples]
+    torch.testing.assert_close(log_probs, torch.cat(single), **CLOSE)
+    without = score_no_grad(model.inner, RAGGED, fused=fused).log_probs
+    changed = (log_probs - without).abs().amax(-1) > 1e-3
+    assert torch.equal(changed, RAGGED.sequence_ids != 0)
+
+
+def test_examples_with_further_inputs_are_not_packed(monkeypatch):
+    monkeypatch.setattr("understudy.models.inputs.can_pack", lambda _: True)
+    model = WithImage()
+    inputs, predicts = model_inputs(model, Batch.from_examples([with_image(e, 1.0) for e in BATCH.examples], pad=0))
+    assert torch.equal(inputs["input_ids"], BATCH.input_ids)
+    assert torch.equal(inputs["attention_mask"], BATCH.attention_mask)
+    assert torch.equal(predicts, BATCH.predicts)
+    assert model_inputs(model.inner, BATCH)[0]["input_ids"].shape[0] == 1
 
 
 # Packing
@@ -115,6 +185,17 @@ def test_packing_changes_nothing_on_either_path(kind, tied, fused, monkeypatch):
     packed, padded, shape = packed_and_padded(tiny(kind, tied=tied).to(f64), monkeypatch, True, fused=fused)
     assert_same(packed, padded, **CLOSE)
     assert shape[:2] == (1, sum(map(len, RAGGED.examples)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("force", [True, False], ids=["by masks", "by position ids"])
+def test_masked_responses_are_the_same_packed_and_padded(force, fused, monkeypatch):
+    masked = [replace(e, trained=[place % 3 != 1 for place in range(len(e.response))]) for e in RAGGED.examples]
+    batch = Batch.from_examples(masked, pad=0)
+    assert len(batch.tokens) < len(RAGGED.tokens)
+    packed, padded, shape = packed_and_padded(tiny("qwen3").to(f64), monkeypatch, force, batch, fused=fused)
+    assert_same(packed, padded, **CLOSE)
+    assert shape[:2] == (1, sum(map(len, masked)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
