@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from understudy import GenerateRollout
+from understudy import GenerateRollout, Sampling
 from understudy.data.load import load_data
 from understudy.demo import recipes
 from understudy.evaluation.evaluate import evaluate

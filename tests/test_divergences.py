@@ -153,25 +153,25 @@ def test_value_equals_an_independent_formula(divergence, size):
 def test_gradient_equals_autograd_of_an_independent_formula(divergence, size):
     log_p, log_q = random_pair(size)
     logits = log_q.clone().requires_grad_()
-    written_out = FORMULAS[divergence](log_p.exp(), logits.softmax(-1), torch.log).sum()
-    expected = torch.autograd.grad(written_out, logits)[0]
+    formula = FORMULAS[divergence](log_p.exp(), logits.softmax(-1), torch.log).sum()
+    expected = torch.autograd.grad(formula, logits)[0]
     torch.testing.assert_close(gradient(divergence, log_p, log_q), expected, rtol=1e-9, atol=1e-10)
 
 
 @every
 def test_gradient_equals_finite_differences(divergence):
     log_p, log_q = random_pair(3, rows=2)
-    step, rises = 1e-6, []
+    step, slopes = 1e-6, []
     for event in range(3):
         up, down = log_q.clone(), log_q.clone()
         up[:, event] += step
         down[:, event] -= step
-        rises.append((divergence(log_p, up.log_softmax(-1)) - divergence(log_p, down.log_softmax(-1))) / (2 * step))
-    torch.testing.assert_close(gradient(divergence, log_p, log_q), torch.stack(rises, -1), rtol=1e-6, atol=1e-8)
+        slopes.append((divergence(log_p, up.log_softmax(-1)) - divergence(log_p, down.log_softmax(-1))) / (2 * step))
+    torch.testing.assert_close(gradient(divergence, log_p, log_q), torch.stack(slopes, -1), rtol=1e-6, atol=1e-8)
 
 
 @every
-def test_pull_is_q_times_the_derivative_of_value_by_q(divergence):
+def test_grad_log_q_is_q_times_the_derivative_of_value_by_q(divergence):
     log_p, log_q = random_pair(50)
     leaf = log_q.clone().requires_grad_()
     expected = torch.autograd.grad(divergence.value(log_p, leaf).sum(), leaf)[0]
@@ -200,7 +200,7 @@ def test_float32_stays_accurate_for_extreme_mixtures(beta):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_widened_before_anything_is_computed(dtype):
+def test_half_precision_is_computed_in_float32(dtype):
     log_p, log_q = (x.to(dtype) for x in random_pair(1000))
     expected = ForwardKL()(log_p.float(), log_q.float())
     leaf = log_q.clone().requires_grad_()
@@ -226,8 +226,8 @@ def test_temperature_softens_both_sides_and_rescale_multiplies_by_its_square(div
 def test_temperature_of_a_gradient_equals_autograd():
     log_p, log_q = random_pair(50)
     logits = log_q.clone().requires_grad_()
-    written_out = kl((log_p / 3).softmax(-1), (logits / 3).softmax(-1), torch.log).sum()
-    expected = torch.autograd.grad(written_out, logits)[0]
+    formula = kl((log_p / 3).softmax(-1), (logits / 3).softmax(-1), torch.log).sum()
+    expected = torch.autograd.grad(formula, logits)[0]
     torch.testing.assert_close(gradient(ForwardKL(temperature=3.0), log_p, log_q), expected)
 
 
@@ -239,7 +239,7 @@ def test_teacher_receives_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda: JensenShannon(1.5), "beta between 0 and 1, not 1.5"),
         (lambda: SkewKL(-0.1), "skew_kl needs alpha"),
@@ -249,8 +249,8 @@ def test_teacher_receives_no_gradient():
         (lambda: SkewKL(float("nan")), "alpha"),
     ],
 )
-def test_settings_without_meaning_are_refused(make, words):
-    with pytest.raises(ValueError, match=words):
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
@@ -300,8 +300,8 @@ def test_adding_a_constant_to_the_logits_changes_nothing(divergence):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_token_impossible_on_both_sides_takes_no_part(divergence, dtype):
     log_p, log_q = (x.to(dtype) for x in random_pair(5))
-    nothing = torch.full((len(log_p), 1), -INF, dtype=dtype)
-    log_p_more, log_q_more = torch.cat([log_p, nothing], -1), torch.cat([log_q, nothing], -1)
+    impossible = torch.full((len(log_p), 1), -INF, dtype=dtype)
+    log_p_more, log_q_more = torch.cat([log_p, impossible], -1), torch.cat([log_q, impossible], -1)
     torch.testing.assert_close(divergence(log_p_more, log_q_more), divergence(log_p, log_q))
     grad = gradient(divergence, log_p_more, log_q_more)
     assert torch.equal(grad[:, -1], torch.zeros_like(grad[:, -1]))
@@ -310,7 +310,7 @@ def test_a_token_impossible_on_both_sides_takes_no_part(divergence, dtype):
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_nothing_is_nan_where_probabilities_vanish(divergence, dtype):
+def test_values_and_gradients_are_not_nan_where_probabilities_vanish(divergence, dtype):
     tiny = (-INF, -800.0, -200.0, -95.0)
     log_p = torch.tensor([[a, -0.7, -0.7, b, c] for a in tiny for b in tiny for c in tiny], dtype=dtype)
     log_q = torch.tensor([[-0.9, a, -0.5, c, b] for a in tiny for b in tiny for c in tiny], dtype=dtype)
@@ -322,7 +322,7 @@ def test_nothing_is_nan_where_probabilities_vanish(divergence, dtype):
         assert gradient(divergence, teacher, student).isfinite().all()
 
 
-def test_alpha_beta_pull_does_not_overflow_where_the_student_has_nearly_forgotten_a_token():
+def test_alpha_beta_gradient_does_not_overflow_where_the_student_gives_a_token_hardly_any_probability():
     log_p = torch.tensor([[math.log(0.5), math.log(0.5)]])
     log_q = torch.tensor([[0.0, -100.0]])
     torch.testing.assert_close(AlphaBeta(1.0, 0.0).grad_log_q(log_p, log_q)[:, 1], -log_p.exp()[:, 1])
@@ -353,8 +353,11 @@ def test_jensen_shannon_is_dual_and_bounded_by_the_entropy_of_beta(beta, size):
     torch.testing.assert_close(value, JensenShannon(1 - beta)(log_q, log_p), rtol=1e-10, atol=1e-12)
     bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
     assert (value <= bound + 1e-12).all()
-    apart_p, apart_q = torch.tensor([0.3, 0.7, 0, 0]).log().double(), torch.tensor([0, 0, 0.2, 0.8]).log().double()
-    assert JensenShannon(beta)(apart_p, apart_q).item() == pytest.approx(bound, abs=1e-7)
+    disjoint_p, disjoint_q = (
+        torch.tensor([0.3, 0.7, 0, 0]).log().double(),
+        torch.tensor([0, 0, 0.2, 0.8]).log().double(),
+    )
+    assert JensenShannon(beta)(disjoint_p, disjoint_q).item() == pytest.approx(bound, abs=1e-7)
 
 
 def test_jensen_shannon_of_equal_weights_is_symmetric():
@@ -416,7 +419,7 @@ def test_near_the_teacher_every_divergence_is_half_a_scaled_chi_square(divergenc
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
-def test_jensen_shannon_is_made_of_two_skewed_divergences(beta):
+def test_jensen_shannon_is_a_sum_of_two_skewed_divergences(beta):
     log_p, log_q = random_pair(50)
     parts = beta * SkewKL(beta)(log_p, log_q) + (1 - beta) * SkewReverseKL(1 - beta)(log_p, log_q)
     torch.testing.assert_close(JensenShannon(beta)(log_p, log_q), parts, rtol=1e-12, atol=0)
@@ -437,10 +440,10 @@ def test_total_variation_lies_below_its_bounds(size, spread):
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5, 0.99])
 def test_skewed_divergences_are_at_most_minus_log_alpha(alpha):
     log_p, log_q = random_pair(50, rows=100, spread=20.0)
-    apart_p, apart_q = torch.tensor([1.0, 0.0]).log().double(), torch.tensor([0.0, 1.0]).log().double()
+    disjoint_p, disjoint_q = torch.tensor([1.0, 0.0]).log().double(), torch.tensor([0.0, 1.0]).log().double()
     for divergence in (SkewKL(alpha), SkewReverseKL(alpha)):
         assert (divergence(log_p, log_q) <= -math.log(alpha) + 1e-12).all()
-        assert divergence(apart_p, apart_q).item() == pytest.approx(-math.log(alpha), abs=1e-12)
+        assert divergence(disjoint_p, disjoint_q).item() == pytest.approx(-math.log(alpha), abs=1e-12)
 
 
 def test_skewed_divergences_tend_to_the_kls_and_to_zero():
@@ -495,28 +498,18 @@ def test_alpha_beta_is_continuous_where_its_denominators_vanish(a, b, dtype):
             torch.testing.assert_close(gradient(near, log_p, log_q), grad, rtol=2e-4, atol=rounding)
 
 
-def test_between_takes_the_teacher_first():
-    from understudy.fused_linear.distributions import Dense
-    from understudy.scores import Scores
-
-    tokens = torch.zeros(1, dtype=torch.long)
-    teacher, student = Scores(tokens, Dense(P.log()[None])), Scores(tokens, Dense(Q.log()[None]))
-    assert teacher.divergence_to(student, ForwardKL()).item() == pytest.approx(0.396058, abs=1e-6)
-    assert teacher.divergence_to(student, ReverseKL()).item() == pytest.approx(0.365274, abs=1e-6)
-
-
 @dataclass(frozen=True)
 class ChiSquare(Divergence):
-    """One written by a user: two functions."""
+    """A divergence of a user: two functions."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_q.exp() - log_p.exp()) ** 2 / log_q.exp()
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q.exp() - (2 * log_p - log_q).exp()
 
 
-def test_a_divergence_of_ones_own_needs_two_functions():
+def test_a_users_divergence_needs_two_functions():
     log_p, log_q = random_pair(5)
     torch.testing.assert_close(ChiSquare()(log_p, log_q), 2 * AlphaBeta(2.0, -1.0)(log_p, log_q))
     torch.testing.assert_close(gradient(ChiSquare(), log_p, log_q), 2 * gradient(AlphaBeta(2.0, -1.0), log_p, log_q))

@@ -102,9 +102,8 @@ class Batch:
             example if example.teacher_prompt is None else replace(example, prompt=example.teacher_prompt)
             for example in self.examples
         ]
-        return Batch.from_examples(
-            examples, pad=0, device=self.input_ids.device
-        )  # masks come from lengths: any id will do
+        # masks come from lengths: any id will do for the padding
+        return Batch.from_examples(examples, pad=0, device=self.input_ids.device)
 
     def split_by_length(self, size: int) -> list[tuple["Batch", Tensor]]:
         """The sequences, shortest first, in batches of similar length that are no wider than they need to be.
@@ -147,7 +146,7 @@ class Batch:
                     f"{example.row} has {has}"
                 )
             values += [numbers[place] for place in example.trained_tokens]
-        return torch.tensor(values, device=self.tokens.device)
+        return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sum token values (N,) into sequence values (B,)."""

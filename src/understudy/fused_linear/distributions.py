@@ -25,6 +25,9 @@ class Projected:
     def vocabulary(self) -> int:
         return self.head.vocabulary
 
+    def detach(self) -> "Projected":
+        return Projected(self.hidden.detach(), self.head.detach())
+
     def cut(self, vocabulary: int) -> "Projected":
         return replace(self, head=self.head.cut(vocabulary))
 

@@ -60,6 +60,10 @@ class Head:
             self, weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary]
         )
 
+    def detach(self) -> "Head":
+        """The same head as a constant."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """(C, D) → (C, V) logits, float32 or float64."""
         product = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)

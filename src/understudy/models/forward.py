@@ -9,6 +9,7 @@ Shapes: N response tokens, V vocabulary, D width, m tokens of a soft prompt.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,7 +79,9 @@ def score_no_grad(model: Any, batch: Batch, **options: Any) -> Scores:
     results: list[Scores] = []
 
     def keep(scores: Scores) -> Tensor:
-        results.append(scores)
+        distribution = scores.distribution  # its head would be differentiated where it is used, if it is trained
+        constant = distribution.detach() if isinstance(distribution, Projected) else distribution
+        results.append(replace(scores, distribution=constant))
         return batch.input_ids
 
     with torch.autocast(batch.input_ids.device.type, enabled=False):

@@ -1,0 +1,23 @@
+"""Fixtures for tests of fused linear losses."""
+
+import os
+
+import pytest
+import torch
+
+from understudy.fused_linear import head, kernel
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """Fail where a function could not be compiled: its plain fallback would prove nothing about compiled code."""
+    if "TEST_COMPILED" in os.environ:
+        torch.compiler.reset()  # torch limits the number of variants of a function
+    yield
+    for function in (kernel._compiled_kernel, head._compiled_sum_exp):
+        assert function._kernel is not function._fallback
+
+
+@pytest.fixture(params=[1, 4, 100], ids=lambda rows: f"{rows} rows a tile")
+def tile_rows(request, monkeypatch):
+    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: request.param)

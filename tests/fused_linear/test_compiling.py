@@ -1,0 +1,62 @@
+"""Compiled code: when it pays off, that it equals the plain one, and what happens where nothing can be compiled."""
+
+import pytest
+import torch
+from projected import COMPILES, N, V, generator, leaves, random_projected, top_k
+from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
+
+from understudy.divergences import ForwardKL, JensenShannon
+from understudy.fused_linear import head, kernel
+from understudy.fused_linear.compiling import compiling_pays_off
+from understudy.fused_linear.distributions import Dense
+from understudy.fused_linear.loss import chosen_log_prob, divergence_loss, row_values
+from understudy.fused_linear.tiles import tiling
+
+
+def test_only_long_runs_on_machines_with_a_compiler_are_compiled(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    assert compiling_pays_off(1e6, 50_000)
+    assert not compiling_pays_off(1e5, 50_000)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiling_pays_off(1e6, 50_000)
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert not compiling_pays_off(1e6, 50_000)
+
+
+@COMPILES
+@pytest.mark.parametrize("kind", ["top k", "dense", "chosen"])
+def test_compiled_row_losses_equal_the_plain_ones(kind):
+    student, log_p = random_projected(seed=1), random_projected(seed=2).log_probs().detach()
+    row_losses = {
+        "top k": divergence_loss(JensenShannon(0.3), top_k(log_p, 5)),
+        "dense": divergence_loss(JensenShannon(0.3), Dense(log_p)),
+        "chosen": chosen_log_prob(torch.randint(V, (N,), generator=generator())),
+    }[kind]
+    results = []
+    for compiled in (False, True):
+        with tiling(compiled=compiled):
+            values = row_values(student, row_losses, torch.ones(N))
+            results.append([values, *torch.autograd.grad(values.sum(), leaves(student))])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("error", [InternalTorchDynamoError, FailOnRecompileLimitHit])
+@pytest.mark.parametrize("broken", [kernel._compiled_kernel, head._compiled_sum_exp], ids=["kernel", "sum of exp"])
+def test_where_compiling_fails_the_fallback_runs_and_one_warning_is_logged(
+    broken, error, monkeypatch, caplog, tile_rows
+):
+    def fail(*_):
+        raise error("no such thing as a compiler")
+
+    for function in (kernel._compiled_kernel, head._compiled_sum_exp):
+        monkeypatch.setattr(function, "_kernel", function._fallback)
+    monkeypatch.setattr(broken, "_kernel", fail)
+    student, teacher = random_projected(seed=1), random_projected(seed=2)
+    expected = ForwardKL()(teacher.log_probs().detach(), student.log_probs())
+    for _ in range(2):
+        with tiling(compiled=True):
+            values = row_values(student, divergence_loss(ForwardKL(), teacher), torch.ones(N))
+            torch.testing.assert_close(values, expected)
+    assert caplog.text.count("no such thing as a compiler") == 1
