@@ -87,6 +87,6 @@ class Writers:
     def teacher(self) -> Writer:
         if self._teacher is None:
             raise ValueError(
-                "this method trains on the teacher's responses: give it a rollout and a teacher that can write"
+                "this method trains on the teacher's responses: give it a rollout and a teacher that can generate"
             )
         return self._teacher

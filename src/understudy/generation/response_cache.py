@@ -1,4 +1,4 @@
-"""A cache of generated responses: a rollout that stores what another one generates, in a JSONL file beside the run."""
+"""A cache of generated responses: a rollout that stores what another rollout generates, in a JSONL file beside the run."""
 
 import hashlib
 import json
