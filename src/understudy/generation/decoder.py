@@ -65,7 +65,7 @@ class Decoder:
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
             raise ValueError(
-                f"{type(without_adapters(self._model)).__name__} keeps no key-value cache; rollout generate needs one"
+                f"{type(without_adapters(self._model)).__name__} has no key-value cache; rollout generate needs one"
             )
         return output.logits[:, -1]
 
@@ -82,9 +82,9 @@ class CompiledDecoder(Decoder):
             return super().tokens(tokens)  # sliding windows and states, whose memory is not laid out by position
         at = torch.tensor([self._read], device=tokens.device)
         self._read, self._positions = self._read + 1, self._positions[:, -1:] + 1
-        seen = -(-self._read // _STEP) * _STEP
-        inputs = self._inputs(tokens[:, None], seen)
-        memory = [layer.extend(self._read, seen) for layer in self._cache.layers]
+        visible = -(-self._read // _STEP) * _STEP
+        inputs = self._inputs(tokens[:, None], visible)
+        memory = [layer.extend(self._read, visible) for layer in self._cache.layers]
         for tensor in (*filter(torch.is_tensor, inputs.values()), *chain(*memory)):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         for tensor in (inputs["attention_mask"], *chain(*memory)):

@@ -28,13 +28,13 @@ class PreallocatedLayer(DynamicLayer):
         self._write(slice(used, end), key_states, value_states)
         return self._use(end)
 
-    def extend(self, length: int, seen: int) -> tuple[Tensor, Tensor]:
-        """Use the next positions, up to `length`, which the caller writes; returns views of the first `seen`."""
+    def extend(self, length: int, visible: int) -> tuple[Tensor, Tensor]:
+        """Use the next positions, up to `length`, which the caller writes; returns views of the first `visible`."""
         keys, values = self._use(self.get_seq_length())
-        self._reserve(keys, values, seen)
+        self._reserve(keys, values, visible)
         self._use(length)
         assert self._memory is not None
-        return self._memory[0][:, :, :seen], self._memory[1][:, :, :seen]
+        return self._memory[0][:, :, :visible], self._memory[1][:, :, :visible]
 
     def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
         """Allocate memory for `end` positions of states like these; the content stays."""
@@ -62,7 +62,7 @@ class PreallocatedLayer(DynamicLayer):
 
 def _with_room(states: Tensor, length: int) -> Tensor:
     rows, heads, _, width = states.shape
-    return states.new_zeros(rows, heads, length + length // 2 + 16, width)  # what is masked may be looked at
+    return states.new_zeros(rows, heads, length + length // 2 + 16, width)  # masked positions may be read
 
 
 class FixedLayer(CacheLayerMixin):

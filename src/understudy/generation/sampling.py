@@ -28,7 +28,7 @@ from ..step import Step
 from .stop_tokens import stop_ids
 
 _COLUMN_MAJOR_LIMIT = 2**28  # weights, a gigabyte of them; more are not copied
-_GROUP = 128  # tokens that are summed together before the right ones are looked at one by one
+_GROUP = 128  # tokens that are summed together before those of one group are summed one by one
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class Response:
-    """The tokens of one response and, where they are asked for, their log-probabilities under the model."""
+    """The tokens of one response and, for a sampling with `logprobs`, their log-probabilities under the model."""
 
     tokens: list[int]
     log_probs: list[float] | None = None

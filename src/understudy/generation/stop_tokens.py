@@ -10,7 +10,7 @@ def stop_ids(tokenizer: Any, *models: Any) -> list[int]:
 
     These are the tokenizer's end-of-sequence token, the token with which its chat template ends a turn, and the
     end-of-sequence tokens in the models' generation configs. Ids beyond the tokenizer's vocabulary are left out, since
-    they are never drawn. Empty if nobody names a stop token.
+    they are never drawn. Empty if there is none.
     """
     ids = set() if tokenizer.eos_token_id is None else set(end_of_response_ids(tokenizer))
     for model in models:

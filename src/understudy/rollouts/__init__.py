@@ -1,4 +1,4 @@
-"""One way of writing responses, one file; the file's name is the rollout's name."""
+"""Rollouts, one per file; the file's name is the rollout's name in recipes."""
 
 from ..registry import Registry
 from ..rollout import Rollout

@@ -30,13 +30,13 @@ from ..sampling import Sampling
 
 MIN_TRANSFORMERS = (5, 23)  # the first whose logits processors are known to work as this one does
 _PAGED = {"full_attention", "sliding_attention"}  # the kinds of layers that have a paged cache
-_PREFILL_TOKENS = 1024  # tokens of prompts that are read in one forward, beside a token for each row
+_PREFILL_TOKENS = 1024  # tokens of prompts that are read in one forward
 _MAX_LOGITS_ERROR = 0.05  # how far logits may be from the model's own, as a share of their spread; bfloat16: 0.01
 
 
 @dataclass
 class ContinuousRollout(SamplingRollout):
-    """Hands everything to transformers at once; the cache has room for `batch_size` rows, and the others wait."""
+    """Hands everything to transformers at once; the cache has room for `batch_size` rows, and the rest waits."""
 
     name: ClassVar[str] = "continuous"
 
@@ -125,7 +125,7 @@ class ContinuousRollout(SamplingRollout):
         )
 
     def _verify(self, prompts: list[list[int]], sampling: Sampling) -> None:
-        """Generate two tokens, whose logits must be the model's own: not every model says what its attention needs.
+        """Generate two tokens, whose logits must be the model's own: not every model declares what its attention needs.
 
         Raises:
             ValueError: where they are not, or where the model cannot be run at all.
@@ -156,8 +156,8 @@ class _Sampler(processors.ContinuousBatchingLogitsProcessor):
 
     `uniforms` (R, max_new_tokens) are in [0, 1). What transformers carries from a request to its row of logits is one
     int32: the place, in all uniforms one after the other, of the number that belongs to its next token. Requests whose
-    prompt is not read to its end have a row of logits, too, behind the others': their place is −1, and what is drawn
-    for them is passed over.
+    prompt is not read to its end have a row of logits, too, at the end: their place is −1, and what is drawn for them
+    is ignored.
     """
 
     supported_kwargs: ClassVar[dict[str, type]] = {}
@@ -167,12 +167,12 @@ class _Sampler(processors.ContinuousBatchingLogitsProcessor):
         """`rows`: how many requests there are in one forward at the most."""
         self.uniforms, self.sampling, self.vocabulary, self.rows = uniforms, sampling, vocabulary, rows
         self.starts: dict[str, int] = {}  # of each request: the place of its first number, less its prompt's length
-        self.logits: dict[int, Tensor] | None = None  # by place, where they are asked for
+        self.logits: dict[int, Tensor] | None = None  # by place; None: not stored
         count = uniforms.numel() + 1  # the last one is for place −1
         self.log_probs = torch.zeros(count, device=uniforms.device) if sampling.logprobs else None
 
     def log_probs_by_request(self) -> list[list[float]] | None:
-        """(R, max_new_tokens) of the tokens that were drawn, where the sampling asks for them."""
+        """(R, max_new_tokens) of the tokens that were drawn, for a sampling with `logprobs`."""
         return None if self.log_probs is None else self.log_probs[:-1].view(self.uniforms.shape).tolist()
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
