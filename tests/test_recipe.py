@@ -16,7 +16,7 @@ from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseK
 from understudy.method import Method
 from understudy.methods import METHODS
 from understudy.recipe import RecipeError, load, parse
-from understudy.recipe_arguments import construct
+from understudy.recipe.arguments import construct
 from understudy.rollouts import ROLLOUTS
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import Sampling

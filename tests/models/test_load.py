@@ -1,10 +1,10 @@
-"""Checks of tokenizers and models that belong together, and of context windows."""
+"""Checks of tokenizers and models that belong together."""
 
 import pytest
 from folders import VOCABULARY, characters
-from transformers import GPT2Config, LlamaConfig
+from transformers import LlamaConfig
 
-from understudy.models.load import check_tokenizers, check_vocabulary, window_of
+from understudy.models.load import check_tokenizers, check_vocabulary
 from understudy.recipe import RecipeError
 
 
@@ -24,7 +24,7 @@ def test_tokenizers_that_differ_are_refused_and_different_ends_of_sequence_are_l
     teacher = characters()
     teacher.eos_token = "<s>"
     check_tokenizers(characters(), teacher)
-    assert "end their answers differently ('</s>' and '<s>')" in caplog.text
+    assert "end their responses differently ('</s>' and '<s>')" in caplog.text
 
 
 def test_tokenizers_with_the_same_tokens_that_split_text_differently_are_refused():
@@ -32,12 +32,5 @@ def test_tokenizers_with_the_same_tokens_that_split_text_differently_are_refused
 
     teacher = characters()
     teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(RecipeError, match="the same tokens but cut text differently"):
+    with pytest.raises(RecipeError, match="the same tokens but split text differently"):
         check_tokenizers(characters(), teacher)
-
-
-def test_the_context_window_is_that_of_the_shortest_model():
-    short, long = LlamaConfig(max_position_embeddings=64), GPT2Config(n_positions=1024)
-    assert window_of(short, long) == 64
-    assert window_of(long) == 1024
-    assert window_of() is None

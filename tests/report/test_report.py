@@ -247,7 +247,7 @@ def test_distances_of_several_seeds_are_means_over_their_tokens():
 def swept(home, values, recipes=("kd",), option="training.learning_rate", seeds=2, baseline=None):
     """What `understudy compare --sweep` leaves; the n-th value of a recipe is right n times of ten, plus the seed."""
     from understudy.compare.evaluations import reference_folder
-    from understudy.recipe_yaml import value_of
+    from understudy.recipe.yaml_text import value_of
 
     points, short = {}, option.rpartition(".")[2]
     for recipe in recipes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, load
-from ..recipe_yaml import value_of
+from ..recipe.yaml_text import value_of
 from ..run.folder import RunFolder
 from ..teachers import TEACHERS
 

@@ -118,11 +118,11 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
     if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
         raise RecipeError(
-            f"the tokenizers of student and teacher have the same tokens but cut text differently: {remedy}"
+            f"the tokenizers of student and teacher have the same tokens but split text differently: {remedy}"
         )
     if student.eos_token_id != teacher.eos_token_id:
         logger.warning(
-            "student and teacher end their answers differently (%r and %r): a base model beside a chat model, perhaps; "
+            "student and teacher end their responses differently (%r and %r): a base model beside a chat model, perhaps; "
             "watch the share of truncated responses",
             student.eos_token,
             teacher.eos_token,

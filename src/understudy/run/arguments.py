@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..recipe import Recipe
-from ..recipe_arguments import convert
+from ..recipe.arguments import convert
 from ..registry import did_you_mean
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")

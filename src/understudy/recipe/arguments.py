@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from .recipe_yaml import RecipeError
-from .registry import Registry, UnknownName, nearest
+from ..registry import Registry, UnknownName, nearest
+from .yaml_text import RecipeError
 
 
 def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **given: Any) -> Any:
@@ -68,7 +68,7 @@ def arguments(
 
 def _convert_field(value: Any, hint: Any, where: str) -> Any:
     """As `convert`, and a divergence from its name, and a model by its name where Python would take the model."""
-    from .divergences import Divergence
+    from ..divergences import Divergence
 
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if any(isinstance(option, type) and issubclass(option, Divergence) for option in options):

@@ -25,11 +25,11 @@ from pydantic import (
     model_validator,
 )
 
-from .budget import Budget
-from .recipe_arguments import arguments, construct, name_and_fields
-from .recipe_yaml import Places, RecipeError, place, read
-from .registry import Registry, UnknownName, did_you_mean, nearest
-from .sampling import Sampling
+from ..budget import Budget
+from ..registry import Registry, UnknownName, did_you_mean, nearest
+from ..sampling import Sampling
+from .arguments import arguments, construct, name_and_fields
+from .yaml_text import Places, RecipeError, place, read
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 _OTHER_FIELDS = {"rollout": _SAMPLING_FIELDS}  # of a block, that are not arguments of the class it names
