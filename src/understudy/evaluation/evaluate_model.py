@@ -93,6 +93,9 @@ def load_for_evaluation(
         configs.append(load_config(settings.teacher))
         check_vocabulary(tokenizer, configs[1], "the teacher has")
     settings = with_lengths(settings, *configs)
+    rollout = GenerateRollout(settings.max_new_tokens or MAX_NEW_TOKENS, settings.temperature)
+    if settings.batch_size is not None:
+        rollout.batch_size = settings.batch_size
     examples = _prompts(settings, tokenizer, window_of(*configs))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
@@ -101,10 +104,7 @@ def load_for_evaluation(
         with loading("model", settings.teacher):
             teacher = LocalTeacher(resolve(settings.teacher), vocabulary=len(tokenizer))
         teacher.beside(device)
-    rollout = GenerateRollout(settings.max_new_tokens or 0, settings.temperature)
     rollout.stop_ids = all_stop_ids(tokenizer, model)
-    if settings.batch_size is not None:
-        rollout.batch_size = settings.batch_size
     return LoadedModel(model, tokenizer, examples, rollout, teacher)
 
 
