@@ -1,4 +1,4 @@
-"""Models, tokenizers, datasets and recipes in folders, as a user has them, but tiny; for tests of the doors."""
+"""Models, tokenizers, datasets and recipes in folders, as a user has them, but tiny; for tests of the entry points."""
 
 import json
 from pathlib import Path

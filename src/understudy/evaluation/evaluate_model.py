@@ -88,6 +88,8 @@ def load_for_evaluation(
         configs.append(load_config(settings.teacher))
         check_vocabulary(tokenizer, configs[1], "the teacher has")
     settings = with_lengths(settings, *configs)
+    rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
+    sampling = Sampling(settings.max_new_tokens or MAX_NEW_TOKENS, settings.temperature)
     examples = _prompts(settings, tokenizer, context_window(*configs))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
@@ -96,9 +98,7 @@ def load_for_evaluation(
         with loading("model", settings.teacher):
             teacher = LocalTeacher(settings.teacher)
             teacher.to(device)
-    rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
-    stops = tuple(stop_ids(tokenizer, model))
-    sampling = Sampling(settings.max_new_tokens or MAX_NEW_TOKENS, settings.temperature, stop_ids=stops)
+    sampling = replace(sampling, stop_ids=tuple(stop_ids(tokenizer, model)))
     return LoadedModel(model, tokenizer, examples, rollout, sampling, teacher)
 
 
