@@ -122,8 +122,8 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
     if student.eos_token_id != teacher.eos_token_id:
         logger.warning(
-            "student and teacher end their responses differently (%r and %r): a base model beside a chat model, perhaps; "
-            "watch the share of truncated responses",
+            "student and teacher end their responses differently (%r and %r), like a base and a chat model; watch "
+            "the share of truncated responses",
             student.eos_token,
             teacher.eos_token,
         )

@@ -1,9 +1,24 @@
-"""The checkpoints in a run's folder, checkpoint-<step>/, and which of them is the last complete one."""
+"""Checkpoints in a run's folder, checkpoint-<step>/, and which of them is the last complete one.
+
+They are ordered by their step, never by the time of their files, and only folders with exactly such a name count:
+checkpoint-best is the user's own.
+"""
 
 import json
+import re
 from pathlib import Path
 
 PATTERN = "checkpoint-[0-9]*"  # as transformers.Trainer names them
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder, complete or not, oldest step first."""
+    by_step = {
+        int(match[1]): path
+        for path in Path(folder).glob(PATTERN)
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return [path for _, path in sorted(by_step.items())]
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -11,8 +26,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
     The trainer's state is the last file of a checkpoint to be written.
     """
-    checkpoints = {int(step): path for path in Path(folder).glob(PATTERN) if (step := path.name[11:]).isdigit()}
-    for _, path in sorted(checkpoints.items(), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -19,14 +19,12 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..batch import Batch, Example, micro_batches
 from ..budget import Budget
-from ..fused_linear.compiling import compiling_pays_off
 from ..fused_linear.tiles import tiling
 from ..method import Method, MethodContext
 from ..models.forward import score
@@ -37,12 +35,12 @@ from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
-from .callbacks import AfterStep, CheckGradients, ShowProgress, StopAtBudget, SyncRollout
+from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, ShowProgress, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint
+from .preparation import adapt, check_trainable, compiles
 from .spending import Spending, follow_budget
+from .state import load_state, save_state
 from .step_metrics import StepMetrics
-
-STATE_FILE = "distillation.safetensors"
 
 
 class StudentTrainer(Trainer):
@@ -86,15 +84,8 @@ class StudentTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         check_provides(teacher, method.requires, type(method).__name__)
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            same = teacher is not None and teacher.model is student
-            why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
-            raise ValueError(f"there is nothing to train in the student: {why}")
-        args.remove_unused_columns = False  # rows are Examples, not columns
-        args.dataloader_pin_memory = False  # nor tensors
-        args.logging_nan_inf_filter = False  # a loss that is NaN or infinite is an error here
-        accelerator_config: Any = args.accelerator_config
-        accelerator_config.dispatch_batches = False  # nor could they be sent to other processes
+        check_trainable(student, teacher)
+        limit = adapt(args)
         self.spending = Spending(budget)
         if budget is not None:
             callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
@@ -109,6 +100,8 @@ class StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if limit:
+            self.add_callback(LimitCheckpoints(limit))
         if not args.disable_tqdm:
             self.add_callback(ShowProgress(spending=self.spending))
         self.vocabulary = len(processing_class)
@@ -129,9 +122,9 @@ class StudentTrainer(Trainer):
         return self.spending.tokens
 
     def _first_process_s(self, seconds: float) -> float:
-        """What the first process says, so that all end at the same step."""
-        said = torch.tensor(seconds, dtype=torch.float64, device=self.args.device)
-        return float(cast(Tensor, broadcast(said)))
+        """The first process's seconds, so that all processes end at the same step."""
+        tensor = torch.tensor(seconds, dtype=torch.float64, device=self.args.device)
+        return float(cast(Tensor, broadcast(tensor)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         given = self.lr_scheduler
@@ -277,28 +270,10 @@ class StudentTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _compiles(self) -> bool:
-        """Decided by the length of the whole run as it is set, so that a resumed run computes the same numbers.
-
-        How long responses will be is not known; 64 tokens are taken.
-        """
-        args = self.args
-        examples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-        if args.max_steps <= 0:
-            examples = len(cast(Any, self.train_dataset)) * args.num_train_epochs
-        tokens = 64 * examples
-        if self.spending.budget is not None and self.spending.budget.tokens is not None:
-            tokens = min(tokens, self.spending.budget.tokens)
-        return args.torch_compile or compiling_pays_off(tokens, self.vocabulary, args.device.type)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""
         if _internal_call and self.args.should_save:
-            state = {f"method.{name}": tensor.contiguous() for name, tensor in self.method.state_dict().items()}
-            state["spent"] = torch.tensor(self.spending.state(), dtype=torch.float64)
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / STATE_FILE)
+            save_state(Path(output_dir or str(self.args.output_dir)), self.method, self.spending)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -307,12 +282,11 @@ class StudentTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.spending.restart()
         if resume_from_checkpoint:
-            state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
-            self.spending.resume(state.pop("spent").tolist())
-            self.method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
+            load_state(Path(resume_from_checkpoint), self.method, self.spending)
         self.step_metrics = StepMetrics()
         try:
-            with tiling(compiled=self._compiles()):
+            compiled = compiles(self.args, cast(Any, self.train_dataset), self.vocabulary, self.spending.budget)
+            with tiling(compiled=compiled):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
