@@ -1,8 +1,8 @@
-"""Stand-ins for tests: models of a few thousand random parameters, and examples to feed them.
+"""Stand-ins for tests: tiny random models, examples, a tokenizer, teachers without a model, a scripted rollout.
 
-The one idea: one tiny model for every way in which a model makes its logits: plain, with a bias, soft-capped, divided,
-multiplied, with adapters around it, with the head tied to the embeddings or not. Weights are much larger than a new
-model's, so that distributions differ from uniform and caps and scales matter.
+There is a model for every way in which logits are computed: plain, with a bias, soft-capped, divided, multiplied, with
+adapters, with the head tied to the embeddings or not. Weights are much larger than a new model's, so that distributions
+differ from uniform and caps and scales matter.
 """
 
 import math
@@ -37,7 +37,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.batch import Author, Batch, Example
-from understudy.fused_linear.distributions import Dense
+from understudy.fused_linear.distributions import Dense, TopK
 from understudy.rollout import Rollout, Writer, with_response
 from understudy.sampling import Sampling
 from understudy.scores import Scores
@@ -176,7 +176,7 @@ def ragged_examples(
 
 
 class BigramTeacher(Teacher):
-    """A teacher without a model: what comes next depends on the token before, by a random table."""
+    """A teacher without a model: the next token depends on the previous one, by a random table."""
 
     provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN, Capability.TOP_K, Capability.FULL})
 
@@ -185,7 +185,47 @@ class BigramTeacher(Teacher):
         self.table = torch.randn(vocabulary, vocabulary, generator=generator).log_softmax(-1)
 
     def score(self, batch: Batch) -> Scores:
-        return Scores(batch.tokens, Dense(self.table[batch.input_ids[batch.predicts]]))
+        read = batch.as_read_by_teacher()
+        return Scores(batch.tokens, Dense(self.table[read.input_ids[read.predicts]]))
+
+
+class TopKTeacher(Teacher):
+    """A teacher that reports the K likeliest tokens of `BigramTeacher` and the log-probability of the chosen one."""
+
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN, Capability.TOP_K})
+
+    def __init__(self, k: int = 5) -> None:
+        self.k, self.teacher = k, BigramTeacher()
+
+    def score(self, batch: Batch) -> Scores:
+        scores = self.teacher.score(batch)
+        return replace(scores, distribution=TopK(*scores.log_probs.topk(self.k), scores.chosen))
+
+
+class TopKOnlyTeacher(Teacher):
+    """A teacher that reports the K likeliest tokens of `BigramTeacher`, whichever was chosen."""
+
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.TOP_K})
+
+    def __init__(self, k: int = 5) -> None:
+        self.k, self.teacher = k, BigramTeacher()
+
+    def score(self, batch: Batch) -> Scores:
+        scores = self.teacher.score(batch)
+        return replace(scores, distribution=TopK(*scores.log_probs.topk(self.k)))
+
+
+class ChosenTeacher(Teacher):
+    """A teacher that reports the log-probability of the chosen token only: the top K of no tokens."""
+
+    provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN})
+
+    def __init__(self) -> None:
+        self.teacher = BigramTeacher()
+
+    def score(self, batch: Batch) -> Scores:
+        scores = self.teacher.score(batch)
+        return replace(scores, distribution=TopK(*scores.log_probs.topk(0), scores.chosen))
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Models, tokenizers, datasets and recipes in folders, as a user has them, but tiny; for tests of the entry points."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CHARACTERS = "0123456789+-*/=#\n .,?abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -62,6 +64,14 @@ def _save(model: Any, folder: Path, tokenizer: Any) -> Path:
     model.save_pretrained(folder)
     (tokenizer or characters()).save_pretrained(folder)
     return folder
+
+
+def load_example(name: str) -> Any:
+    """The module of a file in examples/."""
+    spec: Any = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sums(path: Path, count: int = 12) -> Path:

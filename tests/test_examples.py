@@ -1,13 +1,11 @@
 """The examples run as their pages say: methods, teachers and rollouts of one's own, named in a recipe or in a loop."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from fakes import VOCABULARY, ragged_examples, tiny, words
-from folders import characters, llama, sums, write
+from folders import EXAMPLES, characters, llama, load_example, sums, write
 from loop import logged, student, teacher, trainer
 from servers import response_server, top_k_server
 from transformers import AutoModelForCausalLM
@@ -28,23 +26,15 @@ from understudy import (
     load,
 )
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples"
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2}
 SEVERAL = Sampling(max_new_tokens=6, n=16)
 TRAINING |= {"use_cpu": True, "disable_tqdm": True}
 
 
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """Trains a tiny student as a recipe says, with the examples' folder as the working directory; returns the log."""
-    monkeypatch.chdir(FOLDER)
+    monkeypatch.chdir(EXAMPLES)
     models = {name: llama(tmp_path / name, seed) for seed, name in enumerate(("student", "teacher"))}
 
     def run(folder="run", **blocks):
@@ -66,7 +56,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_the_plain_loop_learns():
-    losses = example("plain_loop").main(steps=50)
+    losses = load_example("plain_loop").main(steps=50)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
@@ -84,7 +74,7 @@ def test_opd_s_expected_gradient_is_the_reverse_kl_s():
     log_q = logits.log_softmax(-1)
     batch = Batch.from_examples([Example([1], [v], "student") for v in range(7)], 0)
     scores = [Scores(batch.tokens, Dense(x.expand(7, 7))) for x in (p, log_q)]
-    (q.exp() * example("opd").OPD().loss(*scores, batch)).sum().backward()
+    (q.exp() * load_example("opd").OPD().loss(*scores, batch)).sum().backward()
     other = q.clone().requires_grad_()
     ReverseKL()(p[None], other.log_softmax(-1)[None]).sum().backward()
     torch.testing.assert_close(logits.grad, other.grad)
@@ -94,7 +84,9 @@ def test_opd_trains_with_a_teacher_that_provides_the_chosen_token_alone(tmp_path
     class Chosen(LocalTeacher):
         provides = frozenset({Capability.CHOSEN})
 
-    made = trainer(tmp_path, example("opd").OPD(), with_teacher=Chosen(teacher().model), sampling=SEVERAL, max_steps=20)
+    made = trainer(
+        tmp_path, load_example("opd").OPD(), with_teacher=Chosen(teacher().model), sampling=SEVERAL, max_steps=20
+    )
     made.train()
     advantage = logged(made, "advantage")
     assert -sum(advantage[-5:]) < -0.8 * sum(advantage[:5]), "the reverse KL falls"
@@ -105,7 +97,7 @@ def test_taid_runs_from_a_recipe(recipe):
 
 
 def test_taid_moves_its_target_once_per_step_and_learns(tmp_path):
-    method = example("taid").TAID(start=0.2)
+    method = load_example("taid").TAID(start=0.2)
     made = trainer(tmp_path, method, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     made.train()
     assert float(method.share) == 1.0
@@ -113,7 +105,7 @@ def test_taid_moves_its_target_once_per_step_and_learns(tmp_path):
 
 
 def test_taid_s_limits_are_no_loss_and_forward_kl():
-    method, batch = example("taid").TAID(start=0.0), Batch.from_examples(ragged_examples(4), 0)
+    method, batch = load_example("taid").TAID(start=0.0), Batch.from_examples(ragged_examples(4), 0)
     q, p = LocalTeacher(student()).score(batch), teacher().score(batch)
     torch.testing.assert_close(method.loss(p, q, batch), torch.zeros(len(batch.tokens)), atol=1e-5, rtol=0)
     method.after_step(Step(5, total=5))
@@ -121,16 +113,16 @@ def test_taid_s_limits_are_no_loss_and_forward_kl():
 
 
 def test_taid_resumes_from_its_own_state():
-    method = example("taid").TAID()
+    method = load_example("taid").TAID()
     method.after_step(Step(3, total=7))
-    other = example("taid").TAID()
+    other = load_example("taid").TAID()
     other.load_state_dict(method.state_dict())
     assert other.share == method.share != torch.tensor(0.4)
 
 
 def test_the_ensemble_averages_probabilities_and_teaches(tmp_path):
     models = [tiny("llama", seed=seed) for seed in (3, 4)]
-    ensemble, batch = example("ensemble_teacher").Ensemble(models), Batch.from_examples(ragged_examples(4), 0)
+    ensemble, batch = load_example("ensemble_teacher").Ensemble(models), Batch.from_examples(ragged_examples(4), 0)
     mean = sum(LocalTeacher(model).score(batch).log_probs.exp() for model in models) / 2
     torch.testing.assert_close(ensemble.score(batch).log_probs.exp(), mean, atol=1e-6, rtol=0)
     made = trainer(tmp_path, KD(), with_teacher=ensemble, max_steps=10)
@@ -159,7 +151,7 @@ def test_the_http_teacher_s_top_k_gives_a_lower_bound_and_the_chosen_token(tmp_p
     whole, values = local.score(batch), []
     with top_k_server(local) as url:
         for k in (1, 5, 20, VOCABULARY):
-            scores = example("http_teacher").HTTPTeacher(url, k).score(batch)
+            scores = load_example("http_teacher").HTTPTeacher(url, k).score(batch)
             torch.testing.assert_close(scores.chosen, whole.chosen)
             values.append(scores.divergence_to(learner, GKD().divergence).mean())
     assert values == sorted(values)
@@ -169,14 +161,16 @@ def test_the_http_teacher_s_top_k_gives_a_lower_bound_and_the_chosen_token(tmp_p
 def test_the_http_teacher_asks_for_all_micro_batches_of_a_step_at_once():
     batches = [Batch.from_examples(ragged_examples(3, seed=seed), 0) for seed in range(3)]
     with top_k_server(teacher()) as url:
-        remote = example("http_teacher").HTTPTeacher(url, 4)
+        remote = load_example("http_teacher").HTTPTeacher(url, 4)
         remote.prefetch(batches)
         pending = list(remote._pending.values())
         scores = [remote.score(batch) for batch in batches]
         assert len(pending) == 3
         assert not remote._pending
         for batch, prefetched in zip(batches, scores, strict=True):
-            assert torch.equal(prefetched.log_probs, example("http_teacher").HTTPTeacher(url, 4).score(batch).log_probs)
+            assert torch.equal(
+                prefetched.log_probs, load_example("http_teacher").HTTPTeacher(url, 4).score(batch).log_probs
+            )
 
 
 def test_the_socket_rollout_runs_from_a_recipe_and_generates_with_the_weights_of_each_step(recipe, tmp_path):
@@ -194,11 +188,11 @@ def test_the_socket_rollout_runs_from_a_recipe_and_generates_with_the_weights_of
 def test_the_socket_rollout_generates_n_responses_to_each_prompt(tmp_path):
     model, prompts = tiny("llama"), ragged_examples(4, responses=False)
     with response_server(tiny("llama", seed=5), words()) as (port, _):
-        rollout = example("socket_rollout").SocketRollout(port, str(tmp_path / "w.safetensors"))
+        rollout = load_example("socket_rollout").SocketRollout(port, str(tmp_path / "w.safetensors"))
         responses = rollout.bind(model, words()).generate(prompts, Sampling(max_new_tokens=5, n=3), Step(2))
     assert [e.row for e in responses] == [row for row in range(4) for _ in range(3)]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_every_example_says_what_it_shows(name):
-    assert len(example(name).__doc__) > 60
+    assert len(load_example(name).__doc__) > 60

@@ -26,7 +26,8 @@ def test_only_long_runs_on_machines_with_a_compiler_are_compiled(monkeypatch):
 
 @COMPILES
 @pytest.mark.parametrize("kind", ["top k", "dense", "chosen"])
-def test_compiled_row_losses_equal_the_plain_ones(kind):
+@pytest.mark.parametrize("weights", [torch.ones(N), None], ids=["announced", "late"])
+def test_compiled_row_losses_equal_the_plain_ones(weights, kind):
     student, log_p = random_projected(seed=1), random_projected(seed=2).log_probs().detach()
     row_losses = {
         "top k": divergence_loss(JensenShannon(0.3), top_k(log_p, 5)),
@@ -36,7 +37,7 @@ def test_compiled_row_losses_equal_the_plain_ones(kind):
     results = []
     for compiled in (False, True):
         with tiling(compiled=compiled):
-            values = row_values(student, row_losses, torch.ones(N))
+            values = row_values(student, row_losses, weights)
             results.append([values, *torch.autograd.grad(values.sum(), leaves(student))])
     for plain, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-12)

@@ -45,8 +45,12 @@ def test_top_k_teacher_is_a_full_teacher_over_merged_events(divergence, k, tile_
 
 @pytest.mark.parametrize("divergence", [d for d in TOP_K_DIVERGENCES if not isinstance(d, AlphaBeta)], ids=repr)
 def test_a_larger_k_never_lowers_a_divergence_and_ends_at_the_full_one(divergence):
+    """The teacher has no token of hardly any probability: as "any other token" it would be 1 less all the rest, whose
+    rounding is larger than what is compared here.
+    """
     student = random_projected(seed=1)
-    log_p = random_projected(seed=2).log_probs().detach()
+    log_p = random_projected(seed=2, scale=0.3).log_probs().detach()
+    assert log_p.exp().min() > 1e-4
     full = divergence(log_p, student.log_probs())
     before = torch.zeros_like(full)
     for k in range(1, V + 1):
@@ -86,3 +90,29 @@ def test_rounding_of_a_confident_top_k_teacher_does_not_raise_the_divergence():
 def test_top_k_teachers_cannot_be_softened():
     with pytest.raises(ValueError, match="cannot be softened"):
         top_k(torch.zeros(1, 4).log_softmax(-1), 2).log_probs(temperature=2.0)
+
+
+def test_rows_and_cut_of_a_top_k_keep_the_chosen_log_probabilities():
+    log_p = random_projected(seed=2).log_probs().detach()
+    teacher = TopK(*log_p.topk(5), log_p[:, 3])
+    rows = teacher.rows(slice(4, 9))
+    assert torch.equal(rows.values, teacher.values[4:9])
+    assert torch.equal(rows.support, teacher.support[4:9])
+    assert torch.equal(rows.chosen(torch.full((5,), 3)), log_p[4:9, 3])
+    assert teacher.cut(2).chosen_values is teacher.chosen_values
+    assert TopK(*log_p.topk(5)).rows(slice(4, 9)).chosen_values is None
+
+
+def test_chosen_of_a_top_k_without_them_is_refused():
+    log_p = random_projected(seed=2).log_probs().detach()
+    teacher = TopK(*log_p.topk(5))
+    with pytest.raises(ValueError, match="not the log-probability of the chosen token"):
+        teacher.chosen(teacher.support[:, 0])
+
+
+def test_the_top_k_of_no_tokens_is_one_event():
+    log_p = random_projected(seed=2).log_probs().detach()
+    teacher = TopK(*log_p.topk(0), log_p[:, 3])
+    assert teacher.log_probs().tolist() == [[0.0]] * N
+    torch.testing.assert_close(teacher.merge(log_p), torch.zeros(N, 1, dtype=f64), rtol=0, atol=1e-12)
+    assert torch.equal(teacher.chosen(torch.full((N,), 3)), log_p[:, 3])
