@@ -1,6 +1,6 @@
 """A judgement from names: a model, a dataset and a protocol become an evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def judge(question: Question, progress: Progress | None = None) -> Evaluation:
     longest = asked.max_new_tokens or min(256, (window or 512) // 2)
     if window is not None and longest >= window:
         raise ValueError(f"--max-new-tokens {longest} leaves no room for a prompt in a window of {window}: lower it")
+    sampling = Sampling(longest, asked.temperature)
     lengths = {"max_length": window or 512 + longest, "max_prompt_length": asked.max_prompt_length}
     examples = load_data(question.data.model_copy(update=lengths), tokenizer, window, longest)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -71,5 +72,5 @@ def judge(question: Question, progress: Progress | None = None) -> Evaluation:
     if question.at_once is None:
         options["at_once"] = 64 if device.type == "cpu" else 256
     rollout = GenerateRollout() if question.at_once is None else GenerateRollout(question.at_once)
-    sampling = Sampling(longest, asked.temperature, stop_ids=tuple(stop_ids(tokenizer, student)))
+    sampling = replace(sampling, stop_ids=tuple(stop_ids(tokenizer, student)))
     return evaluate(student, tokenizer, examples, rollout, sampling, seed=asked.seeds, progress=progress, **options)
