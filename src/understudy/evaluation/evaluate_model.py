@@ -11,7 +11,7 @@ from ..data.examples import Examples
 from ..data.load import load_data
 from ..generation.stop_tokens import stop_ids
 from ..models.context_window import context_window
-from ..models.load import check_tokenizers, check_vocabulary, load_config, load_model, load_tokenizer, loading
+from ..models.load import check_tokenizers, check_vocabulary, load_config, load_model, load_tokenizer
 from ..rollouts.generate import GenerateRollout
 from ..sampling import Sampling
 from ..teachers.local import LocalTeacher
@@ -95,9 +95,8 @@ def load_for_evaluation(
     model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
     teacher = None
     if settings.teacher is not None:
-        with loading("model", settings.teacher):
-            teacher = LocalTeacher(settings.teacher)
-            teacher.to(device)
+        teacher = LocalTeacher(settings.teacher)
+        teacher.to(device)
     sampling = replace(sampling, stop_ids=tuple(stop_ids(tokenizer, model)))
     return LoadedModel(model, tokenizer, examples, rollout, sampling, teacher)
 
