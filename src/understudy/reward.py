@@ -144,10 +144,10 @@ def function(place: str) -> Scorer:
     Raises:
         ValueError: if there is none.
     """
-    found = import_object(place, "reward function", "function")
-    if not callable(found):
-        raise ValueError(f"the reward function {place} is no function, but {found!r:.40}")
-    return cast(Scorer, found)
+    scorer = import_object(place, "reward function", "function")
+    if not callable(scorer):
+        raise ValueError(f"the reward function {place} is no function, but {scorer!r:.40}")
+    return cast(Scorer, scorer)
 
 
 def _name(function: Scorer) -> str:

@@ -55,7 +55,7 @@ def test_only_what_is_missing_is_generated(tmp_path):
     again(PROMPTS, Step(0))
     assert len(calls) == 1
     lines = (tmp_path / "deep" / "responses.jsonl").read_text().splitlines()
-    assert [json.loads(line)[0] for line in lines] == list(range(6))
+    assert [json.loads(line)["row"] for line in lines] == list(range(6))
 
 
 def test_a_torn_file_loses_its_last_response_only(tmp_path):

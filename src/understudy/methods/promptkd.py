@@ -237,12 +237,12 @@ class PromptedTeacher(Teacher):
     def _checked(self, batch: Batch) -> Batch:
         """The batch as the teacher reads it, on its device; refused where it does not fit behind the prompt."""
         batch = batch.as_read_by_teacher()
-        window = context_window(self.model.config)
+        limit = context_window(self.model.config)
         width = batch.input_ids.shape[1] + len(self.prompt)
-        if window is not None and width > window:
+        if limit is not None and width > limit:
             raise ValueError(
                 f"{batch.input_ids.shape[1]} tokens behind a soft prompt of {len(self.prompt)} do not fit into the "
-                f"teacher's context window of {window}: lower data.max_length or rollout.generate.max_new_tokens"
+                f"teacher's context window of {limit}: lower data.max_length or rollout.generate.max_new_tokens"
             )
         return batch.to(self.model.device)
 

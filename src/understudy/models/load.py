@@ -50,9 +50,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: if there is none, saying what to do.
     """
-    place = resolve(name)
+    path = resolve(name)
     with loading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(path)
         if not len(tokenizer):  # what transformers makes of a folder with a model alone
             raise ValueError("it has no tokens")
     return tokenizer
@@ -64,10 +64,10 @@ def load_model(name: str, **options: Any) -> Any:
     Raises:
         RecipeError: if there is none, saying what to do.
     """
-    place = resolve(name)
+    path = resolve(name)
     with loading("model", name):
         # A whole path, because adapters remember where the model below them lies.
-        return AutoModelForCausalLM.from_pretrained(Path(place).resolve() if Path(place).is_dir() else place, **options)
+        return AutoModelForCausalLM.from_pretrained(Path(path).resolve() if Path(path).is_dir() else path, **options)
 
 
 def load_config(name: str) -> Any:
@@ -76,12 +76,12 @@ def load_config(name: str) -> Any:
     Raises:
         RecipeError: if there is none, saying what to do.
     """
-    place = resolve(name)
+    path = resolve(name)
     with loading("model", name):
-        adapters = Path(place) / "adapter_config.json"
+        adapters = Path(path) / "adapter_config.json"
         if adapters.is_file():
             return load_config(json.loads(adapters.read_text())["base_model_name_or_path"])
-        return AutoConfig.from_pretrained(place).get_text_config()
+        return AutoConfig.from_pretrained(path).get_text_config()
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
@@ -106,14 +106,14 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     Raises:
         RecipeError: naming the first difference.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    student_tokens, teacher_tokens = student.get_vocab(), teacher.get_vocab()
     remedy = "choose a teacher and a student of one family, whose tokens are the same"
-    if ours != theirs:
-        differing = [t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t)]
+    if student_tokens != teacher_tokens:
+        differing = [t for t in sorted(student_tokens.keys() | teacher_tokens.keys()) if student_tokens.get(t) != teacher_tokens.get(t)]
         token = differing[0]
         raise RecipeError(
-            f"the tokenizers of student and teacher differ in {len(differing)} of {len(ours)} and {len(theirs)} tokens "
-            f"({token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for the "
+            f"the tokenizers of student and teacher differ in {len(differing)} of {len(student_tokens)} and {len(teacher_tokens)} tokens "
+            f"({token!r} is {student_tokens.get(token, 'absent')} for the student and {teacher_tokens.get(token, 'absent')} for the "
             f"teacher): {remedy}"
         )
     if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
@@ -137,11 +137,11 @@ def reason(error: Exception) -> str:
     return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".:")
 
 
-def _remedy(place: str, error: Exception) -> str:
+def _remedy(path: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return "install what is missing"
     if isinstance(error, SafetensorError):
         return "a file of weights is damaged: copy or download it again"
-    if Path(place).exists():
+    if Path(path).exists():
         return "the folder must hold a model and its tokenizer as save_pretrained writes them"
     return "there is no such folder here, and the hub gave none: check the name, the path and the network"

@@ -24,7 +24,7 @@ def student_config(recipe: Recipe, teacher: str | None) -> Any:
         return load_config(student.model)
     if student.fresh is not None:
         return _fresh_config(recipe, student.fresh, teacher)
-    return _cut_config(recipe, student.layers or [], teacher)
+    return _layers_config(recipe, student.layers or [], teacher)
 
 
 def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
@@ -33,10 +33,10 @@ def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
     if student.model is not None:
         model = load_model(student.model, **{"dtype": student.dtype, **student.options})
     elif student.fresh is not None:
-        model = _fresh(recipe, config)
+        model = _new_model(recipe, config)
     else:
         assert teacher is not None
-        model = _cut(recipe, config, student.layers or [], teacher)
+        model = _with_layers(recipe, config, student.layers or [], teacher)
     return model if student.peft is None else add_adapters(recipe, model, lora_config(recipe, student.peft))
 
 
@@ -70,7 +70,7 @@ def _fresh_config(recipe: Recipe, fields: dict[str, Any], teacher: str | None) -
         else:
             config = copy.deepcopy(base)
             config.update(changes)
-            _follow_up(config, base, changes)
+            _update_dependent_fields(config, base, changes)
     except Exception as error:  # configurations check themselves in many ways
         message = f"no configuration can be made with these fields: {reason(error)}"
         raise recipe.error("student.fresh", message) from error
@@ -80,7 +80,7 @@ def _fresh_config(recipe: Recipe, fields: dict[str, Any], teacher: str | None) -
     return config
 
 
-def _fresh(recipe: Recipe, config: Any) -> Any:
+def _new_model(recipe: Recipe, config: Any) -> Any:
     """A model with random weights."""
     dtype = recipe.student.dtype
     try:
@@ -98,7 +98,7 @@ def _check_fields(recipe: Recipe, config: Any, fields: dict[str, Any]) -> None:
             raise recipe.error(f"student.fresh.{name}", message)
 
 
-def _follow_up(config: Any, base: Any, fields: dict[str, Any]) -> None:
+def _update_dependent_fields(config: Any, base: Any, fields: dict[str, Any]) -> None:
     """Bring fields along that follow from changed ones: layer types from layers, a head's width from the model's."""
     kinds = getattr(base, "layer_types", None)
     if kinds and "layer_types" not in fields:
@@ -112,7 +112,7 @@ def _follow_up(config: Any, base: Any, fields: dict[str, Any]) -> None:
         config.num_key_value_heads = config.num_attention_heads
 
 
-def _cut_config(recipe: Recipe, layers: list[int], teacher: str | None) -> Any:
+def _layers_config(recipe: Recipe, layers: list[int], teacher: str | None) -> Any:
     if teacher is None:
         raise recipe.error("student.layers", "a student cut from the teacher needs a local teacher")
     config = copy.deepcopy(load_config(teacher))
@@ -126,7 +126,7 @@ def _cut_config(recipe: Recipe, layers: list[int], teacher: str | None) -> Any:
     return config
 
 
-def _cut(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
+def _with_layers(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
     """The teacher with only some of its layers: a student that starts from the teacher's weights."""
     source = load_model(teacher, dtype=recipe.student.dtype)
     depth = source.config.get_text_config().num_hidden_layers
@@ -138,10 +138,10 @@ def _cut(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
         raise recipe.error("student.layers", message)
     prefix = stacks[0] + "."
     weights = source.state_dict()
-    kept = {name: w for name, w in weights.items() if not name.startswith(prefix)}
+    kept_weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
     for new, old in enumerate(layers):
         start = f"{prefix}{old}."
-        kept |= {f"{prefix}{new}.{n.removeprefix(start)}": w for n, w in weights.items() if n.startswith(start)}
-    student.load_state_dict(kept)
+        kept_weights |= {f"{prefix}{new}.{n.removeprefix(start)}": w for n, w in weights.items() if n.startswith(start)}
+    student.load_state_dict(kept_weights)
     student.generation_config = copy.deepcopy(source.generation_config)
     return student
