@@ -206,7 +206,7 @@ def test_a_student_with_adapters_learns_from_the_prompted_teacher(divergence, tm
 
 def test_a_prompt_that_does_not_fit_is_refused():
     _, teacher = prompted(prompt_tokens=60)
-    with pytest.raises(ValueError, match=r"do not fit into the teacher's window of 64: lower data.max_length"):
+    with pytest.raises(ValueError, match=r"do not fit into the teacher's context window of 64: lower data.max_length"):
         teacher.score(BATCH)
 
 

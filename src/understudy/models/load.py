@@ -106,15 +106,15 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     Raises:
         RecipeError: naming the first difference.
     """
-    student_tokens, teacher_tokens = student.get_vocab(), teacher.get_vocab()
+    ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     remedy = "choose a teacher and a student of one family, whose tokens are the same"
-    if student_tokens != teacher_tokens:
-        differing = [t for t in sorted(student_tokens.keys() | teacher_tokens.keys()) if student_tokens.get(t) != teacher_tokens.get(t)]
+    differing = sorted(t for t in ids.keys() | teacher_ids.keys() if ids.get(t) != teacher_ids.get(t))
+    if differing:
         token = differing[0]
         raise RecipeError(
-            f"the tokenizers of student and teacher differ in {len(differing)} of {len(student_tokens)} and {len(teacher_tokens)} tokens "
-            f"({token!r} is {student_tokens.get(token, 'absent')} for the student and {teacher_tokens.get(token, 'absent')} for the "
-            f"teacher): {remedy}"
+            f"the tokenizers of student and teacher differ in {len(differing)} of {len(ids)} and {len(teacher_ids)} "
+            f"tokens ({token!r} is {ids.get(token, 'absent')} for the student and {teacher_ids.get(token, 'absent')} "
+            f"for the teacher): {remedy}"
         )
     if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
         raise RecipeError(
