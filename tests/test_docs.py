@@ -9,8 +9,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from folders import llama
+from loop import logged, trainer
 
+from understudy import Batch, Example, LocalTeacher
 from understudy.methods import METHODS
 from understudy.recipe import parse
 
@@ -77,3 +81,24 @@ def test_every_name_that_the_documentation_imports_exists(page):
     code = [text for text in blocks(page, "python") if ">>>" not in text]
     for module, name in [found for text in code for found in imports(text)]:
         assert hasattr(importlib.import_module(module), name), f"{page.name} imports {name} from {module}"
+
+
+def test_the_classes_of_the_page_about_extending_work(tmp_path):
+    """Method and rollout train together, the teacher scores, the divergence has its gradient, the metric counts."""
+    namespace = {"__name__": "extend"}
+    for code in blocks(ROOT / "docs" / "extend.md", "python"):
+        exec(code, namespace)
+    made = trainer(tmp_path, namespace["OnPolicyWithLabels"](), rollout=namespace["Repeat"](2), max_steps=2)
+    made.train()
+    assert len(logged(made)) == 2
+    models = [llama(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    batch = Batch.from_examples([Example([4, 5], [6, 7, 2])], pad=0)
+    mean = sum(LocalTeacher(str(model)).score(batch).log_probs.exp() for model in models) / 2
+    torch.testing.assert_close(namespace["Ensemble"](list(map(str, models))).score(batch).log_probs.exp(), mean)
+    log_p = torch.randn(3, 5, dtype=torch.float64).log_softmax(-1)
+    log_q = torch.randn(3, 5, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: namespace["Hellinger"]()(log_p, q), log_q)
+    (by_hand,) = torch.autograd.grad(((log_p.exp().sqrt() - log_q.exp().sqrt()) ** 2).sum(), log_q)
+    torch.testing.assert_close(namespace["Hellinger"]().grad_log_q(log_p, log_q), by_hand)
+    assert namespace["Length"]().score(["a b", "c"], [["x"], ["y"]])["words"].value == 1.5
+    assert namespace["is_short"](["p"], ["short"], [{}]) == [1.0]
