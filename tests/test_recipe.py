@@ -403,7 +403,7 @@ def test_every_recipe_of_the_repository_can_be_built(path):
     recipe.check("method", METHODS)
     recipe.build("rollout", ROLLOUTS)
     if recipe.teacher is not None:
-        recipe.check("teacher", TEACHERS, vocabulary=1)
+        recipe.build("teacher", TEACHERS)
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     assert recipe.training.keys() <= fields
 

@@ -373,7 +373,7 @@ def test_a_corpus_goes_to_the_method_that_reads_one_and_to_no_other(home):
     summary = run(home, method="dpkd", corpus=corpus)
     assert summary["steps"] == 2
     built = build(recipe_of(home, method="dpkd", corpus=corpus), training_arguments(recipe_of(home)))
-    assert [e.prompt for e in built.trainer.method.corpus]
+    assert [e.prompt for e in built.trainer.method._corpus]
     with pytest.raises(RecipeError, match="gkd reads no corpus; dpkd does"):
         run(home, restart=True, corpus=corpus)
 

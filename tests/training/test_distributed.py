@@ -66,22 +66,23 @@ def train(folder, case, processes):
 
 def train_for_seconds(folder):
     """A budget of five seconds, of which every step takes one by the first process's clock, two by the second's."""
-    from understudy import budget
+    from understudy.budget import Budget
+    from understudy.training import spending
 
     counts = itertools.count(0, 1 + int(os.environ["RANK"]))
-    budget.perf_counter, clock = counts.__next__, budget.perf_counter
+    spending.perf_counter, clock = counts.__next__, spending.perf_counter
     try:
         made = trainer(
             folder / "run",
             SFT(),
             examples=ragged_examples(64),
-            options={"budget": budget.Budget(seconds=5.0)},
+            options={"budget": Budget(seconds=5.0)},
             max_steps=8,
             lr_scheduler_type="linear",
         )
         made.train()
     finally:
-        budget.perf_counter = clock
+        spending.perf_counter = clock
     return {"steps": made.state.global_step, "seconds": made.spending.seconds, "rates": logged(made, "learning_rate")}
 
 
