@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from understudy.models.load import load_tokenizer
-from understudy.models.student import teacher_name
 from understudy.playground.names import is_playground
 from understudy.recipe import Recipe, RecipeError, load
 from understudy.run.arguments import training_arguments
 from understudy.run.build import Run, build
+from understudy.teachers import TEACHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
@@ -99,6 +99,11 @@ FILES = {
     "flan2021": {"inputs": SENTENCES[0], "targets": SENTENCES[1], "task": "a_10templates"},
     "openwebtext": {"text": "\n".join(SENTENCES)},
 }
+
+
+def teacher_model(recipe):
+    """The name of the recipe's teacher, if it has one."""
+    return recipe.build("teacher", TEACHERS).model_name if recipe.teacher is not None else None
 
 
 def bytewise(family: Family) -> PreTrainedTokenizerFast:
@@ -198,7 +203,7 @@ def families(recipe: Recipe) -> dict[str, Family]:
 
     A local folder beside a model of the hub holds a model of the same family.
     """
-    names = [recipe.student.model, teacher_name(recipe), recipe.student.tokenizer]
+    names = [recipe.student.model, teacher_model(recipe), recipe.student.tokenizer]
     by_name = {name: family_of(name) for name in names if name}
     hub_family = next((family for family in by_name.values() if family != LOCAL), LOCAL)
     return {name: hub_family if family == LOCAL else family for name, family in by_name.items()}
@@ -206,7 +211,7 @@ def families(recipe: Recipe) -> dict[str, Family]:
 
 def create_files(recipe: Recipe) -> None:
     """Create every model and file that the recipe names below the working directory."""
-    by_name, teacher = families(recipe), teacher_name(recipe)
+    by_name, teacher = families(recipe), teacher_model(recipe)
     playground = next((name for name in by_name if is_playground(name)), None)
     layers = max([2, *(layer + 1 for layer in recipe.student.layers or [])])
     for name, family in by_name.items():

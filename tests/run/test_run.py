@@ -203,7 +203,8 @@ def test_a_restart_generates_the_teacher_s_responses_again(home):
     run(home, method="seqkd")
     file = home / "run" / "teacher_responses.jsonl"
     right = file.read_text()
-    file.write_text("".join(json.dumps([*json.loads(line)[:2], [5, 2], False]) + "\n" for line in right.splitlines()))
+    changed = [json.loads(line) | {"tokens": [5, 2], "truncated": False} for line in right.splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in changed))
     run(home, method="seqkd", restart=True)
     assert sorted(file.read_text().splitlines()) == sorted(right.splitlines())
 
