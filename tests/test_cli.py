@@ -35,7 +35,7 @@ def imported(*arguments):
         ("no file", "there is no recipe"),
         ("no YAML", "cannot be read as YAML"),
         ("an unknown key", 'unknown key "studnt"; did you mean "student"?'),
-        ("an override", "is no override"),
+        ("an override", "is not an override"),
     ],
 )
 def test_help_and_mistakes_load_nothing_heavy(case, sentence, tmp_path):

@@ -116,7 +116,7 @@ TEXTS = {  # the recipe as text, and what is said of it
     "a list": ("- student\n- method\n", r"a recipe is a mapping"),
     "prose": ("Please distil the model.\n", r"a recipe is a mapping"),
     "two documents": ("a: 1\n---\nb: 2\n", r"this cannot be read as YAML.*another document"),
-    "a block inside itself": ("student: &s\n  options: *s\n", r"line 2: .*inside itself"),
+    "a block inside itself": ("student: &s\n  options: *s\n", r"line 2: .*contains itself"),
     "a number as key": ("1: a\n", r"line 1: 1: keys should be strings"),
     "a Python object": ("student: !!python/object/apply:os.system [ls]\n", r"line 1: this cannot be read"),
 }
@@ -143,7 +143,7 @@ MISTAKES = {
     "a word that is none": ({"students": {}}, r'line \d+: unknown key "students"; did you mean "student"\?'),
     "a key in the wrong place": (
         {"max_length": 9},
-        r'line \d+: unknown key "max_length"; it belongs into the block data',
+        r'line \d+: unknown key "max_length"; it belongs in the block data',
     ),
     "a misspelt key of data": (
         {"data": {"datset": "a"}},
@@ -196,7 +196,7 @@ MISTAKES = {
     ),
     "no batch": (
         {"training": {"per_device_train_batch_size": 0}},
-        r"line \d+: training.per_device_train_batch_size is 0, and 1 is the least",
+        r"line \d+: training.per_device_train_batch_size must be at least 1, not 0",
     ),
     "an optimizer that is none": ({"training": {"optim": "adamx"}}, r"line \d+: training.optim: adamx is not a valid"),
     "a logger that is absent": (
@@ -429,12 +429,12 @@ def test_a_mistake_that_only_loading_shows(case, refused, home):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.max_steps", r'"training.max_steps" is no override; write key.key=value'),
-        ("=5", r'"=5" is no override'),
-        ("training..max_steps=5", r"is no override"),
+        ("training.max_steps", r'"training.max_steps" is not an override; write key.key=value'),
+        ("=5", r'"=5" is not an override'),
+        ("training..max_steps=5", r"is not an override"),
         ("trainin.max_steps=5", r'the override "trainin.max_steps=5": unknown key "trainin"; did you mean "training"'),
         ("training.max_step=5", r'the override "training.max_step=5": .*no field "max_step"; did you mean "max_steps"'),
-        ("data.dataset.name=a", r'the override "data.dataset.name=a" goes below data.dataset, which is '),
+        ("data.dataset.name=a", r'the override "data.dataset.name=a" sets a field of data.dataset, which is '),
         ("method.kd.sft_weight=0.5", r'is for kd, and the method is gkd; to change the method put "method=kd" before'),
         ("method.gkd.on_policy=3", r"line \d+: method.gkd: .*between 0 and 1, not 3"),
         ("student.merge=perhaps", r'the override "student.merge=perhaps": student.merge: .*boolean'),

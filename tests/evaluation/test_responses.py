@@ -137,7 +137,7 @@ def test_a_foreign_file_is_refused_and_stays_as_it_is(case, tmp_path):
 def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
     other = tmp_path / "responses.jsonl.lock"
     other.write_text("the only copy")
-    with pytest.raises(ValueError, match=r"responses\.jsonl\.lock is no lock, .*: give another file for the responses"):
+    with pytest.raises(ValueError, match=r"responses\.jsonl\.lock is not a lock, .*: give another file for"):
         generate(tmp_path / "responses.jsonl")
     assert other.read_text() == "the only copy"
     assert list(tmp_path.iterdir()) == [other]

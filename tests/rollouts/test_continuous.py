@@ -241,7 +241,7 @@ def convolving():
         (mamba, "its attention cannot be exchanged for a paged one"),
         (convolving, "there is no paged cache for layers of conv"),
         (lambda: tiny("gemma2"), "paged attention leaves out its soft-cap"),
-        (lambda: Forgetful(tiny("llama").config), "its logits would be .* of their spread off"),
+        (lambda: Forgetful(tiny("llama").config), "its logits would be off by .* of their standard deviation"),
         (lambda: Failing(tiny("llama").config), "it fails with “no cache, please”"),
     ],
 )

@@ -396,7 +396,7 @@ class Forgetful(nn.Module):
 
 
 def test_a_model_without_a_cache_is_refused_with_a_sentence():
-    with pytest.raises(ValueError, match="Forgetful has no key-value cache; rollout generate needs one"):
+    with pytest.raises(ValueError, match="Forgetful has no key-value cache; rollout generate needs a model"):
         writer(Forgetful(), stop_ids=[2])(PROMPTS, Step(0))
 
 

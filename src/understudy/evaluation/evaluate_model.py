@@ -40,7 +40,7 @@ def evaluate_model(
     """Load what is named and evaluate it, on the accelerator if there is one.
 
     Args:
-        output, progress: as of `evaluate`.
+        output, progress: see `evaluate`.
 
     Raises:
         ValueError: in one sentence, for what is not there, does not fit together or has no room; before weights are
