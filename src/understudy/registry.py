@@ -157,8 +157,5 @@ def did_you_mean(name: str, known_names: Iterable[str]) -> str:
 
 def nearest(name: str, known_names: Iterable[str]) -> str:
     """As `did_you_mean`, but where nothing is near, every known name."""
-    known_names = sorted(known_names)
-    return (
-        did_you_mean(name, known_names)
-        or f"; there {'are' if len(known_names) > 1 else 'is'}: {', '.join(known_names)}"
-    )
+    names = sorted(known_names)
+    return did_you_mean(name, names) or f"; there {'are' if len(names) > 1 else 'is'}: {', '.join(names)}"

@@ -76,7 +76,7 @@ class Decoder:
 
 
 class CompiledDecoder(Decoder):
-    """A Decoder that compiles the forward of the tokens after the prompts, once for all numbers of rows and positions."""
+    """A Decoder with a compiled forward for the tokens after the prompts, one for all numbers of rows and positions."""
 
     def tokens(self, tokens: Tensor) -> Tensor:
         if not all(type(layer) is PreallocatedLayer for layer in getattr(self._cache, "layers", [None])):
