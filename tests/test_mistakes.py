@@ -458,7 +458,7 @@ def test_the_recipe_itself_is_never_overwritten(refused, home):
     before = recipe.read_text()
     for more in ((), ("--restart",)):
         said = refused("distill", recipe, f"training.output_dir={home}", *more)
-        assert matches("is where the recipe itself lies.*give another training.output_dir", said)
+        assert matches("contains the recipe itself.*give another training.output_dir", said)
     assert recipe.read_text() == before
 
 

@@ -79,7 +79,7 @@ def _dataset_tokens_per_step() -> float:
 
 
 def _evaluate(name: str, model: str, run: dict[str, Any] | None, folder: Path, quick: bool) -> dict[str, Any]:
-    """Evaluate a model on the held-out problems; the evaluation is kept in its folder, where the report finds it."""
+    """Evaluate a model on the held-out problems, and save the evaluation in its folder, where the report reads it."""
     settings = named_settings(EvalSettings(Data(dataset=TEACHER, split="test", limit=20 if quick else 500)))
     place = RunFolder(Path(run["folder"]) if run else folder / "teacher")
     evaluate_into(place, model, settings)

@@ -233,7 +233,7 @@ def test_where_memory_is_too_small_fewer_are_generated_at_once():
 
 
 def test_several_responses_a_prompt_are_asked_for_by_seeds():
-    with pytest.raises(ValueError, match="by several seeds"):
+    with pytest.raises(ValueError, match="give several seeds"):
         generate(sampling=replace(SAMPLING, n=2))
 
 

@@ -395,7 +395,7 @@ def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
     [
         ("missing", "there is no folder .*nowhere: name a run's folder"),
         ("empty", "empty is no run's folder and holds none"),
-        ("broken", r"run\.json cannot be read: it is not what a run writes there"),
+        ("broken", r"run\.json cannot be read: it is not a file that a run writes"),
     ],
 )
 def test_mistakes_are_a_sentence(case, sentence, tmp_path):

@@ -277,9 +277,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_data(home, interrupted):
     interrupted.undo()
     (home / "sums.jsonl").unlink()
     sums(home / "sums.jsonl", count=13)
-    with pytest.raises(
-        RecipeError, match=r"mine.yaml, line \d+: .*sums.jsonl is not what it was when the run in .* began"
-    ):
+    with pytest.raises(RecipeError, match=r"mine.yaml, line \d+: .*sums.jsonl has changed since the run in .* began"):
         run(home)
     assert run(home, restart=True)["examples"] == 13
 
