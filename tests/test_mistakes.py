@@ -227,7 +227,7 @@ MISTAKES = {
     ),
     "a field that fits no model": (
         {"student": {"fresh": {"hidden_size": "big"}}},
-        r"line 2: no (configuration|model) can be made with these fields: .*hidden_size",
+        r"line 2: these fields are not a valid (configuration|model): .*hidden_size",
     ),
     "a model type that is none": (
         {"student": {"fresh": {"model_type": "lama"}, "tokenizer": "{home}/teacher"}},
@@ -240,11 +240,11 @@ MISTAKES = {
     "a student from nowhere": ({"student": {"dtype": "float32"}}, r"exactly one of .* has none of them"),
     "layers that are not there": (
         {"student": {"layers": [0, 3]}},
-        r"line 2: the teacher's layers are numbered from 0 to 2; keep some of these, not \[0, 3\]",
+        r"line 2: the teacher's layers are numbered from 0 to 2; choose some of these, not \[0, 3\]",
     ),
     "a student cut from nobody": (
         {"student": {"layers": [0], "tokenizer": "{home}/teacher"}, "teacher": None, "method": "sft"},
-        r"line 2: a student cut from the teacher needs a local teacher",
+        r"line 2: a student of the teacher's layers needs a local teacher",
     ),
     "a fresh student of nobody": ({"teacher": None, "method": "sft"}, r"line 1: .*add student.tokenizer"),
     "a dtype that is none": (
@@ -325,7 +325,7 @@ MISTAKES = {
     ),
     "a share left to no reward": (
         {"method": {"gkd": {"distillation": 0.5}}},
-        r"line \d+: method.gkd: gkd with distillation below 1 leaves the rest to a reward: give one",
+        r"line \d+: method.gkd: gkd with distillation below 1 needs a reward for the rest: give one",
     ),
     "no such dataset": (
         {"data": {"dataset": "{home}/sum.jsonl"}},

@@ -139,7 +139,7 @@ def test_the_student_learns_what_is_rewarded(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"distillation": 0.5}, "leaves the rest to a reward"),
+        ({"distillation": 0.5}, "needs a reward for the rest"),
         ({"distillation": 1.5, "reward": Reward([short])}, "distillation between 0 and 1"),
         ({"on_policy": 0.5, "reward": Reward([short])}, "needs on_policy 1"),
         ({"reduction": "token", "reward": Reward([short])}, "reduction sequence"),

@@ -187,8 +187,8 @@ def test_recomputing_activations_changes_nothing(kind, dropout):
     torch.testing.assert_close(*grads)
 
 
-def test_a_teacher_whose_layers_cannot_run_again_is_told():
-    with pytest.raises(ValueError, match="leave promptkd's checkpointing off"):
+def test_a_teacher_whose_layers_cannot_be_checkpointed_is_refused():
+    with pytest.raises(ValueError, match="set checkpointing to false"):
         _recompute_layers(torch.nn.Linear(1, 1))
 
 
@@ -232,7 +232,7 @@ def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
     method, teacher = prompted()
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         method.export(tmp_path)
-    assert "reads most like" in caplog.text
+    assert "nearest to the learned prompt" in caplog.text
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()
     logits = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
     torch.testing.assert_close(logits.log_softmax(-1), teacher.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
