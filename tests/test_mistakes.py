@@ -339,7 +339,7 @@ MISTAKES = {
         {"data": {"dataset": "{home}/columns.jsonl"}},
         r'columns.jsonl:1: .*"query", "reply"; name yours with columns or template',
     ),
-    "an empty dataset": ({"data": {"dataset": "{home}/empty.jsonl"}}, r"{home}/empty.jsonl holds no rows"),
+    "an empty dataset": ({"data": {"dataset": "{home}/empty.jsonl"}}, r"{home}/empty.jsonl has no rows"),
     "an empty response": ({"data": {"dataset": "{home}/silent.jsonl"}}, r'silent.jsonl:2: the "completion" is empty'),
     "a file of another kind": (
         {"data": {"dataset": "{home}/story.docx"}},

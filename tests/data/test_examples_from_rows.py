@@ -153,7 +153,7 @@ def test_a_folder_with_a_file_for_each_split_gives_one_split(tmp_path, gpt2):
 
 
 def test_a_folder_without_data_is_an_error(tmp_path, gpt2):
-    with pytest.raises(DataError, match=r"holds no file that is read here \(\.jsonl, \.json"):
+    with pytest.raises(DataError, match=r"has no data files \(\.jsonl, \.json"):
         load_examples(tmp_path, gpt2)
 
 
@@ -172,7 +172,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path, gpt2):
 
 def test_a_kind_of_file_that_is_not_understood_is_named(tmp_path, gpt2):
     write(tmp_path / "a.xml", "<a/>")
-    with pytest.raises(DataError, match=r"a.xml.* is no kind of file that is read here; these are: .jsonl"):
+    with pytest.raises(DataError, match=r"a.xml.* is not a supported kind of file; use one of .jsonl"):
         load_examples(tmp_path / "a.xml", gpt2)
 
 
@@ -475,7 +475,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
     loaded = examples_from_rows([LONG, {"prompt": "Who"}], gpt2, max_prompt_length=6, on_long_prompt="skip")
     assert [row.prompt for row in loaded.rows] == ["Who"]
     assert (loaded.skipped, loaded.cut_prompts) == (1, 0)
-    with pytest.raises(DataError, match=r"rows, row 1: the prompt has \d+ tokens, and 6 have room"):
+    with pytest.raises(DataError, match=r"rows, row 1: the prompt has \d+ tokens, and 6 fit"):
         examples_from_rows([LONG], gpt2, max_prompt_length=6, on_long_prompt="error")
 
 
@@ -577,9 +577,9 @@ def test_skipped_rows_are_counted_and_reported(tmp_path, gpt2, caplog):
 
 
 def test_an_empty_dataset_is_an_error(tmp_path, gpt2):
-    with pytest.raises(DataError, match=r"a.jsonl holds no rows"):
+    with pytest.raises(DataError, match=r"a.jsonl has no rows"):
         load_examples(write(tmp_path / "a.jsonl"), gpt2)
-    with pytest.raises(DataError, match=r"holds no usable row: 2 skipped, the first because .*b.jsonl:1: not valid"):
+    with pytest.raises(DataError, match=r"has no usable row: 2 skipped, the first because .*b.jsonl:1: not valid"):
         load_examples(write(tmp_path / "b.jsonl", "{", "{"), gpt2, on_bad_row="skip")
 
 
