@@ -217,7 +217,7 @@ def test_runs_of_several_places_are_named_by_their_folders(tmp_path):
     places = [make_run(tmp_path / "a" / "run", "kd"), make_run(tmp_path / "b" / "run", "sft")]
     assert [run.name for run in read_runs(places)] == ["a run", "b run"]
     _, _, content = written(places, tmp_path / "out")
-    assert content["summary"].startswith("Of 2 runs, a run came nearest to the teacher on student samples")
+    assert content["summary"].startswith("Of 2 runs, a run is nearest to the teacher on student samples")
 
 
 def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
@@ -394,7 +394,7 @@ def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
     ("case", "sentence"),
     [
         ("missing", "there is no folder .*nowhere: name a run's folder"),
-        ("empty", "empty is no run's folder and holds none"),
+        ("empty", "empty is not a run's folder and contains none"),
         ("broken", r"run\.json cannot be read: it is not a file that a run writes"),
     ],
 )

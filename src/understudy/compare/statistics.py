@@ -159,7 +159,11 @@ def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
 
 def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | str]) -> dict[str, Difference]:
     """The differences from the baseline over the seeds that both have."""
-    pairs = [(result, other) for seed, result in results.items() if isinstance(other := baseline.get(seed), Result)]
+    pairs = [
+        (result, baseline_result)
+        for seed, result in results.items()
+        if isinstance(baseline_result := baseline.get(seed), Result)
+    ]
     if not pairs:
         return {}
     protocols = [p for p in pairs[0][0].scores if p in pairs[0][1].scores]
