@@ -75,12 +75,12 @@ def chromium() -> Iterator[Browser]:
     try:
         home = f"http://127.0.0.1:{port}"
         _wait(home)
-        wanted = {
+        capabilities = {
             "goog:chromeOptions": {"binary": program, "args": _FLAGS},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
-        made = _ask("POST", f"{home}/session", {"capabilities": {"alwaysMatch": wanted}})
-        session = f"{home}/session/{made['sessionId']}"
+        answer = _ask("POST", f"{home}/session", {"capabilities": {"alwaysMatch": capabilities}})
+        session = f"{home}/session/{answer['sessionId']}"
         yield Browser(session)
     finally:
         if session:

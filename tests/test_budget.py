@@ -8,7 +8,7 @@ from understudy.budget import Budget, amount, spent
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("fields", "sentence"),
     [
         ({}, "of tokens or of seconds.*this has neither"),
         ({"tokens": 5, "seconds": 5.0}, "this has both"),
@@ -18,9 +18,9 @@ from understudy.budget import Budget, amount, spent
         ({"seconds": math.inf}, "cannot be spent"),
     ],
 )
-def test_what_is_no_budget_is_refused(given, sentence):
+def test_what_is_no_budget_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Budget(**given)
+        Budget(**fields)
 
 
 def test_a_budget_is_told_in_words():

@@ -20,9 +20,9 @@ def imported(*arguments):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     lines = done.stderr.splitlines()
     names = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-    said = done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
+    output = done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
     assert "understudy.cli" in names
-    return names, said
+    return names, output
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_help_and_mistakes_load_nothing_heavy(case, sentence, tmp_path):
         "an unknown key": ["distill", tmp_path / "unknown.yaml"],
         "an override": ["distill", tmp_path / "good.yaml", "max_steps"],
     }[case]
-    names, said = imported(*arguments)
-    assert sentence in said
+    names, output = imported(*arguments)
+    assert sentence in output
     assert not names.intersection(HEAVY)
 
 
@@ -83,9 +83,9 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
 
 
 def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
-    written = []
+    reported = []
     monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: "the table")
-    monkeypatch.setattr("understudy.report.write_report", lambda places: (written.extend(places) or "page", True))
+    monkeypatch.setattr("understudy.report.write_report", lambda places: (reported.extend(places) or "page", True))
     write(tmp_path / "sft.yaml", described(tmp_path))
     for options, expected in (([], []), (["--report"], [tmp_path])):
         command = ["understudy", "compare", str(tmp_path / "sft.yaml"), "--output", str(tmp_path), *options]
@@ -93,5 +93,5 @@ def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0
-        assert written == expected
+        assert reported == expected
         assert ("report: page" in capsys.readouterr().out) == bool(expected)

@@ -48,11 +48,11 @@ def test_wherever_a_line_is_torn_it_is_left_out_and_joined_with_nothing(separato
     append_jsonl(path, first)
     start = path.stat().st_size
     append_jsonl(path, second)
-    whole = path.read_bytes()
-    for end in range(start, len(whole) + 1):
-        path.write_bytes(whole[:end])
-        complete = end >= len(whole) - 1  # the object is all there, with or without the end of its line
-        assert ends_in_torn_line(path) == (start < end < len(whole))
+    content = path.read_bytes()
+    for end in range(start, len(content) + 1):
+        path.write_bytes(content[:end])
+        complete = end >= len(content) - 1  # the object is all there, with or without the end of its line
+        assert ends_in_torn_line(path) == (start < end < len(content))
         assert read_jsonl(path) == [first, second][: 1 + complete]
         append_jsonl(path, third)
         assert read_jsonl(path) == [*[first, second][: 1 + complete], third]

@@ -126,9 +126,9 @@ TEXTS = {  # the recipe as text, and what is said of it
 def test_what_is_no_recipe(case, refused, tmp_path):
     text, sentence = TEXTS[case]
     (tmp_path / "mine.yaml").write_text(text)
-    said = refused("distill", tmp_path / "mine.yaml")
-    assert f"{tmp_path}/mine.yaml" in said
-    assert matches(sentence, said)
+    message = refused("distill", tmp_path / "mine.yaml")
+    assert f"{tmp_path}/mine.yaml" in message
+    assert matches(sentence, message)
 
 
 def test_a_recipe_that_is_no_text(refused, tmp_path):
@@ -404,8 +404,8 @@ def filled(value, home):
     return value.replace("{home}", str(home)) if isinstance(value, str) else value
 
 
-def matches(sentence, said):
-    return re.search(sentence, said) or pytest.fail(f"{sentence!r} was not said, but {said!r}")
+def matches(sentence, message):
+    return re.search(sentence, message) or pytest.fail(f"{sentence!r} was not said, but {message!r}")
 
 
 def recipe_of(home, changes):
@@ -448,8 +448,8 @@ def test_a_run_that_belongs_to_another_recipe_is_left_alone(refused, say, home):
     recipe = recipe_of(home, {"method": "sft"})
     assert say("distill", recipe)[0] == 0
     before = (home / "run" / "run.json").read_text()
-    said = refused("distill", recipe, "training.learning_rate=1")
-    assert matches(rf"{home}/run holds a run of another recipe: .*or --restart to delete that run", said)
+    message = refused("distill", recipe, "training.learning_rate=1")
+    assert matches(rf"{home}/run holds a run of another recipe: .*or --restart to delete that run", message)
     assert (home / "run" / "run.json").read_text() == before
 
 
@@ -457,8 +457,8 @@ def test_the_recipe_itself_is_never_overwritten(refused, home):
     recipe = recipe_of(home, {}).rename(home / "recipe.yaml")
     before = recipe.read_text()
     for more in ((), ("--restart",)):
-        said = refused("distill", recipe, f"training.output_dir={home}", *more)
-        assert matches("contains the recipe itself.*give another training.output_dir", said)
+        message = refused("distill", recipe, f"training.output_dir={home}", *more)
+        assert matches("contains the recipe itself.*give another training.output_dir", message)
     assert recipe.read_text() == before
 
 
@@ -471,17 +471,17 @@ def test_a_restart_deletes_nothing_that_a_run_did_not_write(say, home):
 
 def test_an_output_dir_that_cannot_be_written(refused, home):
     (home / "file").write_text("in the way")
-    said = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file")
-    assert matches(rf"{home}/file cannot be written \(.*\): give another training.output_dir", said)
-    said = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file/run")
-    assert matches(rf"{home}/file/run cannot be written", said)
+    message = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file")
+    assert matches(rf"{home}/file cannot be written \(.*\): give another training.output_dir", message)
+    message = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file/run")
+    assert matches(rf"{home}/file/run cannot be written", message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
 def test_an_output_dir_without_permission(refused, home):
     (home / "locked").mkdir(mode=0o500)
-    said = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/locked")
-    assert matches(r"locked cannot be written \(Permission denied\): give another", said)
+    message = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/locked")
+    assert matches(r"locked cannot be written \(Permission denied\): give another", message)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), "safetensors"])
@@ -495,8 +495,8 @@ def test_a_full_disk(error, refused, home, monkeypatch):
         raise error
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", save)
-    said = refused("distill", recipe_of(home, {"method": "sft"}))
-    assert said.startswith("the disk is full: free some space and run the same command again")
+    message = refused("distill", recipe_of(home, {"method": "sft"}))
+    assert message.startswith("the disk is full: free some space and run the same command again")
 
 
 def test_a_full_gpu(refused, home, monkeypatch):

@@ -91,7 +91,7 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
     scores = json.loads(lost.read_text())["results"]["greedy"]["scores"]
     lost.unlink()
     compare(compared[:2], output, settings, **options, seeds=1, baseline="kd", console=QUIET)
-    assert {p for p, at in before.items() if p.stat().st_mtime_ns != at} == {lost}
+    assert {p for p, mtime in before.items() if p.stat().st_mtime_ns != mtime} == {lost}
     assert json.loads(lost.read_text())["results"]["greedy"]["scores"] == scores
 
 

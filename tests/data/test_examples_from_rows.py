@@ -494,7 +494,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
         ('{"prompt": "a", "completion": " \\n"}', r'my\.jsonl:2: the "completion" is empty'),
         ('{"prompt": "a", "completion": []}', r'my\.jsonl:2: the "completion" is an empty list'),
         ('{"prompt": "a", "completion": ["b", 1]}', r'my\.jsonl:2: the "completion\[1\]" is a number \(1\)'),
-        ('{"prompt": "a\\ud800", "completion": "b"}', r"my\.jsonl:2: the \"prompt\" is not valid UTF-8 behind 'a'"),
+        ('{"prompt": "a\\ud800", "completion": "b"}', r"my\.jsonl:2: the \"prompt\" is not valid UTF-8 after 'a'"),
         ('{"messages": "hello"}', r"my\.jsonl:2: the \"messages\" should be a list of messages with role and content"),
         ('{"messages": []}', r"my\.jsonl:2: the \"messages\" should be a list of messages"),
     ],
@@ -542,7 +542,7 @@ def test_a_conversational_prompt_must_end_with_the_user(chatml):
 def test_bytes_that_are_not_utf_8_make_only_their_row_bad(tmp_path, gpt2):
     path = tmp_path / "latin.csv"
     path.write_bytes("prompt,completion\na,b\nMüll,c\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin.csv:3: the \"prompt\" is not valid UTF-8 behind 'M'"):
+    with pytest.raises(DataError, match=r"latin.csv:3: the \"prompt\" is not valid UTF-8 after 'M'"):
         load_examples(path, gpt2)
     assert len(load_examples(path, gpt2, on_bad_row="skip")) == 1
     text = tmp_path / "latin.txt"

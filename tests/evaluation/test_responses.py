@@ -98,16 +98,16 @@ def test_an_interrupted_evaluation_resumes_and_generates_nothing_twice(tmp_path)
 def test_a_torn_line_is_generated_again(tmp_path):
     path = tmp_path / "responses.jsonl"
     generate(path)
-    whole = path.read_bytes()
-    for cut in (1, 20, len(whole) - whole.rfind(b"\n", 0, -1) - 1):
-        path.write_bytes(whole[:-cut])
+    content = path.read_bytes()
+    for cut in (1, 20, len(content) - content.rfind(b"\n", 0, -1) - 1):
+        path.write_bytes(content[:-cut])
         rollout = Portions()
         generate(path, rollout)
         assert sum(map(len, rollout._asked)) == 1
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == content
 
 
-def foreign(whole):
+def foreign(content):
     """What may lie where responses are to be saved, and is no file of ours."""
     return {
         "no newline": b"the only copy",
@@ -115,9 +115,9 @@ def foreign(whole):
         "lines, the last without a newline": b'{"a": 1}\n{"a": 2}',
         "an empty line": b"\n",
         "bytes": b"\xff\xfe\n\x00",
-        "a note behind responses": whole + b"my own note",
-        "a note before a torn response": b"my own note\n" + whole[:-5],
-        "responses of something else, torn": whole.replace(b'"id": "', b'"id": "0')[:-5],
+        "a note behind responses": content + b"my own note",
+        "a note before a torn response": b"my own note\n" + content[:-5],
+        "responses of something else, torn": content.replace(b'"id": "', b'"id": "0')[:-5],
     }
 
 

@@ -19,18 +19,18 @@ def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 def test_a_layer_with_room_holds_what_transformers_own_holds():
     """A prompt, tokens beyond the first room, rows that leave, more tokens."""
-    ours, theirs, rows = PreallocatedLayer(), DynamicLayer(), 5
+    preallocated, dynamic, rows = PreallocatedLayer(), DynamicLayer(), 5
     for step in range(60):
         new = states(rows, 7 if step == 0 else 1, step)
-        for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
+        for one, other in zip(preallocated.update(*new), dynamic.update(*new), strict=True):
             assert torch.equal(one, other)
         if step in (3, 40):
-            kept = torch.tensor([0, 2, 3] if step == 3 else [1])
-            for layer in (ours, theirs):
-                layer.batch_select_indices(kept)
-            rows = len(kept)
-        assert ours.get_seq_length() == theirs.get_seq_length() == 7 + step
-        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+            indices = torch.tensor([0, 2, 3] if step == 3 else [1])
+            for layer in (preallocated, dynamic):
+                layer.batch_select_indices(indices)
+            rows = len(indices)
+        assert preallocated.get_seq_length() == dynamic.get_seq_length() == 7 + step
+        assert preallocated.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
 
 
 def test_memory_is_asked_for_rarely():
@@ -43,20 +43,20 @@ def test_memory_is_asked_for_rarely():
 
 def test_positions_may_be_written_by_somebody_else():
     """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
-    ours, theirs = PreallocatedLayer(), DynamicLayer()
-    for layer in (ours, theirs):
+    preallocated, dynamic = PreallocatedLayer(), DynamicLayer()
+    for layer in (preallocated, dynamic):
         layer.update(*states(3, 7, 0))
     for step in range(7, 100):
         new = states(3, 1, step)
-        memory = ours.extend(step + 1, -(-(step + 1) // 32) * 32)
+        memory = preallocated.extend(step + 1, -(-(step + 1) // 32) * 32)
         fixed = FixedLayer(*memory, torch.tensor([step]))
         assert fixed.get_mask_sizes(1) == (memory[0].shape[2], 0)
-        seen, expected = fixed.update(*new), theirs.update(*new)
-        for whole, held, other in zip(seen, (ours.keys, ours.values), expected, strict=True):
-            assert not whole.is_contiguous()
-            assert torch.equal(whole[:, :, : step + 1], other)
-            assert torch.equal(held, other)
-            assert (whole[:, :, step + 1 :] == 0).all()
+        fixed_states, expected = fixed.update(*new), dynamic.update(*new)
+        for buffer, views, other in zip(fixed_states, (preallocated.keys, preallocated.values), expected, strict=True):
+            assert not buffer.is_contiguous()
+            assert torch.equal(buffer[:, :, : step + 1], other)
+            assert torch.equal(views, other)
+            assert (buffer[:, :, step + 1 :] == 0).all()
 
 
 def test_rows_may_leave_a_layer_that_is_still_empty():

@@ -42,12 +42,12 @@ def test_a_torn_line_is_left_out_and_cut_off(tmp_path):
     file = ResponseFile(path, {})
     lines = [file.line(0, response(prompt, 9, 2)) for prompt in PROMPTS]
     file.append(lines)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-7])
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
     assert file.load() == lines[:1]
     file.drop_torn_line()
     file.append(lines[1:])
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("content", [b"notes", b'{"a": 1}\n', b"\xff\xfe\n", b"\n", b'{"seed": 0, "row": 0}'])

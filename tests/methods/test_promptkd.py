@@ -83,10 +83,10 @@ def test_the_prompt_step_trains_the_prompt_alone():
 def test_the_teacher_stays_bit_identical_through_a_run(tmp_path):
     frozen = teacher()
     before = {name: w.clone() for name, w in frozen.model.state_dict().items()}
-    made = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), with_teacher=frozen)
-    start = made.teacher.prompt.detach().clone()
-    made.train()
-    assert not torch.equal(start, made.teacher.prompt)
+    run = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), with_teacher=frozen)
+    start = run.teacher.prompt.detach().clone()
+    run.train()
+    assert not torch.equal(start, run.teacher.prompt)
     assert all(torch.equal(before[name], w) for name, w in frozen.model.state_dict().items())
 
 
@@ -98,13 +98,13 @@ def test_the_prompt_gradient_is_the_derivative_of_the_loss():
     learner = student("gpt2").double()
     method._add_gradient(BATCH, learner, 0.7)
     gradient = teacher.prompt.grad.clone()
-    at = (1, 2)
+    index = (1, 2)
     value = []
     for sign in (1, -1):
-        teacher.prompt.data[at] += sign * 1e-4
+        teacher.prompt.data[index] += sign * 1e-4
         value.append(float(method._add_gradient(BATCH, learner, 0.7)))
-        teacher.prompt.data[at] -= sign * 1e-4
-    assert float(gradient[at]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
+        teacher.prompt.data[index] -= sign * 1e-4
+    assert float(gradient[index]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
 
 
 def test_three_symbols_give_the_values_worked_out_by_hand():
@@ -194,14 +194,14 @@ def test_a_teacher_whose_layers_cannot_be_checkpointed_is_refused():
 
 @pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(0.5)])
 def test_a_student_with_adapters_learns_from_the_prompted_teacher(divergence, tmp_path):
-    made = trainer(tmp_path, PromptKD(prompt_tokens=3, divergence=divergence), student("llama+lora"))
-    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    prompt = made.teacher.prompt.detach().clone()
-    made.train()
-    moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
+    run = trainer(tmp_path, PromptKD(prompt_tokens=3, divergence=divergence), student("llama+lora"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    prompt = run.teacher.prompt.detach().clone()
+    run.train()
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora" in name for name in moved)
-    assert not torch.equal(made.teacher.prompt, prompt)
+    assert not torch.equal(run.teacher.prompt, prompt)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
@@ -246,14 +246,14 @@ def test_a_step_does_not_depend_on_how_it_is_accumulated(tmp_path):
 
 
 def test_state_is_all_that_a_resume_needs(tmp_path):
-    def run(steps, **options):
-        made = trainer(tmp_path, PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=3), max_steps=steps, **options)
-        return made
+    def new_trainer(steps, **options):
+        method = PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=3)
+        return trainer(tmp_path, method, max_steps=steps, **options)
 
-    whole = run(6, save_strategy="steps", save_steps=3)
-    whole.train()
-    resumed = run(6)
+    uninterrupted = new_trainer(6, save_strategy="steps", save_steps=3)
+    uninterrupted.train()
+    resumed = new_trainer(6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert torch.equal(whole.teacher.prompt, resumed.teacher.prompt)
-    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert torch.equal(uninterrupted.teacher.prompt, resumed.teacher.prompt)
+    pairs = zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

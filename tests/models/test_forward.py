@@ -223,10 +223,10 @@ class Perturbed(nn.Module):
 @pytest.mark.parametrize(
     ("position", "counts"),
     [
-        (lambda e, at: at == len(e.prompt) - 1, True),  # predicts the first response token
-        (lambda e, at: at == len(e) - 2, True),  # predicts the end of sequence
-        (lambda e, at: at < len(e.prompt) - 1, False),  # predicts prompt tokens
-        (lambda e, at: at >= len(e) - 1, False),  # the end of sequence and the padding after it
+        (lambda e, index: index == len(e.prompt) - 1, True),  # predicts the first response token
+        (lambda e, index: index == len(e) - 2, True),  # predicts the end of sequence
+        (lambda e, index: index < len(e.prompt) - 1, False),  # predicts prompt tokens
+        (lambda e, index: index >= len(e) - 1, False),  # the end of sequence and the padding after it
     ],
     ids=["first response token", "end of sequence", "prompt", "after the end"],
 )
@@ -235,7 +235,7 @@ def test_exactly_the_response_tokens_count(position, counts):
     width = BATCH.input_ids.shape[1]
     for row, example in enumerate(BATCH.examples):
         mask = torch.zeros_like(BATCH.predicts)
-        mask[row] = torch.tensor([position(example, at) for at in range(width)])
+        mask[row] = torch.tensor([position(example, index) for index in range(width)])
         if not mask.any():
             continue
         teacher_scores = score_no_grad(teacher, BATCH)

@@ -63,10 +63,10 @@ def test_sampled_tokens_are_those_of_generate(name):
     """More rows than the cache has room for, so that rows come and go; the same streams, another engine."""
     model = MODELS[name]()
     fields = {"n": 2, "temperature": 0.9, "top_p": 0.95}
-    written = writer(model, **fields)(PROMPTS, Step(3))
-    assert written == as_generate_does(model, **fields)
+    responses = writer(model, **fields)(PROMPTS, Step(3))
+    assert responses == as_generate_does(model, **fields)
     if name != "opt":  # which writes one token for ever
-        assert len({len(example.response) for example in written}) > 1, "the test must see rows come and go"
+        assert len({len(example.response) for example in responses}) > 1, "the test must see rows come and go"
 
 
 def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
@@ -104,9 +104,9 @@ def test_a_padded_vocabulary_is_cut():
     model = tiny("llama", vocabulary=VOCABULARY + 11)
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = model.lm_head.weight[:11] * 3
-    written = writer(model, n=4)(PROMPTS, Step(3))
-    assert max(token for example in written for token in example.response) < VOCABULARY
-    assert written == as_generate_does(model, n=4)
+    responses = writer(model, n=4)(PROMPTS, Step(3))
+    assert max(token for example in responses for token in example.response) < VOCABULARY
+    assert responses == as_generate_does(model, n=4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -264,8 +264,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
 
 
 def test_a_prompt_may_fill_the_window_to_the_last_position():
-    [written] = writer(tiny("gpt2"), stop_ids=[52])([Example([4] * 52, [])], Step(0))
-    assert len(written.response) == 12
+    [response] = writer(tiny("gpt2"), stop_ids=[52])([Example([4] * 52, [])], Step(0))
+    assert len(response.response) == 12
 
 
 def test_a_rollout_without_a_model_is_refused_with_a_remedy():

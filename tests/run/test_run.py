@@ -258,14 +258,14 @@ def interrupted(monkeypatch):
 
 
 def test_an_interrupted_run_goes_on_and_comes_to_the_same(home, interrupted):
-    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on"):
+    with pytest.raises(Interrupted, match="stopped after step 1; the same command resumes"):
         run(home)
     assert not (home / "run" / "run.json").exists()
     interrupted.undo()
     resumed = run(home)
     weights = load_file(home / "run" / "student" / "model.safetensors")
-    whole = run(home, restart=True)
-    assert resumed["student_samples"] == whole["student_samples"]
+    uninterrupted = run(home, restart=True)
+    assert resumed["student_samples"] == uninterrupted["student_samples"]
     assert all(
         torch.equal(tensor, weights[name]) for name, tensor in load_file(home / "run/student/model.safetensors").items()
     )
@@ -399,8 +399,8 @@ def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home
     }
     content = described(home, method="sft", evaluate=look)
     summary = distill(load(write(home / "judged.yaml", content | {"training": training})), console=quiet())
-    judged = [line for line in lines(home / "judged" / "metrics.jsonl") if "eval_chrf" in line]
-    assert [line["step"] for line in judged] == [1, 2, 3, 3]  # once more at the end
+    evaluated = [line for line in lines(home / "judged" / "metrics.jsonl") if "eval_chrf" in line]
+    assert [line["step"] for line in evaluated] == [1, 2, 3, 3]  # once more at the end
     assert summary["steps"] == 3
     assert {"eval_chrf", "eval_accuracy", "eval_loss"} <= set(summary["metrics"])
 

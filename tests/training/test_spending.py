@@ -28,7 +28,7 @@ def clock(monkeypatch):
     monkeypatch.setattr("understudy.training.spending.perf_counter", itertools.count().__next__)
 
 
-def made(folder, budget=None, method=None, options=None, **changed):
+def new_run(folder, budget=None, method=None, options=None, **changed):
     defaults = {"max_steps": 40, "lr_scheduler_type": "linear"}
     return trainer(
         folder,
@@ -40,7 +40,7 @@ def made(folder, budget=None, method=None, options=None, **changed):
 
 
 def trained(folder, budget=None, method=None, options=None, **changed):
-    run = made(folder, budget, method, options, **changed)
+    run = new_run(folder, budget, method, options, **changed)
     run.train()
     return run
 
@@ -138,27 +138,27 @@ def test_a_method_s_own_schedule_is_told_where_the_run_will_end(tmp_path):
 @pytest.mark.parametrize("stop", [1, 4, STEPS], ids=["in the warm-up", "after it", "at the end"])
 def test_a_resumed_run_gets_its_budget_once(budget, stop, tmp_path):
     common = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 2, "per_device_train_batch_size": 4}
-    whole = trained(tmp_path, budget, **common)
-    assert whole.state.global_step == STEPS
-    kept = load_file(tmp_path / f"checkpoint-{stop}" / "distillation.safetensors")["spent"]
-    assert kept[:2].tolist() == [12 * stop, stop]
-    again = made(tmp_path, budget, **common)
-    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert again.state.global_step == STEPS
-    assert same(weights(whole.model), weights(again.model))
-    assert (again.tokens_seen, again.spending.seconds) == (12 * STEPS, STEPS)
+    uninterrupted = trained(tmp_path, budget, **common)
+    assert uninterrupted.state.global_step == STEPS
+    saved = load_file(tmp_path / f"checkpoint-{stop}" / "distillation.safetensors")["spent"]
+    assert saved[:2].tolist() == [12 * stop, stop]
+    resumed = new_run(tmp_path, budget, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == STEPS
+    assert same(weights(uninterrupted.model), weights(resumed.model))
+    assert (resumed.tokens_seen, resumed.spending.seconds) == (12 * STEPS, STEPS)
 
 
 def test_a_run_resumed_at_its_last_step_has_no_more(tmp_path):
     common = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "lr_scheduler_type": "constant"}
-    whole, again = trained(tmp_path, **common), made(tmp_path, **common)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
-    assert same(weights(whole.model), weights(again.model))
+    uninterrupted, resumed = trained(tmp_path, **common), new_run(tmp_path, **common)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    assert same(weights(uninterrupted.model), weights(resumed.model))
 
 
 def test_a_second_training_has_the_whole_budget_again(tmp_path):
-    run = made(tmp_path, {"tokens": 24})
+    run = new_run(tmp_path, {"tokens": 24})
     for _ in range(2):
         run.train()
         assert (run.state.global_step, run.tokens_seen) == (2, 24)
@@ -197,9 +197,9 @@ def test_a_ragged_budget_s_rates_fall_with_the_tokens(tmp_path):
     run = trainer(tmp_path, KD(), examples=ragged_examples(16), options={"budget": Budget(tokens=80)},
                   max_steps=100, lr_scheduler_type="linear")  # fmt: skip
     run.train()
-    seen = list(itertools.accumulate(logged(run, "tokens"), initial=0.0))
-    expected = [1e-2 * (1 - tokens / 80) for tokens in seen[:-1]]
-    assert len({b - a for a, b in itertools.pairwise(seen)}) > 1
+    spent = list(itertools.accumulate(logged(run, "tokens"), initial=0.0))
+    expected = [1e-2 * (1 - tokens / 80) for tokens in spent[:-1]]
+    assert len({b - a for a, b in itertools.pairwise(spent)}) > 1
     assert logged(run, "learning_rate") == pytest.approx(expected)
-    assert seen[-2] < 80 <= seen[-1]
+    assert spent[-2] < 80 <= spent[-1]
     assert torch.isfinite(torch.tensor(expected)).all()

@@ -150,7 +150,7 @@ def check_text(where: str, name: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f'{where}: the "{name}" is not valid UTF-8 behind {value[: error.start][-20:]!r}') from error
+        raise BadRow(f'{where}: the "{name}" is not valid UTF-8 after {value[: error.start][-20:]!r}') from error
     return value
 
 

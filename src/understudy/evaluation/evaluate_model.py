@@ -118,7 +118,7 @@ def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
 
 
 def _prompts(settings: EvalSettings, tokenizer: Any, context_length: int | None) -> Examples:
-    """The examples whose prompts get responses, with room behind every prompt for a response."""
+    """The prompts of the settings' data as examples, with room for a response after every prompt."""
     longest = settings.max_new_tokens or MAX_NEW_TOKENS
     lengths = {
         "max_length": context_length or DEFAULT_CONTEXT_LENGTH + longest,

@@ -26,7 +26,7 @@ IsCorrect = Callable[[str, Row], bool | None]
 
 @dataclass(frozen=True)
 class Response:
-    """One response: its ids behind its prompt's, and its line in the file."""
+    """One response: the example with its token ids, and its line in the file."""
 
     example: Example
     line: dict[str, Any]  # seed, row, prompt, response, references, correct, truncated, tokens, id

@@ -95,7 +95,7 @@ class Evaluate(_Block):
     name: str | None = None
     limit: int | None = 500
     metrics: list[str] = []  # of greedy responses to the held-out prompts
-    patience: int | None = Field(default=None, gt=0)  # stop after so many evaluations without improvement
+    patience: int | None = Field(default=None, gt=0)  # evaluations without improvement after which training stops
     show: int = Field(default=3, ge=0)  # sample responses to print
     show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
 

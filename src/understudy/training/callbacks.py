@@ -148,7 +148,7 @@ class LogMetrics(TrainerCallback):
 
 
 class ShowSamples(TrainerCallback):
-    """Every so many steps, prints responses of the student to the same few prompts and appends them to a JSONL file."""
+    """Every `every` steps, prints responses of the student to the same prompts and appends them to a JSONL file."""
 
     def __init__(
         self,
