@@ -109,8 +109,8 @@ def test_no_recipe_file(refused, tmp_path):
 TEXTS = {  # the recipe as text, and what is said of it
     "not YAML": ("student: {model: a\nmethod: gkd\n", r"line 2: this cannot be read as YAML"),
     "a tab": ("student:\n\tmodel: a\n", r"line 2: this cannot be read as YAML.*'\\t'"),
-    "a key twice": ("method: gkd\ndata: {dataset: a}\nmethod: kd\n", r'line 3: .*the key "method" .*after line 1'),
-    "a key twice, inside": ("data:\n  dataset: a\n  dataset: b\n", r'line 3: .*the key "dataset" .*after line 2'),
+    "a key twice": ("method: gkd\ndata: {dataset: a}\nmethod: kd\n", r'line 3: .*the key "method" .*first in line 1'),
+    "a key twice, inside": ("data:\n  dataset: a\n  dataset: b\n", r'line 3: .*the key "dataset" .*first in line 2'),
     "empty": ("", r"it is empty; a recipe is"),
     "only comments": ("# later\n", r"it is empty; a recipe is"),
     "a list": ("- student\n- method\n", r"a recipe is a mapping"),
@@ -123,7 +123,7 @@ TEXTS = {  # the recipe as text, and what is said of it
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_what_is_no_recipe(case, refused, tmp_path):
+def test_a_file_that_is_not_a_recipe(case, refused, tmp_path):
     text, sentence = TEXTS[case]
     (tmp_path / "mine.yaml").write_text(text)
     message = refused("distill", tmp_path / "mine.yaml")
@@ -131,7 +131,7 @@ def test_what_is_no_recipe(case, refused, tmp_path):
     assert matches(sentence, message)
 
 
-def test_a_recipe_that_is_no_text(refused, tmp_path):
+def test_a_recipe_that_is_not_text(refused, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"student: \xff\xfe")
     assert matches(r"mine.yaml, line 1: this is not valid UTF-8", refused("distill", tmp_path / "mine.yaml"))
 
@@ -343,7 +343,7 @@ MISTAKES = {
     "an empty response": ({"data": {"dataset": "{home}/silent.jsonl"}}, r'silent.jsonl:2: the "completion" is empty'),
     "a file of another kind": (
         {"data": {"dataset": "{home}/story.docx"}},
-        r'story.docx" is no kind of file that is read',
+        r'story.docx" is not a supported kind of file',
     ),
     "a text that is binary": ({"data": {"dataset": "{home}/binary.txt"}}, r"binary.txt:2: not valid UTF-8; save"),
     "prompts alone for sft": (
@@ -421,7 +421,7 @@ def test_a_mistake_in_a_recipe_is_found_before_weights_are_loaded(case, refused,
 
 
 @pytest.mark.parametrize("case", sorted(AFTER_LOADING))
-def test_a_mistake_that_only_loading_shows(case, refused, home):
+def test_a_mistake_that_only_loading_can_detect(case, refused, home):
     changes, sentence = MISTAKES[case]
     assert matches(sentence.replace("{home}", str(home)), refused("distill", recipe_of(home, changes)))
 
@@ -510,7 +510,7 @@ def test_a_full_gpu(refused, home, monkeypatch):
 
 
 @pytest.mark.parametrize("bug", ["KeyError", "ValueError", "unpack", "RuntimeError"])
-def test_a_bug_is_said_to_be_unexpected(bug, say, home, monkeypatch):
+def test_a_bug_is_reported_as_unexpected(bug, say, home, monkeypatch):
     def train(*_, **__):
         if bug == "unpack":
             (_,) = []
@@ -563,7 +563,7 @@ def test_a_mistake_in_evaluating(arguments, sentence, refused, home, no_weights)
     assert matches(sentence.replace("{home}", str(home)), refused("evaluate", *arguments))
 
 
-def test_a_command_that_is_none(refused):
+def test_an_unknown_command(refused):
     assert matches("No such command 'distil'. Did you mean 'distill'", refused("distil"))
     assert matches("No such option.*--rstart", refused("distill", "a.yaml", "--rstart"))
 

@@ -101,11 +101,11 @@ def test_responses_are_plain_integers(rollout):
         assert {type(token) for token in example.response} == {int}
 
 
-def test_the_same_step_writes_the_same(rollout):
+def test_the_same_step_gives_the_same_responses(rollout):
     assert rollout(PROMPTS, Step(3, 1)) == rollout(PROMPTS, Step(3, 1))
 
 
-def test_what_is_written_depends_on_nothing_but_the_row(rollout):
+def test_responses_depend_only_on_the_row(rollout):
     together = rollout(PROMPTS, Step(3, 1))
     torch.rand(3)
     assert [rollout([prompt], Step(3, 1))[0] for prompt in PROMPTS] == together
@@ -116,7 +116,7 @@ def test_no_prompts_give_no_responses(rollout):
     assert rollout([], Step(0)) == []
 
 
-def test_prompts_are_left_as_they_are(rollout):
+def test_prompts_are_not_changed(rollout):
     before = [replace(e, prompt=list(e.prompt), response=list(e.response)) for e in PROMPTS]
     rollout(PROMPTS, Step(0))
     assert before == PROMPTS
@@ -173,7 +173,7 @@ def test_log_probabilities_are_the_model_s_own_at_temperature_one(name, tmp_path
         assert example.streams["sampled_logprob"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_belonged_to_the_dataset_s_response_does_not_belong_to_the_new_one(rollout):
+def test_mask_and_streams_of_the_dataset_s_response_are_dropped(rollout):
     examples = [replace(e, streams={"sampled_logprob": [0.0] * len(e.response)}) for e in PROMPTS]
     assert all(not e.streams for e in rollout(examples, Step(0)))
 
@@ -192,7 +192,7 @@ def gemma3():
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_the_weights_of_the_moment_write(name):
+def test_responses_are_generated_with_the_current_weights(name):
     model = tiny("llama")
     write = SAMPLED[name](model)
     before = write(PROMPTS, Step(0))
@@ -203,7 +203,7 @@ def test_the_weights_of_the_moment_write(name):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_greedy_is_what_the_model_s_own_generate_writes(name, kind):
+def test_greedy_responses_equal_those_of_transformers_generate(name, kind):
     model = gemma3() if kind == "gemma3" else tiny(kind)
     stop = [2, *range(5, 12)]
     greedy = SAMPLED[name](model, max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4)
@@ -234,7 +234,7 @@ def test_sampled_tokens_follow_the_model_s_distribution(name, temperature):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(6, 1.0), (0, 0.6), (12, 0.7)])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_exactly_what_top_k_and_top_p_leave_is_drawn(name, top_k, top_p):
+def test_exactly_the_tokens_of_top_k_and_top_p_are_drawn(name, top_k, top_p):
     """In 400 draws everything that is allowed comes out, if it is likely enough to, and nothing else."""
     model, prompt, count = tiny("llama"), [4, 7], 400
     fields = {"max_new_tokens": 1, "batch_size": 400, "n": count, "top_k": top_k, "top_p": top_p}

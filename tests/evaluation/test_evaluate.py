@@ -143,7 +143,7 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation():
         ({"exposure_bias": True, "teacher": "live"}, "sample at temperature 1"),
     ],
 )
-def test_what_would_mean_nothing_is_refused_before_anything_is_generated(options, sentence):
+def test_meaningless_settings_are_refused_before_anything_is_generated(options, sentence):
     if options.get("teacher") == "live":
         options = {**options, "teacher": LocalTeacher(tiny("llama"))}
     examples = examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER)
@@ -211,7 +211,7 @@ def test_the_differences_at_every_position_are_what_their_definitions_say(home):
     assert (halves[0] + halves[1]).means() == pytest.approx(means, rel=1e-5)
 
 
-def test_a_model_is_at_no_distance_from_itself(home):
+def test_the_distance_of_a_model_from_itself_is_zero(home):
     model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
     means = distance(model, LocalTeacher(str(home / "teacher")), [Example([5, 6], [7, 8, 2])], len(TOKENIZER))
     assert means["forward_kl"] == pytest.approx(0, abs=1e-6)
@@ -360,7 +360,7 @@ class Halved(LlamaForCausalLM):
         return out
 
 
-def test_a_model_that_transforms_its_logits_is_measured_by_these():
+def test_the_distance_uses_the_logits_of_a_model_that_transforms_them():
     model = Halved(tiny("llama").config).eval()
     model.load_state_dict(tiny("llama").state_dict())
     examples = some_examples()

@@ -59,7 +59,7 @@ def measured(student_samples, teacher_samples):
     )
 
 
-def test_two_enumerated_steps_have_the_excess_that_the_definition_gives():
+def test_exposure_bias_of_two_enumerated_steps_equals_its_definition():
     result = measured(samples(TENTHS_OF_Q), samples(TENTHS_OF_P))
     assert result.accumulated[1] == pytest.approx(0.668193, abs=1e-6)
     assert result.expected[1] == pytest.approx(0.599976, abs=1e-6), "the KL between whole sequences"
@@ -68,7 +68,7 @@ def test_two_enumerated_steps_have_the_excess_that_the_definition_gives():
     assert result.alive.tolist() == result.teacher_alive.tolist() == [10, 10]
 
 
-def test_the_last_token_counts_and_the_dead_do_not():
+def test_only_samples_that_reach_a_position_count_there():
     """A prompt's position that only some samples reach is averaged over these; one that none reaches adds nothing."""
     short = [Example([0], [0], row=0), Example([0], [1, 2], row=0)]
     result = measured(short, [Example([0], [2], row=0), Example([0], [0], row=0)])
@@ -108,7 +108,7 @@ def test_the_standard_error_is_that_of_a_ratio_of_means():
     assert torch.isnan(measured(student_samples[:1], teacher_samples[:1]).standard_error).all()
 
 
-def test_samples_of_live_models_come_near_the_enumeration():
+def test_samples_of_live_models_approach_the_enumeration():
     """Two steps of two random models, whose first tokens are enumerated, against 3000 samples of each."""
     student, teacher = tiny("llama", seed=1), tiny("gpt2", seed=2)
     prompt, draws = Example([5, 6, 7], [], row=0), 3000

@@ -150,7 +150,7 @@ def test_responses_may_go_into_an_empty_file(tmp_path):
     assert len(lines(path)) == 40
 
 
-def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
+def test_more_seeds_and_more_rows_are_appended(tmp_path):
     path = tmp_path / "responses.jsonl"
     few = replace(EXAMPLES, examples=EXAMPLES.examples[:5], rows=EXAMPLES.rows[:5])
     assert len(generate(path, examples=few, seeds=(1,)).responses) == 5
@@ -162,7 +162,7 @@ def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["model", "sampling", "prompt", "stranger"])
-def test_responses_of_something_else_are_refused(change, tmp_path):
+def test_responses_of_another_model_prompt_or_sampling_are_refused(change, tmp_path):
     path = tmp_path / "responses.jsonl"
     generate(path)
     before = path.read_bytes()
@@ -223,7 +223,7 @@ def test_a_last_smaller_batch_does_not_change_the_batch_size():
     assert search.size == 8
 
 
-def test_where_memory_is_too_small_fewer_are_generated_at_once():
+def test_out_of_memory_halves_the_batch_size():
     rollout, search = Portions(room=5), BatchSizeSearch(16)
     assert len(generate(rollout=rollout, search=search).responses) == 40
     assert max(map(len, rollout._asked)) == 4
@@ -232,7 +232,7 @@ def test_where_memory_is_too_small_fewer_are_generated_at_once():
         generate(rollout=Portions(room=0), search=BatchSizeSearch(16))
 
 
-def test_several_responses_a_prompt_are_asked_for_by_seeds():
+def test_several_responses_a_prompt_need_several_seeds():
     with pytest.raises(ValueError, match="give several seeds"):
         generate(sampling=replace(SAMPLING, n=2))
 

@@ -17,7 +17,7 @@ def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
     return keys, values
 
 
-def test_a_layer_with_room_holds_what_transformers_own_holds():
+def test_a_preallocated_layer_equals_a_dynamic_one():
     """A prompt, tokens beyond the first room, rows that leave, more tokens."""
     preallocated, dynamic, rows = PreallocatedLayer(), DynamicLayer(), 5
     for step in range(60):
@@ -33,7 +33,7 @@ def test_a_layer_with_room_holds_what_transformers_own_holds():
         assert preallocated.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
 
 
-def test_memory_is_asked_for_rarely():
+def test_memory_is_allocated_rarely():
     layer, places = PreallocatedLayer(), set()
     for step in range(200):
         keys, _ = layer.update(*states(3, 1, step))
@@ -41,7 +41,7 @@ def test_memory_is_asked_for_rarely():
     assert len(places) < 10
 
 
-def test_positions_may_be_written_by_somebody_else():
+def test_positions_may_be_written_by_a_compiled_forward():
     """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
     preallocated, dynamic = PreallocatedLayer(), DynamicLayer()
     for layer in (preallocated, dynamic):
@@ -59,12 +59,12 @@ def test_positions_may_be_written_by_somebody_else():
             assert (buffer[:, :, step + 1 :] == 0).all()
 
 
-def test_rows_may_leave_a_layer_that_is_still_empty():
+def test_rows_may_be_dropped_from_an_empty_layer():
     PreallocatedLayer().batch_select_indices(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2", "opt", "phi"])
-def test_models_find_in_it_what_they_put_there(kind):
+def test_models_compute_the_same_logits_with_the_preallocated_cache(kind):
     model = tiny(kind)
     ids = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
@@ -75,7 +75,7 @@ def test_models_find_in_it_what_they_put_there(kind):
         assert any(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
 
 
-def test_a_cache_whose_rows_cannot_leave_is_found_out_and_said(caplog):
+def test_a_cache_that_cannot_drop_rows_is_detected_and_logged(caplog):
     cache = DynamicCache()
     cache.layers = [DynamicLayer(), LinearAttentionLayer()]
     with caplog.at_level(logging.INFO, "understudy.generation.kv_cache"):

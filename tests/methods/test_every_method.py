@@ -63,7 +63,7 @@ def test_gkd_on_own_responses_never_reads_the_dataset_s(mix, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
-def test_gkd_s_coin_falls_on_own_responses_as_often_as_asked(share):
+def test_gkd_is_on_policy_as_often_as_asked(share):
     """Within four standard deviations over 2000 throws."""
     margin = 4 * (share * (1 - share) / 2000) ** 0.5
     by_step = GKD(on_policy=share)
@@ -74,7 +74,7 @@ def test_gkd_s_coin_falls_on_own_responses_as_often_as_asked(share):
     assert abs(sum(e.author == "student" for e in responses) / 2000 - share) < margin
 
 
-def test_gkd_s_coin_is_one_for_a_whole_step_or_one_for_each_example():
+def test_gkd_draws_once_for_a_step_or_once_for_each_example():
     def authors(mix, number):
         responses = collected(GKD(on_policy=0.5, mix=mix), EXAMPLES, Step(number), student=ScriptedRollout())
         return {e.author for e in responses}
@@ -83,7 +83,7 @@ def test_gkd_s_coin_is_one_for_a_whole_step_or_one_for_each_example():
     assert sum(len(authors("example", number)) == 2 for number in range(30)) > 20
 
 
-def test_gkd_s_coin_does_not_depend_on_which_examples_a_process_has():
+def test_gkd_s_draw_does_not_depend_on_which_examples_a_process_has():
     for number in range(30):
         for mix in ("step", "example"):
             method, writer = GKD(on_policy=0.5, mix=mix), ScriptedRollout()
@@ -97,7 +97,7 @@ def test_gkd_s_coin_does_not_depend_on_which_examples_a_process_has():
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_every_process_asks_equally_often(share):
+def test_every_process_generates_equally_often(share):
     """A sharded student can write only if all processes do, those without an example for it included."""
     for mix in ("step", "example"):
         for number in range(30):
@@ -109,7 +109,7 @@ def test_every_process_asks_equally_often(share):
             assert halves[0] == halves[1]
 
 
-def test_no_example_is_lost_or_asked_twice():
+def test_no_example_is_lost_or_repeated():
     for number in range(30):
         responses = collected(GKD(on_policy=0.5, mix="example"), EXAMPLES, Step(number), student=ScriptedRollout())
         assert sorted(e.row for e in responses) == list(range(8))
@@ -162,7 +162,7 @@ def test_kd_mixes_in_the_labels_by_weight(share):
     torch.testing.assert_close(values["mixed"], (1 - share) * values["kd"] + share * values["sft"])
 
 
-def test_seqkd_trains_on_the_teacher_s_answers_alone():
+def test_seqkd_trains_only_on_the_teacher_s_responses():
     responses = collected(SeqKD(), EXAMPLES, Step(0), teacher=ScriptedRollout(author="teacher"), student=Forbidden())
     assert {e.author for e in responses} == {"teacher"}
     assert SeqKD().authors == {"teacher"}
@@ -170,7 +170,7 @@ def test_seqkd_trains_on_the_teacher_s_answers_alone():
     assert SeqKD(soft_weight=0.5).requires == {Capability.TOP_K}
 
 
-def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
+def test_seqkd_s_teacher_generates_in_the_training_loop(tmp_path):
     run = trainer(tmp_path, SeqKD(), examples=PROMPTS, max_steps=1, per_device_train_batch_size=8)
     run.train()
     expected = GenerateRollout().bind(teacher().model, run.processing_class, "teacher")
@@ -186,7 +186,7 @@ def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
         ("teacher", "teacher's responses: give it a rollout and a"),
     ],
 )
-def test_a_writer_that_is_not_there_is_missed_with_a_remedy(who, sentence):
+def test_a_missing_writer_has_an_error_with_a_remedy(who, sentence):
     with pytest.raises(ValueError, match=sentence):
         getattr(Writers(), who)
 
@@ -219,7 +219,7 @@ def test_a_teacher_that_provides_too_little_is_refused_with_a_sentence(tmp_path)
     trainer(tmp_path, SFT(), with_teacher=Terse())
 
 
-def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
+def test_a_method_that_needs_a_live_teacher_refuses_one_without_a_model(tmp_path):
     class Inside(Method):
         requires = frozenset({Capability.MODEL})
 

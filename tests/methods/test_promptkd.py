@@ -122,7 +122,7 @@ def test_three_symbols_give_the_values_worked_out_by_hand():
     assert float(last) == pytest.approx(0.203023, abs=1e-6)
 
 
-def test_the_regularization_falls_linearly_to_nothing():
+def test_the_regularization_decays_linearly_to_zero():
     method = PromptKD(regularization=2.0)
     assert [method.coefficient(k, 4) for k in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
 
@@ -137,7 +137,7 @@ def test_the_text_s_tokens_are_repeated_or_cut(tokens, expected):
     assert teacher.prompt.dtype == torch.float32
 
 
-def test_other_beginnings_are_random_or_padding():
+def test_other_initializations_are_random_or_padding():
     random, again = (prompted(initialize="random")[1].prompt for _ in range(2))
     assert torch.equal(random, again)
     method = PromptKD(prompt_tokens=2, initialize="pad")
@@ -146,7 +146,7 @@ def test_other_beginnings_are_random_or_padding():
     torch.testing.assert_close(teacher.prompt[0].detach(), teacher.model.get_input_embeddings().weight[4])
 
 
-def test_a_strong_regularization_brings_the_teacher_back():
+def test_a_strong_regularization_restores_the_plain_teacher():
     method, teacher = prompted(regularization=1e4, prompt_lr=5e-2)
     plain = teacher.plain.score(BATCH)
 

@@ -205,7 +205,7 @@ def test_runs_that_all_failed_say_why(contest, tmp_path):
     assert "failed: no memory" in page.read_text()
 
 
-def test_what_was_evaluated_with_other_settings_is_not_compared(contest, tmp_path):
+def test_results_of_other_settings_are_not_compared(contest, tmp_path):
     evaluate(contest / "kd" / "seed-0", [1.0] * 10, limit=3)
     _, _, content = write_report(contest, tmp_path / "out")
     kd = next(row for row in content["comparison"]["rows"] if row["name"] == "kd")
@@ -387,7 +387,7 @@ def test_a_budget_is_stated_below_the_table(contest, tmp_path):
     assert all(note in page.read_text() for note in content["comparison"]["budget"])
 
 
-def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
+def test_held_out_metrics_are_drawn_against_the_seconds_of_training(tmp_path):
     lines = [logged(10), {"step": 10, "eval_loss": 2.0}, logged(20), {"step": 20, "eval_loss": 1.0}]
     _, _, content = write_report(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
     assert content["runs"][0]["series"]["eval_loss"]["seconds"] == [7.5, 15.0]
@@ -432,7 +432,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_pictures_have_words_and_the_colours_of_the_page(contest, tmp_path):
+def test_charts_have_descriptions_and_the_colours_of_the_page(contest, tmp_path):
     page, _, _ = write_report(contest, tmp_path / "out")
     html = page.read_text()
     elements = Elements(html).elements
@@ -461,7 +461,7 @@ def test_the_spaces_and_joiners_of_other_scripts_are_kept(tmp_path):
     assert f">{text}\N{REPLACEMENT CHARACTER}</pre>" in html
 
 
-def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
+def test_a_dollar_sign_in_a_name_is_not_parsed_as_mathematics(tmp_path):
     page, _, _ = write_report([make_run(tmp_path / "a$x_{$"), make_run(tmp_path / "b")], tmp_path / "out")
     assert "a$x_{$" in page.read_text()
 
@@ -616,7 +616,7 @@ def test_the_page_is_no_wider_than_a_phone_and_goes_dark(opened):
     assert all(light_colour != dark_colour for light_colour, dark_colour in zip(light, dark, strict=True))
 
 
-def test_hostile_text_is_text(tmp_path, browser):
+def test_hostile_text_is_escaped(tmp_path, browser):
     home = tmp_path / "hostile"
     names = [HOSTILE.replace("/", "∕"), "other"]
     for name in names:

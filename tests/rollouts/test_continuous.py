@@ -69,7 +69,7 @@ def test_sampled_tokens_are_those_of_generate(name):
         assert len({len(example.response) for example in responses}) > 1, "the test must see rows come and go"
 
 
-def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
+def test_rows_that_are_evicted_from_a_full_cache_are_the_same(monkeypatch):
     """A cache of six pages of four tokens for three rows: transformers frees a row's pages and reads it anew."""
     model, put_off = tiny("llama"), []
     expected = as_generate_does(model, stop_ids=[2])
@@ -110,7 +110,7 @@ def test_a_padded_vocabulary_is_cut():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_model_is_given_back_as_it_was(attention):
+def test_the_model_is_restored_after_generating(attention):
     model = tiny("llama")
     model.set_attn_implementation(attention)
     model.gradient_checkpointing_enable()
@@ -127,14 +127,14 @@ def test_the_model_is_given_back_as_it_was(attention):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_dropout_does_not_write():
+def test_dropout_is_off_while_generating():
     model = tiny("gpt2")
     model.config.attn_pdrop = 0.9
     expected = as_generate_does(model)
     assert writer(model.train())(PROMPTS, Step(3)) == expected
 
 
-def test_adapters_write():
+def test_adapters_are_used_while_generating():
     model = tiny("llama+lora")
     plain = writer(model)(PROMPTS, Step(0))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_adapters_write():
     assert writer(model)(PROMPTS, Step(0)) != plain
 
 
-def test_autocast_that_accelerate_lays_over_the_model_is_lifted_off_and_comes_back():
+def test_accelerate_s_autocast_is_removed_while_generating_and_restored():
     model = tiny("llama")
     expected = writer(model)(PROMPTS, Step(0))
     half = MethodType(torch.autocast("cpu", dtype=torch.bfloat16)(LlamaForCausalLM.forward), model)

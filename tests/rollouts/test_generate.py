@@ -103,7 +103,7 @@ def responses(examples):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward):
+def test_greedy_responses_equal_those_of_transformers_generate(name, model_of, forward):
     """Token for token; several stop ids let rows finish early, so that the batch and its cache shrink on the way."""
     model = model_of(name)
     endless = writer(model, temperature=0, stop_ids=[2], **forward)(PROMPTS, Step(0))
@@ -156,7 +156,7 @@ def test_a_model_too_large_to_copy_is_left_as_it_is(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sampled_row_is_the_same_written_alone(name, model_of, forward):
+def test_a_sampled_row_is_the_same_generated_alone(name, model_of, forward):
     generate = writer(model_of(name), stop_ids=[2, *range(5, 12)], n=2, **forward)
     together = generate(PROMPTS, Step(1))
     assert [example for prompt in PROMPTS for example in generate([prompt], Step(1))] == together
@@ -272,7 +272,7 @@ def test_a_padding_token_that_equals_the_stop_token_does_no_harm(model_of):
     assert after.generate(PROMPTS, Sampling(max_new_tokens=12, stop_ids=tuple(stop)), Step(0)) == before
 
 
-def test_a_prompt_that_contains_padding_and_stop_tokens_is_read_whole(model_of):
+def test_a_prompt_with_padding_and_stop_tokens_is_read_completely(model_of):
     model, prompt = model_of("llama"), [0, 2, 0, 2]
     [example] = writer(model, temperature=0, max_new_tokens=1)([Example(prompt, [])], Step(0))
     assert example.response == [int(model(torch.tensor([prompt])).logits[0, -1].argmax())]
@@ -310,20 +310,20 @@ def test_a_padded_vocabulary_s_rest_is_never_sampled():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_the_number_of_rows_written_at_once_changes_nothing(size, model_of):
+def test_the_number_of_rows_generated_at_once_changes_nothing(size, model_of):
     expected = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2)(PROMPTS, Step(0))
     parts = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2, batch_size=size)
     assert parts(PROMPTS, Step(0)) == expected
 
 
-def test_a_row_that_is_asked_twice_gets_two_responses(model_of):
+def test_a_repeated_prompt_gets_two_responses(model_of):
     prompts = [PROMPTS[2], PROMPTS[2]]
     one, two = writer(model_of("llama"))(prompts, Step(0))
     assert one.response != two.response
     assert [one, two] == writer(model_of("llama"), n=2)(prompts[:1], Step(0))
 
 
-def test_examples_keep_their_pair_when_they_are_answered(model_of):
+def test_responses_keep_the_pair_of_their_prompt(model_of):
     [example] = writer(model_of("llama"))([replace(PROMPTS[0], pair=7)], Step(0))
     assert example.pair == 7
 
@@ -419,7 +419,7 @@ def test_a_batch_size_below_one_is_refused():
         GenerateRollout(batch_size=0)
 
 
-def test_a_long_response_looks_at_more_and_more_of_its_memory(model_of, forward):
+def test_a_long_response_attends_to_growing_parts_of_its_memory(model_of, forward):
     """Beyond the first positions looked at, and beyond the first memory asked for; rows leave on the way."""
     prompts = [replace(prompt, prompt=prompt.prompt[:4]) for prompt in PROMPTS]
     generate = writer(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
@@ -449,7 +449,7 @@ def test_a_model_that_cannot_be_compiled_writes_all_the_same(model_of, monkeypat
     assert caplog.text.count("this cannot be compiled") == 1
 
 
-def test_what_is_compiled_follows_the_run_unless_it_is_said(model_of, monkeypatch):
+def test_decoding_is_compiled_if_the_run_is_unless_the_option_is_set(model_of, monkeypatch):
     calls = []
     monkeypatch.setattr(decoder._compiled, "_kernel", lambda *args: calls.append(1) or decoder._forward(*args))
     for option, run, expected in ((None, False, False), (None, True, True), (False, True, False), (True, False, True)):
@@ -459,7 +459,7 @@ def test_what_is_compiled_follows_the_run_unless_it_is_said(model_of, monkeypatc
         assert bool(calls) == expected
 
 
-def test_rows_that_cannot_leave_the_cache_do_no_harm(model_of, monkeypatch):
+def test_rows_that_cannot_be_dropped_do_not_change_responses(model_of, monkeypatch):
     stop = [2, *range(5, 30)]
     expected = writer(model_of("llama"), stop_ids=stop)(PROMPTS, Step(0))
     monkeypatch.setattr("understudy.generation.decoder.can_drop_rows", lambda cache: False)

@@ -62,7 +62,7 @@ def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
     assert path.read_text() == ""
 
 
-def test_lines_that_are_none_of_ours_are_dropped(tmp_path):
+def test_lines_without_a_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('12\nnull\n{"loss": 1}\n[]\n{"step": 1}\n')
     LogMetrics(path).on_train_begin(ARGS, state_at(4), None)
@@ -120,7 +120,7 @@ def test_control_codes_in_a_text_do_not_reach_the_terminal(text, tmp_path):
     assert lines[0]["student"] == text
 
 
-def test_a_long_text_is_shown_by_its_end_and_kept_whole(tmp_path):
+def test_a_long_text_is_shown_by_its_end_and_saved_completely(tmp_path):
     text = "x" * 400 + "end"
     screen, lines = show_sample(text, tmp_path)
     assert screen.count("x") == 3 * 295
@@ -153,7 +153,7 @@ def test_samples_do_not_disturb_training(tmp_path):
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-def test_progress_on_what_is_no_terminal_prints_one_plain_line():
+def test_progress_without_a_terminal_prints_one_plain_line():
     out = io.StringIO()
     bar = ShowProgress(Console(file=out, force_terminal=False, width=100))
     bar.on_train_begin(ARGS, state_at(0), None)
@@ -168,7 +168,7 @@ def test_progress_on_what_is_no_terminal_prints_one_plain_line():
     assert "10/10" in text
 
 
-def test_the_terminal_comes_back_when_training_fails(tmp_path):
+def test_the_cursor_is_restored_when_training_fails(tmp_path):
     out = io.StringIO()
     run = trainer(tmp_path, KD(), examples=ragged_examples(4, responses=False))
     bar = ShowProgress(Console(file=out, force_terminal=True))
@@ -195,7 +195,7 @@ def test_an_interrupt_stops_after_the_step_with_a_checkpoint():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_gradient_is_refused_wherever_it_is(value):
+def test_a_gradient_that_is_not_finite_is_refused_in_any_parameter(value):
     model = tiny("llama")
     parameters = list(model.parameters())
     parameters[0].grad = torch.zeros_like(parameters[0])
@@ -213,7 +213,7 @@ class Synced(ScriptedRollout):
         self.calls.append(step.number)
 
 
-def test_a_rollout_hears_when_the_student_s_weights_have_changed(tmp_path):
+def test_a_rollout_is_synced_when_the_student_s_weights_have_changed(tmp_path):
     rollout = Synced()
     run = trainer(tmp_path, KD(), rollout=rollout, max_steps=3)
     run.train()

@@ -177,7 +177,7 @@ def test_two_processes_train_as_one_does(case, results, tmp_path):
         assert together[name] == pytest.approx(numbers[name], rel=1e-5), name
 
 
-def test_all_processes_end_at_the_step_at_which_the_first_one_s_seconds_are_up(results):
+def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(results):
     first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
     assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
@@ -191,7 +191,7 @@ def test_a_sharded_student_has_the_same_loss_and_gradients(tied, results):
         assert difference(plain, sharded) < 1e-5
 
 
-def test_a_sharded_student_writes_what_a_whole_one_would(results):
+def test_a_sharded_student_generates_the_responses_of_an_unsharded_one(results):
     """Also where one process has fewer rows to write, shorter ones, or none."""
     generate = writer(GenerateRollout, student(), max_new_tokens=6, stop_ids=[2, *range(5, 15)])
     examples = ragged_examples(8, responses=False)

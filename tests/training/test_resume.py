@@ -240,7 +240,7 @@ def dropping(kind="gpt2"):
 
 @pytest.mark.parametrize("make", [Ramp, KD, lambda: GKD(on_policy=0.5)], ids=["ramp", "kd", "gkd"])
 @pytest.mark.parametrize("stop", [2, 5], ids=["within an epoch", "within the second epoch"])
-def test_n_steps_and_the_rest_are_all_steps(make, stop, tmp_path):
+def test_training_in_two_parts_equals_training_at_once(make, stop, tmp_path):
     """With dropout; in a method of its own state; twice, the second time from a folder with more checkpoints."""
     common = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", "max_steps": 8}
     uninterrupted = trainer(tmp_path / "whole", make(), dropping(), teacher("gpt2"), **common)
@@ -262,7 +262,7 @@ def test_resuming_where_there_is_nothing_starts_from_the_beginning(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "a folder without files"])
-def test_a_half_written_checkpoint_is_passed_over(damage, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))

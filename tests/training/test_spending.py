@@ -55,7 +55,7 @@ def trained(folder, budget=None, method=None, options=None, **changed):
     ids=str,
 )
 @pytest.mark.parametrize("warmup", [0, 2, 0.25], ids=["no warm-up", "steps of warm-up", "a share of warm-up"])
-def test_a_budget_trains_as_the_steps_do_that_it_is_enough_for(warmup, budget, schedule, tmp_path):
+def test_a_run_with_a_budget_equals_a_run_of_as_many_steps(warmup, budget, schedule, tmp_path):
     options = {"lr_scheduler_type": schedule, "warmup_steps": warmup}
     steps = trained(tmp_path, max_steps=STEPS, **options)
     run = trained(tmp_path, budget, **options)
@@ -73,7 +73,7 @@ def test_the_run_ends_with_the_first_step_that_reaches_the_budget_and_never_afte
     assert run.tokens_seen == 12 * steps
 
 
-def test_where_steps_end_the_run_its_schedule_is_theirs(tmp_path):
+def test_a_run_that_max_steps_ends_has_the_schedule_of_max_steps(tmp_path):
     plain, run = trained(tmp_path, max_steps=4), trained(tmp_path, {"tokens": 10_000}, max_steps=4)
     assert same(weights(plain.model), weights(run.model))
 
@@ -126,7 +126,7 @@ class Total(Method):
         self.after.append((step.number, step.total))
 
 
-def test_a_method_s_own_schedule_is_told_where_the_run_will_end(tmp_path):
+def test_a_method_s_own_schedule_gets_the_expected_number_of_steps(tmp_path):
     method = Total()
     trained(tmp_path, {"tokens": 12 * 5 - 1}, method)
     assert method.before == [40, 5, 5, 5, 5]
@@ -136,7 +136,7 @@ def test_a_method_s_own_schedule_is_told_where_the_run_will_end(tmp_path):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("budget", [{"tokens": 12 * STEPS - 5}, {"seconds": STEPS - 0.5}], ids=["tokens", "seconds"])
 @pytest.mark.parametrize("stop", [1, 4, STEPS], ids=["in the warm-up", "after it", "at the end"])
-def test_a_resumed_run_gets_its_budget_once(budget, stop, tmp_path):
+def test_a_resumed_run_does_not_get_its_budget_again(budget, stop, tmp_path):
     common = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 2, "per_device_train_batch_size": 4}
     uninterrupted = trained(tmp_path, budget, **common)
     assert uninterrupted.state.global_step == STEPS

@@ -83,7 +83,7 @@ def test_a_step_in_float32_does_not_depend_on_how_it_is_accumulated(name, tmp_pa
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
-def test_one_step_is_what_autograd_says_of_the_formula(reduction, tmp_path):
+def test_one_step_equals_autograd_of_the_formula(reduction, tmp_path):
     examples = ragged_examples(8)
     run = trainer(tmp_path, KD(reduction=reduction), examples=examples, max_steps=1, per_device_train_batch_size=2,
                    gradient_accumulation_steps=4, optim="sgd", learning_rate=1.0, max_grad_norm=0)  # fmt: skip
@@ -141,7 +141,7 @@ def test_every_example_is_seen_once_in_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("method", [KD(), GKD()], ids=["kd", "gkd"])
-def test_logged_numbers_are_what_they_say(method, tmp_path):
+def test_logged_numbers_equal_their_definitions(method, tmp_path):
     examples = ragged_examples(8)
     sampling = short_sampling(stop_ids=[2, *range(5, 25)])
     run = trainer(tmp_path, method, sampling=sampling, examples=examples, max_steps=1, per_device_train_batch_size=2,
@@ -292,7 +292,7 @@ def test_evaluation_does_not_disturb_training(make, tmp_path):
     assert runs[0][1:] == runs[1][1:]
 
 
-def test_evaluation_without_a_set_says_what_to_do(tmp_path):
+def test_evaluation_without_a_dataset_has_an_error_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer(tmp_path, KD()).evaluate()
 
