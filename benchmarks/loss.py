@@ -50,7 +50,7 @@ class Task:
 
 def understudy_loss(divergence: Divergence, compiled: bool, task: Task) -> Tensor:
     with tiling(compiled=compiled):
-        return fused_divergence(divergence, task.hidden, task.weight, task.teacher_hidden, task.teacher_weight)
+        return fused_divergence(divergence, task.teacher_hidden, task.teacher_weight, task.hidden, task.weight)
 
 
 def understudy_bf16(divergence: Divergence, task: Task) -> Tensor:

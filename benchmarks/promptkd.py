@@ -25,10 +25,7 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, float]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     import understudy
-    from understudy.batch import Batch, Example
-    from understudy.models.forward import score
-    from understudy.step import Step
-    from understudy.teachers.local import LocalTeacher
+    from understudy import Batch, Example, LocalTeacher, MethodContext, Step, score
 
     torch.manual_seed(0)
     window = options.tokens + 16
@@ -40,17 +37,21 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, float]:
     method = getattr(understudy, name)(**fields)
     student = model(2, 128, 2)
     plain = LocalTeacher(model(options.layers, options.width, options.width // 64))
-    teacher = method.prepare(plain, None, 1e-3)
+    teacher = method.setup(MethodContext(plain, None, 50257, learning_rate=1e-3))
     ids = torch.randint(0, 50257, (options.batch, options.tokens)).tolist()
     batch = Batch.from_examples([Example(row[:32], row[32:], "student", i) for i, row in enumerate(ids)], 0)
-    weights = method.weights(batch)
+    weights = batch.weights(method.reduction)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for number in range(3):
         start = time.perf_counter()
-        method.before_step([batch], student, teacher, Step(number, total=10))
-        said = teacher.score(batch)
-        score(student, batch, lambda s, t=said: (weights * method.loss(s, t, batch)).sum(), weights=weights).backward()
+        method.before_step([batch], teacher, student, Step(number, total=10))
+        teacher_scores = teacher.score(batch)
+
+        def loss(student_scores, teacher_scores=teacher_scores):
+            return (weights * method.loss(teacher_scores, student_scores, batch)).sum()
+
+        score(student, batch, loss, weights=weights).backward()
         seconds.append(time.perf_counter() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
     return {"peak_mib": round(grown), "seconds": round(sorted(seconds)[1], 2)}
@@ -67,8 +68,8 @@ def main() -> None:
         return
     for setting in SETTINGS:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", setting]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        print(f"{setting:26}", found, flush=True)
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        print(f"{setting:26}", line, flush=True)
 
 
 if __name__ == "__main__":
