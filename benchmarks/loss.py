@@ -106,12 +106,12 @@ def floor(task: Task) -> None:
     student, teacher = torch.empty(2, size, len(task.weight))
     grad_hidden, grad_weight = torch.empty_like(task.hidden), torch.zeros_like(task.weight)
     for start in range(0, rows, size):
-        at = slice(start, start + size)
-        count = len(task.hidden[at])
-        torch.mm(task.hidden[at], task.weight.t(), out=student[:count])
-        torch.mm(task.teacher_hidden[at], task.teacher_weight.t(), out=teacher[:count])
-        torch.mm(student[:count], task.weight, out=grad_hidden[at])
-        grad_weight.addmm_(student[:count].t(), task.hidden[at])
+        tile = slice(start, start + size)
+        count = len(task.hidden[tile])
+        torch.mm(task.hidden[tile], task.weight.t(), out=student[:count])
+        torch.mm(task.teacher_hidden[tile], task.teacher_weight.t(), out=teacher[:count])
+        torch.mm(student[:count], task.weight, out=grad_hidden[tile])
+        grad_weight.addmm_(student[:count].t(), task.hidden[tile])
 
 
 def race(rows: int, which: str) -> dict[str, Any]:

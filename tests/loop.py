@@ -1,6 +1,6 @@
 """Training runs small enough for tests: data, arguments, models and a trainer in one call.
 
-The one idea: whatever a test does not name is the same in all of them, so two runs differ in what it names.
+Everything that a test does not set is the same in all runs, so two runs differ only in what it sets.
 """
 
 from collections.abc import Sequence

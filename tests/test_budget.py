@@ -1,4 +1,4 @@
-"""Budgets are checked when they are made, and told in words."""
+"""Budgets: invalid ones are refused, and their text."""
 
 import math
 

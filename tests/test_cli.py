@@ -1,4 +1,4 @@
-"""The command line answers at once where nothing has to be computed."""
+"""The command line starts fast: help and usage errors import nothing heavy."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 
 def imported(*arguments):
-    """Run the command line in a process of its own: what it imported, what it said."""
+    """Run the command line in a process of its own: the modules that it imported, its output."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-X", "importtime", "-m", "understudy", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
@@ -69,7 +69,7 @@ def test_methods_are_listed_with_their_options(monkeypatch, capsys):
 
 @pytest.mark.parametrize("where", ["understudy.cli.app", "understudy.registry.Registry.names"])
 def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
-    """Whether typer lets Ctrl-C through or makes an exit code of it, as it does inside a command."""
+    """Whether typer raises KeyboardInterrupt, or turns it into an exit code as inside a command."""
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

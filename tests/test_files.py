@@ -1,4 +1,4 @@
-"""Text files are written whole or not at all; a torn line of JSON lines never matters."""
+"""Atomic text files, and JSONL files whose torn lines are ignored."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A mistake is one sentence that names the culprit and the remedy, exit code 2, and no traceback.
+"""Errors of users: one sentence with the place and the remedy, exit code 2, and no traceback.
 
 Each mistake is made through the command line itself. Mistakes in a recipe are found before any weights are read.
 """
@@ -21,7 +21,7 @@ from understudy import cli
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """A teacher, others that do not fit it, and datasets with and without faults."""
+    """A teacher, models that do not match it, and datasets with and without errors."""
     home = tmp_path_factory.mktemp("things")
     llama(home / "teacher")
     llama(home / "stranger", tokenizer=characters("zyxwvutsrqponmlkjihgfedcba0123456789"))
@@ -56,7 +56,7 @@ def home(tmp_path, things):
 
 @pytest.fixture
 def say(monkeypatch, capfd):
-    """Run the command line with some arguments: the exit code, what it writes to stdout, and to stderr."""
+    """Run the command line with these arguments: its exit code, stdout and stderr."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     root = logging.getLogger()
 
@@ -76,7 +76,7 @@ def say(monkeypatch, capfd):
 
 @pytest.fixture
 def refused(say):
-    """Run a command that must fail: its one sentence."""
+    """Run a command that must fail, and return its one sentence."""
 
     def run(*arguments):
         code, _, err = say(*arguments)
@@ -92,7 +92,7 @@ def refused(say):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Nothing may be loaded or made from here on."""
+    """Fail if weights are loaded or created."""
 
     def fail(*_, **__):
         pytest.fail("a model was loaded although the recipe has a mistake")

@@ -1,6 +1,6 @@
 """No matrix product may read memory that was never written, on any processor.
 
-oneDNN's AMX kernels read behind the rows of a strided operand and multiply what they find by 0, so that uninitialised
+oneDNN's AMX kernels read beyond the rows of a strided operand and multiply the values by 0, so that uninitialised
 NaN there become NaN in the result. Here uninitialised memory holds NaN, and the whole memory behind every operand of a
 matrix product is looked at, so that processors without AMX show the defect as well.
 """

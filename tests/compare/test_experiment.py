@@ -1,4 +1,4 @@
-"""Comparing recipes: every run in its own process, resumed at the granularity of a run, all evaluated alike."""
+"""Comparing recipes: runs in processes of their own, resuming, and evaluation with the same settings."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
 
 @pytest.mark.slow
 def test_other_settings_leave_files_that_no_evaluation_wrote(home, tmp_path):
-    """With a model whose weights change in between, so that its responses are others."""
+    """With a model whose weights change in between, so that its responses differ."""
     model = llama(tmp_path / "model", seed=3)
     folder = tmp_path / "evaluated"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What every rollout promises, whatever writes; one test body, run over all of them, the fakes included."""
+"""The contract of Rollout, tested for every rollout, including the fakes."""
 
 import gc
 from dataclasses import replace
@@ -52,7 +52,7 @@ SAMPLED = {"generate": generate, "continuous": continuous}
 
 
 def likely_to_stop():
-    """Without this, a random model would end one response in fifty."""
+    """Otherwise a random model would stop in one response of fifty only."""
     model = tiny("phi")
     with torch.no_grad():
         model.lm_head.bias[STOP] = 2.5
@@ -179,7 +179,7 @@ def test_mask_and_streams_of_the_dataset_s_response_are_dropped(rollout):
 
 
 def gemma3():
-    """Two layers, one that sees the whole text and one with a window of four tokens."""
+    """Two layers, one with full attention and one with a sliding window of four tokens."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}

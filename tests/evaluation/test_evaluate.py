@@ -1,4 +1,4 @@
-"""Evaluation of a model by its responses: correct or wrong, text metrics, and the distance to the teacher."""
+"""Evaluating a model: accuracy and text metrics of its responses, and the distance to the teacher."""
 
 import json
 import sys
@@ -352,7 +352,7 @@ def test_the_command_takes_columns_and_a_template(home, tmp_path, monkeypatch, c
 
 
 class Halved(LlamaForCausalLM):
-    """Does something to its logits that nobody was told of."""
+    """A model that transforms its logits in an unknown way."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)

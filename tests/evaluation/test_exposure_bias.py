@@ -1,4 +1,4 @@
-"""What a student's own writing costs it, against an enumeration by hand."""
+"""Exposure bias against an enumeration by hand."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def table(first, second):
 
 
 class Table(Tabular):
-    """A model as far as evaluations ask for one: it has no head that could be taken apart."""
+    """A model with everything that evaluations need; without a head, so that the loss takes the plain path."""
 
     def get_output_embeddings(self):
         return None

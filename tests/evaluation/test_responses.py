@@ -1,4 +1,4 @@
-"""Responses are generated once, saved batch by batch, and never generated twice, whatever happens in between."""
+"""Responses are generated once, saved batch by batch, and resumed after an interruption."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 
 
 class Portions(Rollout):
-    """Generates as many responses at once as it is told, remembers which, and may fail."""
+    """A rollout that generates `batch_size` responses at once, records them, and may fail."""
 
     def __init__(self, batch_size=8, dies_at=None, room=100):
         self._inner, self.batch_size = ScriptedRollout(), batch_size
@@ -108,7 +108,7 @@ def test_a_torn_line_is_generated_again(tmp_path):
 
 
 def foreign(content):
-    """What may lie where responses are to be saved, and is no file of ours."""
+    """Contents of files that are not files of responses."""
     return {
         "no newline": b"the only copy",
         "a line without a newline": b'{"seed": 1, "row": 0}',

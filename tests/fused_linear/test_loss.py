@@ -20,7 +20,7 @@ from understudy.fused_linear.tiles import tiling
 
 
 def upstream(kind: str) -> tuple[Tensor | None, Tensor]:
-    """The weights that are announced, and those that the values are weighted with afterwards."""
+    """The weights passed to the forward pass, and those with which the values are summed afterwards."""
     true = torch.rand(N, generator=generator(9), dtype=f64) - 0.3
     ones = torch.ones(N, dtype=f64)
     return {

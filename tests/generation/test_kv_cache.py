@@ -1,4 +1,4 @@
-"""The cache with room beside transformers' own."""
+"""The preallocated key-value cache against transformers' DynamicCache."""
 
 import logging
 
@@ -18,7 +18,7 @@ def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def test_a_preallocated_layer_equals_a_dynamic_one():
-    """A prompt, tokens beyond the first room, rows that leave, more tokens."""
+    """A prompt, tokens beyond the first allocation, dropped rows, more tokens."""
     preallocated, dynamic, rows = PreallocatedLayer(), DynamicLayer(), 5
     for step in range(60):
         new = states(rows, 7 if step == 0 else 1, step)
@@ -42,7 +42,7 @@ def test_memory_is_allocated_rarely():
 
 
 def test_positions_may_be_written_by_a_compiled_forward():
-    """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
+    """A compiled forward gets a view of the memory that is never all of it."""
     preallocated, dynamic = PreallocatedLayer(), DynamicLayer()
     for layer in (preallocated, dynamic):
         layer.update(*states(3, 7, 0))

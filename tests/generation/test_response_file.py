@@ -1,4 +1,4 @@
-"""A file of responses: lines come back as they were written, and a file of anything else is refused."""
+"""The file of responses: lines are read back unchanged, and a file of anything else is refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Stop tokens of tokenizer, chat template and models, gathered in one place."""
+"""Stop tokens of tokenizer, chat template and models."""
 
 import pytest
 from fakes import tiny, words

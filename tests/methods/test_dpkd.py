@@ -171,7 +171,7 @@ def collected(method, step=0, rows=3):
 
 
 class Dated(Rollout):
-    """Writes who it is and when: [author, step]."""
+    """A rollout whose responses are [author, step]."""
 
     def __init__(self, author):
         self.name = author

@@ -1,4 +1,4 @@
-"""What the methods collect and minimise, and that their samples are ids like any others."""
+"""Every method: the examples that it collects, its loss, its state and its errors."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ PROMPTS = ragged_examples(8, responses=False)
 
 
 class Forbidden(ScriptedRollout):
-    """Fails when it is asked."""
+    """A rollout that must not be called."""
 
     def generate(self, prompts, sampling, step):
         raise AssertionError("nothing may be generated here")
@@ -64,7 +64,7 @@ def test_gkd_on_own_responses_never_reads_the_dataset_s(mix, tmp_path):
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_gkd_is_on_policy_as_often_as_asked(share):
-    """Within four standard deviations over 2000 throws."""
+    """Within four standard deviations over 2000 draws."""
     margin = 4 * (share * (1 - share) / 2000) ** 0.5
     by_step = GKD(on_policy=share)
     own = [collected(by_step, EXAMPLES, Step(n), student=ScriptedRollout())[0].author == "student" for n in range(2000)]
@@ -98,7 +98,7 @@ def test_gkd_s_draw_does_not_depend_on_which_examples_a_process_has():
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_every_process_generates_equally_often(share):
-    """A sharded student can write only if all processes do, those without an example for it included."""
+    """A sharded student can generate only if all processes call it, including those without an on-policy example."""
     for mix in ("step", "example"):
         for number in range(30):
             halves = []

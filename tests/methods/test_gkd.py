@@ -1,4 +1,4 @@
-"""GKD joined with a reward: its gradient by enumeration, its optimum in closed form, and plain GKD at α = 1."""
+"""GKD with a reward: its gradient by enumeration, its optimum in closed form, and plain GKD at α = 1."""
 
 from dataclasses import replace
 

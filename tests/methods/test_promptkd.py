@@ -29,7 +29,7 @@ def context(teacher, tokenizer):
 
 
 def prompted(kind="llama", **options):
-    """A method and its teacher, whose prompt is the embeddings of HARD unless told otherwise."""
+    """A method and its teacher, whose prompt by default is the embeddings of HARD."""
     method = PromptKD(**{"prompt_tokens": 3, "prompt": "w5 w6 w7", "prompt_lr": 1e-2, "prompt_warmup": 0, **options})
     teacher = method.setup(context(LocalTeacher(tiny(kind)), words()))
     with torch.no_grad():

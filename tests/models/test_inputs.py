@@ -1,4 +1,4 @@
-"""How models read a batch: padded, packed into one row, behind a soft prompt, with further inputs."""
+"""Model inputs of a batch: padded, packed into one row, after a soft prompt, with further inputs."""
 
 import math
 import os

@@ -63,7 +63,7 @@ def make_run(folder, method="gkd", seed=0, steps=(10, 20, 30), finished=True, li
 
 
 def evaluate(folder, scores, limit=None, texts=None, bias=None):
-    """What a comparison leaves in a run's folder."""
+    """Write the evaluation of a comparison into a run's folder."""
     folder = getattr(folder, "path", folder)
     settings = {"greedy": {"data": {"dataset": "sums", "limit": limit}, "temperature": 0.0, "metrics": []}}
     metrics = {"accuracy": sum(scores) / len(scores), "response_length": 9.0, "truncated": 0.0}
@@ -479,7 +479,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """A run of two steps, for once a real one."""
+    """A real run of two steps."""
     from rich.console import Console
 
     from understudy.run.distill import distill

@@ -1,6 +1,6 @@
-"""Continuous batching beside `generate`: the same tokens, whatever transformers schedules; and what it cannot serve.
+"""Continuous batching: the tokens of rollout generate, whatever transformers schedules; and unsupported models.
 
-What every rollout promises is tested in contracts/.
+Tests of all rollouts are in contracts/.
 """
 
 import gc
@@ -60,7 +60,7 @@ def nothing_runs_on():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "gemma2" not in name])
 def test_sampled_tokens_are_those_of_generate(name):
-    """More rows than the cache has room for, so that rows come and go; the same streams, another engine."""
+    """More rows than the cache has room for, so that rows join as others end; the same streams, another engine."""
     model = MODELS[name]()
     fields = {"n": 2, "temperature": 0.9, "top_p": 0.95}
     responses = writer(model, **fields)(PROMPTS, Step(3))
@@ -70,7 +70,7 @@ def test_sampled_tokens_are_those_of_generate(name):
 
 
 def test_rows_that_are_evicted_from_a_full_cache_are_the_same(monkeypatch):
-    """A cache of six pages of four tokens for three rows: transformers frees a row's pages and reads it anew."""
+    """A cache of six pages of four tokens for three rows: transformers frees a row's pages and reads it again."""
     model, put_off = tiny("llama"), []
     expected = as_generate_does(model, stop_ids=[2])
 
@@ -209,7 +209,7 @@ def test_a_cache_that_does_not_fit_says_what_to_lower(monkeypatch):
 
 
 class Forgetful(LlamaForCausalLM):
-    """Its logits are others with a paged cache."""
+    """A model whose logits differ with a paged cache."""
 
     def forward(self, *args, cache=None, **kwargs):
         paged = {} if cache is None else {"cache": cache}

@@ -85,7 +85,7 @@ def model_of():
 
 @pytest.fixture(params=["as it is", "over memory of a fixed size", "with column-major weights"])
 def forward(request, monkeypatch):
-    """How a token is read.
+    """How a token's forward is run.
 
     The second is what is compiled for long runs, here without the compiler; the third what several threads do.
     """
@@ -163,7 +163,7 @@ def test_a_sampled_row_is_the_same_generated_alone(name, model_of, forward):
 
 
 def test_sampled_tokens_are_those_of_a_float64_reference(model_of):
-    """Every prefix scored anew in float64, without a cache, and inverted with the same uniform numbers."""
+    """Every prefix scored again in float64, without a cache, and inverted with the same uniform numbers."""
     model = model_of("llama")
     exact = tiny("llama").double()
     for example in writer(model, temperature=0.8)(PROMPTS, Step(2, seed=4)):
@@ -348,7 +348,7 @@ def test_training_mode_comes_back_when_writing_fails():
 
 
 def test_the_cache_is_used_under_gradient_checkpointing():
-    """Without it, every token would read the whole prefix anew: time would grow with the square of the length."""
+    """Without it, every token would run the whole prefix again: time would grow with the square of the length."""
     model = tiny("llama")
     plain = writer(model)(PROMPTS, Step(0))
     model.gradient_checkpointing_enable()
@@ -420,7 +420,7 @@ def test_a_batch_size_below_one_is_refused():
 
 
 def test_a_long_response_attends_to_growing_parts_of_its_memory(model_of, forward):
-    """Beyond the first positions looked at, and beyond the first memory asked for; rows leave on the way."""
+    """Beyond the first visible positions and the first allocation; rows are dropped on the way."""
     prompts = [replace(prompt, prompt=prompt.prompt[:4]) for prompt in PROMPTS]
     generate = writer(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
     together = generate(prompts, Step(1))
@@ -467,7 +467,7 @@ def test_rows_that_cannot_be_dropped_do_not_change_responses(model_of, monkeypat
 
 
 def test_tokens_of_a_large_vocabulary_are_those_of_a_float64_reference():
-    """Groups of tokens that are looked at together, and one that is not full; distributions flat and steep."""
+    """Several groups of tokens, one of them not full; flat and steep distributions."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 50_257, generator=generator) * torch.logspace(-1, 1.3, 400)[:, None]
     uniforms = torch.rand(400, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A run, end to end: what it leaves in its folder, that it loads again, and what the same command does afterwards."""
+"""A run, end to end: the files in its folder, loading its student, and running the same command again."""
 
 import json
 import os
@@ -384,7 +384,7 @@ def test_the_distance_of_student_samples_is_to_the_teacher_without_its_prompt(ho
 
 
 def test_metrics_of_held_out_responses_choose_the_best_checkpoint_and_stop_early(home):
-    """`training` says when and by what; a student that does not change is never better, and stops after two of them."""
+    """`training` sets when and by which metric; a student that does not change stops after `patience` evaluations."""
     look = {"dataset": str(home / "sums.jsonl"), "limit": 4, "show": 0, "metrics": ["chrf"], "patience": 2}
     training = {
         "output_dir": str(home / "judged"),

@@ -1,4 +1,4 @@
-"""Callbacks: complete files, printable texts, and nothing that a log file cannot hold."""
+"""Trainer callbacks: complete log files, printable texts, and plain output without a terminal."""
 
 import io
 import json
@@ -207,7 +207,7 @@ def test_a_gradient_that_is_not_finite_is_refused_in_any_parameter(value):
 
 
 class Synced(ScriptedRollout):
-    """Remembers at which steps it heard that the weights have changed."""
+    """Records the steps of its `sync` calls."""
 
     def sync(self, step):
         self.calls.append(step.number)

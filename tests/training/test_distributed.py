@@ -1,4 +1,4 @@
-"""Two processes train as one does.
+"""Training on two processes equals training on one.
 
 One start of torchrun (gloo, on the CPU) runs every case; the tests read what it left. The sizes are chosen so that
 every epoch divides evenly: otherwise Accelerate gives the processes some examples twice to make their batches equal.
@@ -44,7 +44,7 @@ NUMBERS = ("loss", "grad_norm", "forward_kl", "tokens", "response_length", "trun
 
 
 def train(folder, case, processes):
-    """Two epochs of two steps; eight examples per step, over all processes. In float64, for Adam's sake."""
+    """Two epochs of two steps; eight examples per step, over all processes. In float64, because of Adam."""
     run = trainer(
         folder / "run",
         CASES[case](),
@@ -116,7 +116,7 @@ def shard(tied):
 
 
 def write_sharded(rank):
-    """Each process asks for other rows; the second for fewer and, in the end, for none."""
+    """Each process generates other rows; the second fewer and, at last, none."""
     model = shard(False)
     generate = writer(GenerateRollout, model, max_new_tokens=6, stop_ids=[2, *range(5, 15)], batch_size=2)
     examples = ragged_examples(8, responses=False)

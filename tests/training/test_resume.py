@@ -1,4 +1,4 @@
-"""A run that was killed, interrupted or half written goes on as if nothing had happened, to the bit.
+"""A run that was killed, interrupted or has an incomplete checkpoint resumes bit by bit.
 
 The uninterrupted run happens in this process, the others through the command line in processes of their own.
 """
@@ -119,7 +119,7 @@ def assert_the_same(folder, other):
 
 
 def test_a_killed_run_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
-    """kill −9 in the middle; then the newest checkpoint is damaged as well, and the one before it serves."""
+    """kill −9 in the middle; then the newest checkpoint is damaged as well, and the run resumes from the one before."""
     folder = tmp_path / "run"
     code = stopped_at(recipe, folder, (folder / "checkpoint-8" / "trainer_state.json").exists, signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -151,7 +151,7 @@ def uninterrupted_and_killed(recipe, home, changed):
 
 @pytest.mark.parametrize("method", ["{promptkd: {prompt_tokens: 3, prompt: w5}}", "{dpkd: {refresh: 3}}"])
 def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe, tmp_path):
-    """PromptKD's prompt and its optimizer; DPKD's answers of teacher and student."""
+    """PromptKD's prompt and its optimizer; DPKD's responses of teacher and student."""
     changed = [f"method={method}", "training.max_steps=12", "evaluate.dataset=null", "training.eval_strategy='no'"]
     uninterrupted, killed = uninterrupted_and_killed(recipe, tmp_path, changed)
     if "promptkd" in method:
@@ -211,7 +211,7 @@ def test_a_run_killed_between_its_last_step_and_its_end_only_ends(recipe, uninte
 
 @dataclass
 class Ramp(Method):
-    """A schedule that depends on what happened before, not on the step's number alone, as TAID's does."""
+    """A schedule with state, which does not follow from the step's number alone, as TAID's."""
 
     share: float = 0.1
 

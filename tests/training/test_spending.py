@@ -1,4 +1,4 @@
-"""A run with a budget is the run whose steps somebody had set to where the budget ends: same rates, same weights."""
+"""A run with a budget equals a run whose max_steps is where the budget ends: same rates, same weights."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ EVEN = [Example([4, 5, 6 + row], [7 + row, 8, 2], row=row) for row in range(20)]
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that says a second more every time it is asked: a step takes one, and what lies between steps as well."""
+    """A clock that advances by a second whenever it is read: a step takes one, and so does the time between steps."""
     monkeypatch.setattr("understudy.training.spending.perf_counter", itertools.count().__next__)
 
 
@@ -80,7 +80,7 @@ def test_a_run_that_max_steps_ends_has_the_schedule_of_max_steps(tmp_path):
 
 @pytest.mark.usefixtures("clock")
 def test_evaluation_checkpoints_and_callbacks_cost_no_seconds(tmp_path):
-    """The clock would count them, as it counts whatever is asked in between."""
+    """The clock advances during them as well."""
 
     class Ask(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -108,7 +108,7 @@ def test_the_last_step_is_logged_evaluated_and_saved_as_the_last_of_max_steps_is
 
 
 class Total(Method):
-    """Remembers how long it was told that the run would be."""
+    """Records the expected number of steps of the run."""
 
     requires = frozenset()
 

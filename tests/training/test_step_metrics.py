@@ -1,4 +1,4 @@
-"""One log line out of what every process measured."""
+"""Timers, counts and means, and the log line of all processes."""
 
 import time
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The loop: one loss however a step is cut, numbers that are what they say, and nothing trained that should not be.
+"""The trainer: a loss that does not depend on micro-batches, correct logs, and only the student is trained.
 
 Runs on several processes are in test_distributed.py, interrupted ones in test_resume.py.
 """
@@ -237,7 +237,7 @@ def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(metho
 
 
 def test_evaluation_draws_the_same_at_every_step(tmp_path):
-    """A student that does not change is worth the same all along."""
+    """A student that does not change has the same evaluation at every step."""
     often = {"eval_strategy": "steps", "eval_steps": 1}
     run = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, **often)
     run.train()
@@ -276,7 +276,7 @@ class Hoarding(Method):
 
 @pytest.mark.parametrize("make", [KD, GKD, Hoarding])
 def test_evaluation_does_not_disturb_training(make, tmp_path):
-    """Nor do its draws, its dropout mode, its counts, or what a method remembers."""
+    """Neither do its random numbers, its dropout mode, its counts, or a method's state."""
     runs = []
     for changed in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         model = student("gpt2")
@@ -299,7 +299,7 @@ def test_evaluation_without_a_dataset_has_an_error_with_a_remedy(tmp_path):
 
 @dataclass
 class Broken(Method):
-    """A loss that stops being a number at the third micro-batch."""
+    """A loss that is not finite at the third micro-batch."""
 
     value: float = math.nan
     micro_batches: int = 0
@@ -329,7 +329,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(value, reme
 
 @dataclass
 class Steep(Method):
-    """A loss that is a number with a gradient that is none."""
+    """A finite loss with a gradient that is NaN."""
 
     def loss(self, teacher, student, batch):
         return (student.chosen - student.chosen.detach()).abs().sqrt() + 0 * student.chosen
