@@ -85,7 +85,7 @@ def trl_plain(beta: float, task: Task) -> Tensor:
     return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
 
 
-def contestant(name: str, which: str) -> Callable[[Task], Tensor]:
+def implementation(name: str, which: str) -> Callable[[Task], Tensor]:
     beta, divergence = DIVERGENCES[which]
     return {
         "understudy, compiled": partial(understudy_loss, divergence, True),
@@ -116,19 +116,19 @@ def floor(task: Task) -> None:
 
 def race(rows: int, which: str) -> dict[str, Any]:
     task, slow = Task(rows), SLOW + (ALSO if which == "JSD(0.5)" else [])
-    contestants: dict[str, Callable[[], Any]] = {"floor: matrix products": partial(floor, task)}
+    implementations: dict[str, Callable[[], Any]] = {"floor: matrix products": partial(floor, task)}
     first, values = {}, {}
     for name in FAST + slow:
-        contestants[name] = partial(task.run, contestant(name, which))
+        implementations[name] = partial(task.run, implementation(name, which))
     floor(task)
     for name in FAST:
         start = time.perf_counter()
-        values[name] = contestants[name]()
+        values[name] = implementations[name]()
         first[name] = time.perf_counter() - start
-    clocks = alternate({name: call for name, call in contestants.items() if name not in slow})
+    clocks = alternate({name: call for name, call in implementations.items() if name not in slow})
     for name in slow:
         clocks[name] = Stopwatch()
-        values[name] = clocks[name].time(contestants[name])
+        values[name] = clocks[name].time(implementations[name])
     result = {name: clock.summary(clocks["floor: matrix products"]) for name, clock in clocks.items()}
     for name, value in values.items():
         result[name]["value"] = value / rows
@@ -139,7 +139,7 @@ def race(rows: int, which: str) -> dict[str, Any]:
 
 def memory(name: str, which: str, rows: int, vocabulary: int) -> float:
     """Peak resident memory beyond what was there before, in MB; compiled beforehand on fewer rows."""
-    loss = contestant(name, which)
+    loss = implementation(name, which)
     if "compiled" in name:
         for few in (64, 600):
             Task(few, vocabulary).run(loss)

@@ -55,11 +55,11 @@ class Stopwatch:
         }
 
 
-def alternate(contestants: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Stopwatch]:
+def alternate(implementations: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Stopwatch]:
     """Time every call in turn, `rounds` times; warm up before."""
-    clocks = {name: Stopwatch() for name in contestants}
+    clocks = {name: Stopwatch() for name in implementations}
     for _ in range(rounds):
-        for name, call in contestants.items():
+        for name, call in implementations.items():
             clocks[name].time(call)
     return clocks
 

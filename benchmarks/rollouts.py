@@ -2,7 +2,7 @@
 
 What is timed: 64 prompts of 32 tokens, temperature 1, a Llama student of 2 layers of 128, float32. Reported are useful
 tokens a second, those up to and with a response's end. Everybody has the same model, prompts and stop tokens; lengths
-are drawn by each contestant's own sampling, so rates are compared and not times. The first call of each, in which it
+are drawn by each implementation's own sampling, so rates are compared and not times. The first call of each, in which it
 compiles, is not counted; `first_call` says how long it took.
 """
 
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 ROWS, PROMPT = 64, 32
 
 
-def contestants(vocabulary: int, mean: int | None, most: int) -> dict[str, Callable[[], int]]:
+def implementations(vocabulary: int, mean: int | None, most: int) -> dict[str, Callable[[], int]]:
     """Implementations, each of which generates 64 responses and returns their number of tokens."""
     model, examples = llama(vocabulary, 128, 2), prompts(ROWS, PROMPT, vocabulary)
     stop = stop_tokens(mean, vocabulary)
@@ -76,7 +76,7 @@ def _batching_config(most: int) -> Any:
 
 
 def race(vocabulary: int, mean: int | None, most: int, rounds: int = 3) -> dict[str, Any]:
-    calls = contestants(vocabulary, mean, most)
+    calls = implementations(vocabulary, mean, most)
     clocks = {name: Stopwatch() for name in calls}
     tokens: dict[str, list[int]] = {name: [] for name in calls}
     first: dict[str, float] = {}

@@ -387,7 +387,7 @@ def test_metrics_of_held_out_responses_choose_the_best_checkpoint_and_stop_early
     """`training` sets when and by which metric; a student that does not change stops after `patience` evaluations."""
     look = {"dataset": str(home / "sums.jsonl"), "limit": 4, "show": 0, "metrics": ["chrf"], "patience": 2}
     training = {
-        "output_dir": str(home / "judged"),
+        "output_dir": str(home / "best"),
         "max_steps": 9,
         "learning_rate": 0.0,
         "eval_strategy": "steps",
@@ -398,8 +398,8 @@ def test_metrics_of_held_out_responses_choose_the_best_checkpoint_and_stop_early
         "use_cpu": True,
     }
     content = described(home, method="sft", evaluate=look)
-    summary = distill(load(write(home / "judged.yaml", content | {"training": training})), console=quiet())
-    evaluated = [line for line in lines(home / "judged" / "metrics.jsonl") if "eval_chrf" in line]
+    summary = distill(load(write(home / "best.yaml", content | {"training": training})), console=quiet())
+    evaluated = [line for line in lines(home / "best" / "metrics.jsonl") if "eval_chrf" in line]
     assert [line["step"] for line in evaluated] == [1, 2, 3, 3]  # once more at the end
     assert summary["steps"] == 3
     assert {"eval_chrf", "eval_accuracy", "eval_loss"} <= set(summary["metrics"])
