@@ -2,8 +2,8 @@
 
 What is timed: 64 prompts of 32 tokens, temperature 1, a Llama student of 2 layers of 128, float32. Reported are useful
 tokens a second, those up to and with a response's end. Everybody has the same model, prompts and stop tokens; lengths
-are drawn by each implementation's own sampling, so rates are compared and not times. The first call of each, in which it
-compiles, is not counted; `first_call` says how long it took.
+are sampled by each implementation itself, so rates are compared and not times. The first call of each, in which it
+compiles, is not counted; `first_call` is its time.
 """
 
 import statistics

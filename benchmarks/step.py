@@ -2,8 +2,8 @@
 
 What is timed: batch 8, prompts of 32 tokens, responses of exactly as many tokens as are asked for, JSD(0.5), AdamW,
 float32 without gradient checkpointing (TRL's faster setting); a Llama teacher of 6 layers of 256, a student of 2 layers
-of 128. The first step is not counted, it warms up; where something is compiled, the second is not, either. Implementations'
-processes alternate.
+of 128. The first step is not counted, it warms up; where something is compiled, the second is not, either. The
+implementations' processes alternate.
 """
 
 import argparse

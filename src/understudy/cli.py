@@ -184,7 +184,7 @@ def compare(
     from .recipe import Data, RecipeError
 
     if missing := [str(path) for path in recipes if not path.is_file()]:
-        raise RecipeError(f"there is no recipe {missing[0]}")
+        raise RecipeError(f"there is no recipe {missing[0]}: name a YAML file, such as those in the folder recipes/")
     check(metrics or [])
     _quiet()
     from .compare.experiment import compare
@@ -252,7 +252,7 @@ def main() -> None:
         code = explain(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code == INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
+    if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
         typer.echo("interrupted", err=True)
     sys.exit(code or 0)
 

@@ -141,7 +141,7 @@ def function(place: str) -> Scorer:
     """Import a reward function by `module:function`; the module may lie in the working directory.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such function.
     """
     scorer = import_object(place, "reward function", "function")
     if not callable(scorer):

@@ -44,7 +44,7 @@ def variants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str 
     plain = [Variant(path.stem, path, tuple(overrides)) for path in recipes]
     variants = plain if sweep is None else _swept(plain, sweep)
     if len({variant.name for variant in variants}) < len(variants):
-        raise RecipeError("two of the recipes have the same file name, by which runs are told apart: rename one")
+        raise RecipeError("two of the recipes have the same file name, which names their runs: rename one")
     return variants
 
 

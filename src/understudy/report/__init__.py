@@ -68,7 +68,7 @@ def write_report(
 
 def _reason_to_skip(models: bool, ended: bool) -> str:
     """The reason why no models are loaded, empty if they are: the caller's choice, or runs that need the machine."""
-    return "--no-models was given" if not models else "" if ended else "they are, when all runs have ended"
+    return "--no-models was given" if not models else "" if ended else "runs are in progress"
 
 
 def watch(

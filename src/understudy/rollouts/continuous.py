@@ -104,7 +104,7 @@ class ContinuousRollout(SamplingRollout):
         ]
 
     def _cache_config(self, prompts: list[list[int]], longest: int) -> ContinuousBatchingConfig:
-        """A cache for the rows that are generated at once only; by default transformers takes most of the memory.
+        """A cache only for the rows that are generated at once; by default transformers takes most of the memory.
 
         Memory is allocated in sectors, and each kind of layer may leave one partly empty.
         """
