@@ -92,7 +92,7 @@ def evaluate(
         list[int] | None, typer.Option("--seed", help="Seed of sampling; several give several responses a prompt.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Responses generated at once; by default the fastest number is searched.")
+        int | None, typer.Option(min=1, help="Responses generated at once; by default the fastest number is found.")
     ] = None,
     metric: _Metrics = None,
     exposure_bias: Annotated[

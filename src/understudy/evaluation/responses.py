@@ -42,7 +42,7 @@ class Responses:
 
 
 class BatchSizeSearch:
-    """Search the fastest number of responses generated at once: doubled while that gives more tokens per second."""
+    """Search for the fastest number of responses generated at once: doubled while tokens per second increase."""
 
     def __init__(self, size: int = 64) -> None:
         self.size = size

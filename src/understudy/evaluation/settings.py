@@ -23,7 +23,7 @@ class EvalSettings:
     metrics: tuple[str, ...] = ()  # of the folder metrics/, besides accuracy, lengths and truncation
     teacher: str | None = None  # a name or folder; the distance to it is measured
     exposure_bias: bool = False  # generate responses of the teacher as well
-    batch_size: int | None = None  # responses generated at once; None: search the fastest
+    batch_size: int | None = None  # responses generated at once; None: search for the fastest number
     dtype: str = "auto"  # of the model; auto is that of its weights
 
     def changed(self, **changes: Any) -> "EvalSettings":
