@@ -81,8 +81,7 @@ def evaluate(
 
     Raises:
         ValueError: before anything is generated, for an unknown metric, for metrics whose references are missing, for
-            seeds that would all give the same responses, and for exposure bias without a local teacher or at another
-            temperature than 1.
+            seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     _check(examples, sampling, teacher, seeds, metrics, exposure_bias)
