@@ -1,1 +1,1 @@
-"""Speed and memory beside the floor and beside other tools; `make bench` runs everything here."""
+"""Benchmarks of speed and memory against a lower bound and other tools; `make bench` runs all of them."""

@@ -1,4 +1,4 @@
-"""Everything, one table after the other."""
+"""Run all benchmarks, and print their tables."""
 
 import time
 

@@ -85,7 +85,7 @@ def trl_plain(beta: float, task: Task) -> Tensor:
     return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
 
 
-def contestant(name: str, which: str) -> Callable[[Task], Tensor]:
+def implementation(name: str, which: str) -> Callable[[Task], Tensor]:
     beta, divergence = DIVERGENCES[which]
     return {
         "understudy, compiled": partial(understudy_loss, divergence, True),
@@ -106,29 +106,29 @@ def floor(task: Task) -> None:
     student, teacher = torch.empty(2, size, len(task.weight))
     grad_hidden, grad_weight = torch.empty_like(task.hidden), torch.zeros_like(task.weight)
     for start in range(0, rows, size):
-        at = slice(start, start + size)
-        count = len(task.hidden[at])
-        torch.mm(task.hidden[at], task.weight.t(), out=student[:count])
-        torch.mm(task.teacher_hidden[at], task.teacher_weight.t(), out=teacher[:count])
-        torch.mm(student[:count], task.weight, out=grad_hidden[at])
-        grad_weight.addmm_(student[:count].t(), task.hidden[at])
+        tile = slice(start, start + size)
+        count = len(task.hidden[tile])
+        torch.mm(task.hidden[tile], task.weight.t(), out=student[:count])
+        torch.mm(task.teacher_hidden[tile], task.teacher_weight.t(), out=teacher[:count])
+        torch.mm(student[:count], task.weight, out=grad_hidden[tile])
+        grad_weight.addmm_(student[:count].t(), task.hidden[tile])
 
 
 def race(rows: int, which: str) -> dict[str, Any]:
     task, slow = Task(rows), SLOW + (ALSO if which == "JSD(0.5)" else [])
-    contestants: dict[str, Callable[[], Any]] = {"floor: matrix products": partial(floor, task)}
+    implementations: dict[str, Callable[[], Any]] = {"floor: matrix products": partial(floor, task)}
     first, values = {}, {}
     for name in FAST + slow:
-        contestants[name] = partial(task.run, contestant(name, which))
+        implementations[name] = partial(task.run, implementation(name, which))
     floor(task)
     for name in FAST:
         start = time.perf_counter()
-        values[name] = contestants[name]()
+        values[name] = implementations[name]()
         first[name] = time.perf_counter() - start
-    clocks = alternate({name: call for name, call in contestants.items() if name not in slow})
+    clocks = alternate({name: call for name, call in implementations.items() if name not in slow})
     for name in slow:
         clocks[name] = Stopwatch()
-        values[name] = clocks[name].time(contestants[name])
+        values[name] = clocks[name].time(implementations[name])
     result = {name: clock.summary(clocks["floor: matrix products"]) for name, clock in clocks.items()}
     for name, value in values.items():
         result[name]["value"] = value / rows
@@ -139,7 +139,7 @@ def race(rows: int, which: str) -> dict[str, Any]:
 
 def memory(name: str, which: str, rows: int, vocabulary: int) -> float:
     """Peak resident memory beyond what was there before, in MB; compiled beforehand on fewer rows."""
-    loss = contestant(name, which)
+    loss = implementation(name, which)
     if "compiled" in name:
         for few in (64, 600):
             Task(few, vocabulary).run(loss)

@@ -1,7 +1,7 @@
-"""Timing contestants fairly, and writing down what came out.
+"""Time implementations side by side, and save the results.
 
-The one idea: a machine's speed changes from minute to minute, so contestants take turns in one process, and what is
-reported first is the ratio of each one's median to the first one's. Memory is what the operating system says of a
+A machine's speed changes from minute to minute, so implementations take turns in one process, and what is
+reported first is the ratio of each one's median to the first one's. Memory is what the operating system counts for a
 process of its own.
 """
 
@@ -25,9 +25,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "under
 
 
 class Stopwatch:
-    """Seconds that pass, and seconds that the process computes for, of all its threads.
+    """Wall-clock seconds, and CPU seconds of all threads of the process.
 
-    On a machine that does other things besides, the second are the ones to compare, where everybody has one thread.
+    On a busy machine compare the CPU seconds, of implementations with one thread each.
     """
 
     def __init__(self) -> None:
@@ -55,17 +55,17 @@ class Stopwatch:
         }
 
 
-def alternate(contestants: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Stopwatch]:
-    """Every call timed, in `rounds` rounds in which each takes its turn; the first calls are best made before."""
-    clocks = {name: Stopwatch() for name in contestants}
+def alternate(implementations: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Stopwatch]:
+    """Time every call in turn, `rounds` times; warm up before."""
+    clocks = {name: Stopwatch() for name in implementations}
     for _ in range(rounds):
-        for name, call in contestants.items():
+        for name, call in implementations.items():
             clocks[name].time(call)
     return clocks
 
 
 def table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print rows of like columns."""
+    """Print rows as a table."""
     print(f"\n{title}")
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print("  " + " ".join([" " * 34, *(f"{column:>13}" for column in columns)]))
@@ -98,25 +98,25 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def peak_mb(work: Callable[[], Any]) -> float:
     """How much the process's resident memory grew at its highest while `work` ran, in MB (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = _memory("VmRSS")
     work()
     return (_memory("VmHWM") - before) / 1024
 
 
 def in_child(module: str, *args: str) -> dict[str, Any]:
-    """What `python -m benchmarks.MODULE ARGS` prints as its last line, which is JSON."""
+    """Run `python -m benchmarks.MODULE ARGS` and parse the last line of its output as JSON."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *args], capture_output=True, text=True, check=False
     )

@@ -56,5 +56,5 @@ def prompts(count: int, length: int, vocabulary: int) -> list[Example]:
 
 
 def stop_tokens(mean_length: int | None, vocabulary: int) -> list[int]:
-    """So many tokens that a response of a random model ends after `mean_length` of them; None: it never ends."""
+    """As many stop tokens as end a random model's response after `mean_length` tokens on average; None: none."""
     return list(range(2, 2 + round(vocabulary / mean_length))) if mean_length else []

@@ -50,8 +50,8 @@ def accuracy(model: Any) -> float:
 
 def warm_up(folder: str) -> dict[str, Any]:
     recipe = load(recipes() / "playground" / "warm_start.yaml", [f"training.output_dir={folder}", "evaluate.show=0"])
-    made = distill(recipe, restart=True)
-    return {"seconds": made["seconds"], "accuracy": accuracy(load_model(f"{folder}/student", dtype="float32"))}
+    summary = distill(recipe, restart=True)
+    return {"seconds": summary["seconds"], "accuracy": accuracy(load_model(f"{folder}/student", dtype="float32"))}
 
 
 def understudy(student: str, steps: int) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def understudy(student: str, steps: int) -> dict[str, Any]:
         changes += ["method.gkd.on_policy=0.5", "method.gkd.reduction=token", "evaluate.show=0"]
         changes += ["training.logging_steps=1000", f"training.learning_rate={RATE}"]
         recipe = load(recipes() / "playground" / "gkd.yaml", changes)
-        made = distill(recipe, restart=True)
+        summary = distill(recipe, restart=True)
         model = load_model(f"{folder}/run/student", dtype="float32")
-    return {"seconds": made["seconds"], "accuracy": accuracy(model)}
+    return {"seconds": summary["seconds"], "accuracy": accuracy(model)}
 
 
 def trl(student: str, steps: int) -> dict[str, Any]:
@@ -80,14 +80,14 @@ def trl(student: str, steps: int) -> dict[str, Any]:
         return torch.tensor([[value] * (width - len(ids)) + ids for ids in sequences])
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        asked = [row["prompt_ids"] for row in batch]
-        whole = [row["prompt_ids"] + row["response_ids"] for row in batch]
+        prompts = [row["prompt_ids"] for row in batch]
+        sequences = [row["prompt_ids"] + row["response_ids"] for row in batch]
         labels = [[-100] * len(row["prompt_ids"]) + row["response_ids"] for row in batch]
         return {
-            "prompts": padded(asked, tokenizer.pad_token_id),
-            "prompt_attention_mask": padded([[1] * len(ids) for ids in asked], 0),
-            "input_ids": padded(whole, tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(ids) for ids in whole], 0),
+            "prompts": padded(prompts, tokenizer.pad_token_id),
+            "prompt_attention_mask": padded([[1] * len(ids) for ids in prompts], 0),
+            "input_ids": padded(sequences, tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids in sequences], 0),
             "labels": padded(labels, -100),
         }
 
@@ -118,7 +118,7 @@ def trl(student: str, steps: int) -> dict[str, Any]:
         data = Dataset.from_dict(
             {"prompt_ids": [e.prompt for e in rows.examples], "response_ids": [e.response for e in rows.examples]}
         )
-        made = GKDTrainer(
+        trainer = GKDTrainer(
             model,
             teacher,
             config,
@@ -127,7 +127,7 @@ def trl(student: str, steps: int) -> dict[str, Any]:
             processing_class=tokenizer,
             callbacks=[clock],
         )
-        made.train()
+        trainer.train()
     return {"seconds": clock.seconds, "accuracy": accuracy(model)}
 
 
@@ -137,8 +137,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         name, student, steps = args.run
-        made = warm_up(student) if name == "warm" else {"understudy": understudy, "trl": trl}[name](student, int(steps))
-        print(json.dumps(made))
+        result = (
+            warm_up(student) if name == "warm" else {"understudy": understudy, "trl": trl}[name](student, int(steps))
+        )
+        print(json.dumps(result))
         return
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
 What is timed: 64 prompts of 32 tokens, temperature 1, a Llama student of 2 layers of 128, float32. Reported are useful
 tokens a second, those up to and with a response's end. Everybody has the same model, prompts and stop tokens; lengths
-are drawn by each contestant's own sampling, so rates are compared and not times. The first call of each, in which it
-compiles, is not counted; `first_call` says how long it took.
+are sampled by each implementation itself, so rates are compared and not times. The first call of each, in which it
+compiles, is not counted; `first_call` is its time.
 """
 
 import statistics
@@ -28,17 +28,17 @@ CASES: dict[str, dict[str, Any]] = {
 ROWS, PROMPT = 64, 32
 
 
-def contestants(vocabulary: int, mean: int | None, most: int) -> dict[str, Callable[[], int]]:
-    """Each writes 64 responses and returns how many tokens they have."""
-    model, asked = llama(vocabulary, 128, 2), prompts(ROWS, PROMPT, vocabulary)
+def implementations(vocabulary: int, mean: int | None, most: int) -> dict[str, Callable[[], int]]:
+    """Implementations, each of which generates 64 responses and returns their number of tokens."""
+    model, examples = llama(vocabulary, 128, 2), prompts(ROWS, PROMPT, vocabulary)
     stop = stop_tokens(mean, vocabulary)
-    ids = torch.tensor([example.prompt for example in asked])
+    ids = torch.tensor([example.prompt for example in examples])
     steps, tokenizer = count(), words(vocabulary)
 
-    def ours(compiled: bool) -> int:
+    def understudy(compiled: bool) -> int:
         rollout = GenerateRollout(compiled=compiled).bind(model, tokenizer)
         sampling = Sampling(most, stop_ids=tuple(stop or [vocabulary]))  # no token has that number
-        return sum(len(example.response) for example in rollout.generate(asked, sampling, Step(next(steps))))
+        return sum(len(example.response) for example in rollout.generate(examples, sampling, Step(next(steps))))
 
     config = GenerationConfig(
         max_new_tokens=most, do_sample=True, top_k=0, top_p=1.0, eos_token_id=stop or None, pad_token_id=0
@@ -49,8 +49,8 @@ def contestants(vocabulary: int, mean: int | None, most: int) -> dict[str, Calla
         return sum(next(end, len(row)) for end, row in zip(ends, rows, strict=True))
 
     def generate() -> int:
-        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return useful(written[:, PROMPT:].tolist())
+        sequences = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return useful(sequences[:, PROMPT:].tolist())
 
     def continuous() -> int:
         batching = _batching_config(most)
@@ -59,8 +59,8 @@ def contestants(vocabulary: int, mean: int | None, most: int) -> dict[str, Calla
 
     return {
         "transformers generate": generate,
-        "understudy": partial(ours, False),
-        "understudy, compiled": partial(ours, True),
+        "understudy": partial(understudy, False),
+        "understudy, compiled": partial(understudy, True),
         "transformers continuous": continuous,
     }
 
@@ -76,7 +76,7 @@ def _batching_config(most: int) -> Any:
 
 
 def race(vocabulary: int, mean: int | None, most: int, rounds: int = 3) -> dict[str, Any]:
-    calls = contestants(vocabulary, mean, most)
+    calls = implementations(vocabulary, mean, most)
     clocks = {name: Stopwatch() for name in calls}
     tokens: dict[str, list[int]] = {name: [] for name in calls}
     first: dict[str, float] = {}

@@ -2,8 +2,8 @@
 
 What is timed: batch 8, prompts of 32 tokens, responses of exactly as many tokens as are asked for, JSD(0.5), AdamW,
 float32 without gradient checkpointing (TRL's faster setting); a Llama teacher of 6 layers of 256, a student of 2 layers
-of 128. The first step is not counted, it warms up; where something is compiled, the second is not, either. Contestants'
-processes alternate.
+of 128. The first step is not counted, it warms up; where something is compiled, the second is not, either. The
+implementations' processes alternate.
 """
 
 import argparse
@@ -54,21 +54,21 @@ def settings(folder: str, steps: int) -> dict[str, Any]:
 
 def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) -> Any:
     student, teacher, tokenizer = llama(vocabulary, 128, 2), llama(vocabulary, 256, 6, seed=1), words(vocabulary)
-    asked = prompts(BATCH * steps, PROMPT, vocabulary)
+    examples = prompts(BATCH * steps, PROMPT, vocabulary)
     student.generation_config.eos_token_id = None
     clock = Clock()
     if name.startswith("understudy"):
         args = TrainingArguments(**settings(folder, steps), torch_compile=False)
         sampling = Sampling(max_new_tokens=tokens, stop_ids=(vocabulary,))
-        data: Any = [Example(e.prompt, [4], row=e.row) for e in asked]
+        data: Any = [Example(e.prompt, [4], row=e.row) for e in examples]
         method = GKD(divergence=JensenShannon(0.5), reduction="token")
         options = {"processing_class": tokenizer, "train_dataset": data, "args": args, "callbacks": [clock]}
-        made = StudentTrainer(student, LocalTeacher(teacher), method, GenerateRollout(), sampling, **options)
+        student_trainer = StudentTrainer(student, LocalTeacher(teacher), method, GenerateRollout(), sampling, **options)
         training.compiles = lambda *_: "compiled" in name  # not decided by the length of these short runs
-        return made, clock
+        return student_trainer, clock
     from datasets import Dataset
 
-    texts = [tokenizer.decode(example.prompt) for example in asked]
+    texts = [tokenizer.decode(example.prompt) for example in examples]
     tokenizer.eos_token_id = 2
     if name == "TRL GKDTrainer":
         from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -78,9 +78,11 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
             **settings(folder, steps), lmbda=1.0, beta=0.5, temperature=1.0, max_new_tokens=tokens, max_length=1024
         )
         data = Dataset.from_dict({"messages": messages})
-        made = GKDTrainer(student, teacher, config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
-        made.generation_config.eos_token_id = None
-        return made, clock
+        student_trainer = GKDTrainer(
+            student, teacher, config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
+        )
+        student_trainer.generation_config.eos_token_id = None
+        return student_trainer, clock
     from trl import DistillationConfig, DistillationTrainer
 
     config = DistillationConfig(
@@ -101,8 +103,8 @@ def run(name: str, vocabulary: int, tokens: int, steps: int) -> dict[str, Any]:
     """Seconds of `steps` steps (from one optimizer step to the next) after those that warm up, and the memory."""
     warm = 2 if "compiled" in name else 1
     with tempfile.TemporaryDirectory() as folder:
-        made, clock = trainer(name, vocabulary, tokens, steps + warm, folder)
-        grown = peak_mb(made.train)
+        student_trainer, clock = trainer(name, vocabulary, tokens, steps + warm, folder)
+        grown = peak_mb(student_trainer.train)
     wall, cpu = zip(*clock.times[warm - 1 :], strict=True)
     return {"wall": _gaps(wall), "cpu": _gaps(cpu), "peak_mb": grown}
 
@@ -121,16 +123,16 @@ def main() -> None:
         return
     results: dict[str, Any] = {}
     for title, (vocabulary, tokens, steps) in CASES.items():
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
         for _ in range(2):
             for name in NAMES:
-                found[name].append(in_child("step", "--run", name, str(vocabulary), str(tokens), str(steps // 2)))
+                runs[name].append(in_child("step", "--run", name, str(vocabulary), str(tokens), str(steps // 2)))
         clocks = {name: Stopwatch() for name in NAMES}
-        for name, children in found.items():
+        for name, children in runs.items():
             clocks[name].wall = [s for child in children for s in child["wall"]]
             clocks[name].cpu = [s for child in children for s in child["cpu"]]
         results[title] = {
-            name: clock.summary(clocks[NAMES[0]]) | {"peak_mb": max(child["peak_mb"] for child in found[name])}
+            name: clock.summary(clocks[NAMES[0]]) | {"peak_mb": max(child["peak_mb"] for child in runs[name])}
             for name, clock in clocks.items()
         }
         table(f"{title}: seconds a step, ratio to the first; the process's growth in MB", results[title])

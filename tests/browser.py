@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through chromedriver's own protocol (W3C WebDriver), which is JSON over HTTP."""
+"""Headless Chromium for tests, driven by chromedriver (W3C WebDriver: JSON over HTTP)."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ _FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-
 
 
 class Browser:
-    """A page in a window, and everything that it said and asked for."""
+    """A browser window, with its console messages and requests."""
 
     def __init__(self, session: str) -> None:
         self.session = session
@@ -28,11 +28,11 @@ class Browser:
         self._call("POST", "/url", {"url": page.resolve().as_uri()})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a function of this body returns."""
+        """Run JavaScript, the body of a function, and return its result."""
         return self._call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def look(self, width: int, height: int = 900, dark: bool = False) -> None:
-        """Make the window so large, in the colours that the reader prefers."""
+        """Set the window's size, and whether the reader prefers dark colours."""
         self._tell("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._tell("Emulation.setEmulatedMedia", features=[feature])
@@ -43,11 +43,11 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def console(self) -> list[str]:
-        """The messages since last asked."""
+        """The console messages since the last call."""
         return [line["message"] for line in self._call("POST", "/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
-        """The addresses asked for since last asked, the page's own among them."""
+        """The addresses requested since the last call, including the page's own."""
         events = [
             json.loads(line["message"])["message"] for line in self._call("POST", "/se/log", {"type": "performance"})
         ]
@@ -75,12 +75,12 @@ def chromium() -> Iterator[Browser]:
     try:
         home = f"http://127.0.0.1:{port}"
         _wait(home)
-        wanted = {
+        capabilities = {
             "goog:chromeOptions": {"binary": program, "args": _FLAGS},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
-        made = _ask("POST", f"{home}/session", {"capabilities": {"alwaysMatch": wanted}})
-        session = f"{home}/session/{made['sessionId']}"
+        answer = _ask("POST", f"{home}/session", {"capabilities": {"alwaysMatch": capabilities}})
+        session = f"{home}/session/{answer['sessionId']}"
         yield Browser(session)
     finally:
         if session:

@@ -171,8 +171,8 @@ def ragged_examples(
         length = int(torch.randint(low, high, (1,), generator=generator))
         return torch.randint(4, vocabulary, (length,), generator=generator).tolist()
 
-    drawn = [Example(ids(1, 7), [*ids(0, 9), 2], row=row) for row in range(count)]
-    return drawn if responses else [replace(example, response=[]) for example in drawn]
+    examples = [Example(ids(1, 7), [*ids(0, 9), 2], row=row) for row in range(count)]
+    return examples if responses else [replace(example, response=[]) for example in examples]
 
 
 class BigramTeacher(Teacher):

@@ -1,4 +1,4 @@
-"""Models, tokenizers, datasets and recipes in folders, as a user has them, but tiny; for tests of the entry points."""
+"""Tiny models, tokenizers, datasets and recipes in folders, for tests of the commands."""
 
 import importlib.util
 import json
@@ -86,7 +86,7 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def write(path: Path, content: dict[str, Any]) -> Path:
-    """A recipe, key by key in lines of their own."""
+    """Write a recipe, one top-level key per line."""
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 

@@ -1,6 +1,6 @@
 """Training runs small enough for tests: data, arguments, models and a trainer in one call.
 
-The one idea: whatever a test does not name is the same in all of them, so two runs differ in what it names.
+Everything that a test does not set is the same in all runs, so two runs differ only in what it sets.
 """
 
 from collections.abc import Sequence
@@ -79,9 +79,9 @@ def trainer(
 
 def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) -> list[StudentTrainer]:
     """The same three steps in float64 twice: with all of a step's examples at once, and in four parts."""
-    trained = []
+    runs = []
     for size, parts in ((8, 1), (2, 4)):
-        made = trainer(
+        run = trainer(
             folder,
             method(**options),
             model=student().double(),
@@ -91,9 +91,9 @@ def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) ->
             gradient_accumulation_steps=parts,
             max_steps=3,
         )
-        made.train()
-        trained.append(made)
-    return trained
+        run.train()
+        runs.append(run)
+    return runs
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

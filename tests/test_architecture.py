@@ -93,7 +93,7 @@ def test_the_package_s_folder_can_be_read_at_a_glance():
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= ENTRIES
 
 
-def test_no_file_is_a_drawer_for_odds_and_ends():
+def test_no_file_is_called_utils_or_helpers():
     drawers = {"utils", "util", "helpers", "common", "misc"}
     assert not [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.stem in drawers]
 

@@ -138,8 +138,8 @@ def test_a_mask_of_every_token_is_the_same_as_none():
 @pytest.mark.parametrize(
     ("trained", "message"),
     [
-        ([True] * 4, "row 4 has 5 response tokens and says of 4 whether they are trained on"),
-        ([], "row 4 has 5 response tokens and says of 0 whether they are trained on"),
+        ([True] * 4, "row 4 has 5 response tokens, but a `trained` mask of length 4: give one value per response"),
+        ([], "row 4 has 5 response tokens, but a `trained` mask of length 0: give one value per response"),
         ([False] * 5, "row 4 has no response token to train on: leave the row out"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Budgets are checked when they are made, and told in words."""
+"""Budgets: invalid ones are refused, and their text."""
 
 import math
 
@@ -8,7 +8,7 @@ from understudy.budget import Budget, amount, spent
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("fields", "sentence"),
     [
         ({}, "of tokens or of seconds.*this has neither"),
         ({"tokens": 5, "seconds": 5.0}, "this has both"),
@@ -18,12 +18,12 @@ from understudy.budget import Budget, amount, spent
         ({"seconds": math.inf}, "cannot be spent"),
     ],
 )
-def test_what_is_no_budget_is_refused(given, sentence):
+def test_an_invalid_budget_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Budget(**given)
+        Budget(**fields)
 
 
-def test_a_budget_is_told_in_words():
+def test_budgets_as_text():
     assert amount({"tokens": 1_000_000}) == "1,000,000 response tokens"
     assert amount({"seconds": 90.5}) == "90.5 seconds of training"
     assert spent({"tokens": 1000, "spent": 1012}) == "1,012 of 1,000 response tokens"

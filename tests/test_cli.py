@@ -1,4 +1,4 @@
-"""The command line answers at once where nothing has to be computed."""
+"""The command line starts fast: help and usage errors import nothing heavy."""
 
 import os
 import subprocess
@@ -14,15 +14,15 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 
 def imported(*arguments):
-    """Run the command line in a process of its own: what it imported, what it said."""
+    """Run the command line in a process of its own: the modules that it imported, its output."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-X", "importtime", "-m", "understudy", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     lines = done.stderr.splitlines()
     names = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-    said = done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
+    output = done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
     assert "understudy.cli" in names
-    return names, said
+    return names, output
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def imported(*arguments):
         ("no file", "there is no recipe"),
         ("no YAML", "cannot be read as YAML"),
         ("an unknown key", 'unknown key "studnt"; did you mean "student"?'),
-        ("an override", "is no override"),
+        ("an override", "is not an override"),
     ],
 )
 def test_help_and_mistakes_load_nothing_heavy(case, sentence, tmp_path):
@@ -52,8 +52,8 @@ def test_help_and_mistakes_load_nothing_heavy(case, sentence, tmp_path):
         "an unknown key": ["distill", tmp_path / "unknown.yaml"],
         "an override": ["distill", tmp_path / "good.yaml", "max_steps"],
     }[case]
-    names, said = imported(*arguments)
-    assert sentence in said
+    names, output = imported(*arguments)
+    assert sentence in output
     assert not names.intersection(HEAVY)
 
 
@@ -69,7 +69,7 @@ def test_methods_are_listed_with_their_options(monkeypatch, capsys):
 
 @pytest.mark.parametrize("where", ["understudy.cli.app", "understudy.registry.Registry.names"])
 def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
-    """Whether typer lets Ctrl-C through or makes an exit code of it, as it does inside a command."""
+    """Whether typer raises KeyboardInterrupt, or turns it into an exit code as inside a command."""
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -83,9 +83,9 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
 
 
 def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
-    written = []
+    reported = []
     monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: "the table")
-    monkeypatch.setattr("understudy.report.write_report", lambda places: (written.extend(places) or "page", True))
+    monkeypatch.setattr("understudy.report.write_report", lambda places: (reported.extend(places) or "page", True))
     write(tmp_path / "sft.yaml", described(tmp_path))
     for options, expected in (([], []), (["--report"], [tmp_path])):
         command = ["understudy", "compare", str(tmp_path / "sft.yaml"), "--output", str(tmp_path), *options]
@@ -93,5 +93,5 @@ def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0
-        assert written == expected
+        assert reported == expected
         assert ("report: page" in capsys.readouterr().out) == bool(expected)

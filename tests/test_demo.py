@@ -27,11 +27,11 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
         "then supervised KD",
         "then GKD (λ = 0.5)",
     ]
-    shown = console.export_text()
-    assert "points over its warm start" in shown
-    assert "points over supervised KD" in shown
+    output = console.export_text()
+    assert "points over its warm start" in output
+    assert "points over supervised KD" in output
     assert (tmp_path / "runs" / "report" / "report.html").exists()
-    assert str(tmp_path / "runs") in shown
+    assert str(tmp_path / "runs") in output
     teacher, warm, supervised, on_policy = rows
     assert warm["parameters"] * 10 <= teacher["parameters"]
     assert supervised["tokens"] > 0

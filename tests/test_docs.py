@@ -79,7 +79,7 @@ def test_every_recipe_in_the_documentation_can_be_read(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_name_that_the_documentation_imports_exists(page):
     code = [text for text in blocks(page, "python") if ">>>" not in text]
-    for module, name in [found for text in code for found in imports(text)]:
+    for module, name in [names for text in code for names in imports(text)]:
         assert hasattr(importlib.import_module(module), name), f"{page.name} imports {name} from {module}"
 
 
@@ -88,9 +88,9 @@ def test_the_classes_of_the_page_about_extending_work(tmp_path):
     namespace = {"__name__": "extend"}
     for code in blocks(ROOT / "docs" / "extend.md", "python"):
         exec(code, namespace)
-    made = trainer(tmp_path, namespace["OnPolicyWithLabels"](), rollout=namespace["Repeat"](2), max_steps=2)
-    made.train()
-    assert len(logged(made)) == 2
+    run = trainer(tmp_path, namespace["OnPolicyWithLabels"](), rollout=namespace["Repeat"](2), max_steps=2)
+    run.train()
+    assert len(logged(run)) == 2
     models = [llama(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
     batch = Batch.from_examples([Example([4, 5], [6, 7, 2])], pad=0)
     mean = sum(LocalTeacher(str(model)).score(batch).log_probs.exp() for model in models) / 2

@@ -84,11 +84,11 @@ def test_opd_trains_with_a_teacher_that_provides_the_chosen_token_alone(tmp_path
     class Chosen(LocalTeacher):
         provides = frozenset({Capability.CHOSEN})
 
-    made = trainer(
+    student_trainer = trainer(
         tmp_path, load_example("opd").OPD(), with_teacher=Chosen(teacher().model), sampling=SEVERAL, max_steps=20
     )
-    made.train()
-    advantage = logged(made, "advantage")
+    student_trainer.train()
+    advantage = logged(student_trainer, "advantage")
     assert -sum(advantage[-5:]) < -0.8 * sum(advantage[:5]), "the reverse KL falls"
 
 
@@ -98,10 +98,12 @@ def test_taid_runs_from_a_recipe(recipe):
 
 def test_taid_moves_its_target_once_per_step_and_learns(tmp_path):
     method = load_example("taid").TAID(start=0.2)
-    made = trainer(tmp_path, method, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    made.train()
+    student_trainer = trainer(
+        tmp_path, method, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    student_trainer.train()
     assert float(method.share) == 1.0
-    assert logged(made, "forward_kl")[-1] < logged(made, "forward_kl")[0]
+    assert logged(student_trainer, "forward_kl")[-1] < logged(student_trainer, "forward_kl")[0]
 
 
 def test_taid_s_limits_are_no_loss_and_forward_kl():
@@ -125,9 +127,9 @@ def test_the_ensemble_averages_probabilities_and_teaches(tmp_path):
     ensemble, batch = load_example("ensemble_teacher").Ensemble(models), Batch.from_examples(ragged_examples(4), 0)
     mean = sum(LocalTeacher(model).score(batch).log_probs.exp() for model in models) / 2
     torch.testing.assert_close(ensemble.score(batch).log_probs.exp(), mean, atol=1e-6, rtol=0)
-    made = trainer(tmp_path, KD(), with_teacher=ensemble, max_steps=10)
-    made.train()
-    assert logged(made)[-1] < logged(made)[0]
+    student_trainer = trainer(tmp_path, KD(), with_teacher=ensemble, max_steps=10)
+    student_trainer.train()
+    assert logged(student_trainer)[-1] < logged(student_trainer)[0]
 
 
 def test_the_ensemble_runs_from_a_recipe(recipe):
@@ -148,14 +150,14 @@ def test_the_http_teacher_runs_from_a_recipe_with_the_losses_of_the_local_teache
 def test_the_http_teacher_s_top_k_gives_a_lower_bound_and_the_chosen_token(tmp_path):
     local, batch = teacher(), Batch.from_examples(ragged_examples(5), 0)
     learner = LocalTeacher(student()).score(batch)
-    whole, values = local.score(batch), []
+    full, values = local.score(batch), []
     with top_k_server(local) as url:
         for k in (1, 5, 20, VOCABULARY):
             scores = load_example("http_teacher").HTTPTeacher(url, k).score(batch)
-            torch.testing.assert_close(scores.chosen, whole.chosen)
+            torch.testing.assert_close(scores.chosen, full.chosen)
             values.append(scores.divergence_to(learner, GKD().divergence).mean())
     assert values == sorted(values)
-    torch.testing.assert_close(values[-1], whole.divergence_to(learner, GKD().divergence).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(values[-1], full.divergence_to(learner, GKD().divergence).mean(), rtol=1e-4, atol=0)
 
 
 def test_the_http_teacher_asks_for_all_micro_batches_of_a_step_at_once():

@@ -1,4 +1,4 @@
-"""Text files are written whole or not at all; a torn line of JSON lines never matters."""
+"""Atomic text files, and JSONL files whose torn lines are ignored."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_lines_come_back_as_they_were_written(tmp_path):
+def test_lines_are_read_back_unchanged(tmp_path):
     path = tmp_path / "lines.jsonl"
     values = [{"text": SEPARATORS}, {"number": float("inf")}, {"text": "日本語", "nested": [{"a": None}]}]
     append_jsonl(path, *values[:1])
@@ -42,23 +42,23 @@ def test_no_file_has_no_lines(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["", "\u2028", "é"])
-def test_wherever_a_line_is_torn_it_is_left_out_and_joined_with_nothing(separator, tmp_path):
+def test_a_line_torn_anywhere_is_ignored_and_not_joined_with_the_next(separator, tmp_path):
     path = tmp_path / "lines.jsonl"
     first, second, third = {"text": "one"}, {"text": f"tw{separator}o"}, {"text": "three"}
     append_jsonl(path, first)
     start = path.stat().st_size
     append_jsonl(path, second)
-    whole = path.read_bytes()
-    for end in range(start, len(whole) + 1):
-        path.write_bytes(whole[:end])
-        complete = end >= len(whole) - 1  # the object is all there, with or without the end of its line
-        assert ends_in_torn_line(path) == (start < end < len(whole))
+    content = path.read_bytes()
+    for end in range(start, len(content) + 1):
+        path.write_bytes(content[:end])
+        complete = end >= len(content) - 1  # the object is all there, with or without the end of its line
+        assert ends_in_torn_line(path) == (start < end < len(content))
         assert read_jsonl(path) == [first, second][: 1 + complete]
         append_jsonl(path, third)
         assert read_jsonl(path) == [*[first, second][: 1 + complete], third]
 
 
-def test_what_is_no_object_is_left_out(tmp_path):
+def test_lines_that_are_not_objects_are_left_out(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\nnot JSON\n[1]\n\n3\n{"b": "\xff\xfe"}\n\x00\n{"c": 3}\r\n')
     assert read_jsonl(path) == [{"a": 1}, {"c": 3}]

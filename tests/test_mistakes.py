@@ -1,4 +1,4 @@
-"""A mistake is one sentence that names the culprit and the remedy, exit code 2, and no traceback.
+"""Errors of users: one sentence with the place and the remedy, exit code 2, and no traceback.
 
 Each mistake is made through the command line itself. Mistakes in a recipe are found before any weights are read.
 """
@@ -21,7 +21,7 @@ from understudy import cli
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """A teacher, others that do not fit it, and datasets with and without faults."""
+    """A teacher, models that do not match it, and datasets with and without errors."""
     home = tmp_path_factory.mktemp("things")
     llama(home / "teacher")
     llama(home / "stranger", tokenizer=characters("zyxwvutsrqponmlkjihgfedcba0123456789"))
@@ -56,7 +56,7 @@ def home(tmp_path, things):
 
 @pytest.fixture
 def say(monkeypatch, capfd):
-    """Run the command line with some arguments: the exit code, what it writes to stdout, and to stderr."""
+    """Run the command line with these arguments: its exit code, stdout and stderr."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     root = logging.getLogger()
 
@@ -76,7 +76,7 @@ def say(monkeypatch, capfd):
 
 @pytest.fixture
 def refused(say):
-    """Run a command that must fail: its one sentence."""
+    """Run a command that must fail, and return its one sentence."""
 
     def run(*arguments):
         code, _, err = say(*arguments)
@@ -92,7 +92,7 @@ def refused(say):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Nothing may be loaded or made from here on."""
+    """Fail if weights are loaded or created."""
 
     def fail(*_, **__):
         pytest.fail("a model was loaded although the recipe has a mistake")
@@ -109,29 +109,29 @@ def test_no_recipe_file(refused, tmp_path):
 TEXTS = {  # the recipe as text, and what is said of it
     "not YAML": ("student: {model: a\nmethod: gkd\n", r"line 2: this cannot be read as YAML"),
     "a tab": ("student:\n\tmodel: a\n", r"line 2: this cannot be read as YAML.*'\\t'"),
-    "a key twice": ("method: gkd\ndata: {dataset: a}\nmethod: kd\n", r'line 3: .*the key "method" .*after line 1'),
-    "a key twice, inside": ("data:\n  dataset: a\n  dataset: b\n", r'line 3: .*the key "dataset" .*after line 2'),
+    "a key twice": ("method: gkd\ndata: {dataset: a}\nmethod: kd\n", r'line 3: .*the key "method" .*first in line 1'),
+    "a key twice, inside": ("data:\n  dataset: a\n  dataset: b\n", r'line 3: .*the key "dataset" .*first in line 2'),
     "empty": ("", r"it is empty; a recipe is"),
     "only comments": ("# later\n", r"it is empty; a recipe is"),
     "a list": ("- student\n- method\n", r"a recipe is a mapping"),
     "prose": ("Please distil the model.\n", r"a recipe is a mapping"),
     "two documents": ("a: 1\n---\nb: 2\n", r"this cannot be read as YAML.*another document"),
-    "a block inside itself": ("student: &s\n  options: *s\n", r"line 2: .*inside itself"),
+    "a block inside itself": ("student: &s\n  options: *s\n", r"line 2: .*contains itself"),
     "a number as key": ("1: a\n", r"line 1: 1: keys should be strings"),
     "a Python object": ("student: !!python/object/apply:os.system [ls]\n", r"line 1: this cannot be read"),
 }
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_what_is_no_recipe(case, refused, tmp_path):
+def test_a_file_that_is_not_a_recipe(case, refused, tmp_path):
     text, sentence = TEXTS[case]
     (tmp_path / "mine.yaml").write_text(text)
-    said = refused("distill", tmp_path / "mine.yaml")
-    assert f"{tmp_path}/mine.yaml" in said
-    assert matches(sentence, said)
+    message = refused("distill", tmp_path / "mine.yaml")
+    assert f"{tmp_path}/mine.yaml" in message
+    assert matches(sentence, message)
 
 
-def test_a_recipe_that_is_no_text(refused, tmp_path):
+def test_a_recipe_that_is_not_text(refused, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"student: \xff\xfe")
     assert matches(r"mine.yaml, line 1: this is not valid UTF-8", refused("distill", tmp_path / "mine.yaml"))
 
@@ -143,7 +143,7 @@ MISTAKES = {
     "a word that is none": ({"students": {}}, r'line \d+: unknown key "students"; did you mean "student"\?'),
     "a key in the wrong place": (
         {"max_length": 9},
-        r'line \d+: unknown key "max_length"; it belongs into the block data',
+        r'line \d+: unknown key "max_length"; it belongs in the block data',
     ),
     "a misspelt key of data": (
         {"data": {"datset": "a"}},
@@ -196,7 +196,7 @@ MISTAKES = {
     ),
     "no batch": (
         {"training": {"per_device_train_batch_size": 0}},
-        r"line \d+: training.per_device_train_batch_size is 0, and 1 is the least",
+        r"line \d+: training.per_device_train_batch_size must be at least 1, not 0",
     ),
     "an optimizer that is none": ({"training": {"optim": "adamx"}}, r"line \d+: training.optim: adamx is not a valid"),
     "a logger that is absent": (
@@ -227,7 +227,7 @@ MISTAKES = {
     ),
     "a field that fits no model": (
         {"student": {"fresh": {"hidden_size": "big"}}},
-        r"line 2: no (configuration|model) can be made with these fields: .*hidden_size",
+        r"line 2: these fields are not a valid (configuration|model): .*hidden_size",
     ),
     "a model type that is none": (
         {"student": {"fresh": {"model_type": "lama"}, "tokenizer": "{home}/teacher"}},
@@ -240,11 +240,11 @@ MISTAKES = {
     "a student from nowhere": ({"student": {"dtype": "float32"}}, r"exactly one of .* has none of them"),
     "layers that are not there": (
         {"student": {"layers": [0, 3]}},
-        r"line 2: the teacher's layers are numbered from 0 to 2; keep some of these, not \[0, 3\]",
+        r"line 2: the teacher's layers are numbered from 0 to 2; choose some of these, not \[0, 3\]",
     ),
     "a student cut from nobody": (
         {"student": {"layers": [0], "tokenizer": "{home}/teacher"}, "teacher": None, "method": "sft"},
-        r"line 2: a student cut from the teacher needs a local teacher",
+        r"line 2: a student of the teacher's layers needs a local teacher",
     ),
     "a fresh student of nobody": ({"teacher": None, "method": "sft"}, r"line 1: .*add student.tokenizer"),
     "a dtype that is none": (
@@ -325,7 +325,7 @@ MISTAKES = {
     ),
     "a share left to no reward": (
         {"method": {"gkd": {"distillation": 0.5}}},
-        r"line \d+: method.gkd: gkd with distillation below 1 leaves the rest to a reward: give one",
+        r"line \d+: method.gkd: gkd with distillation below 1 needs a reward for the rest: give one",
     ),
     "no such dataset": (
         {"data": {"dataset": "{home}/sum.jsonl"}},
@@ -339,11 +339,11 @@ MISTAKES = {
         {"data": {"dataset": "{home}/columns.jsonl"}},
         r'columns.jsonl:1: .*"query", "reply"; name yours with columns or template',
     ),
-    "an empty dataset": ({"data": {"dataset": "{home}/empty.jsonl"}}, r"{home}/empty.jsonl holds no rows"),
+    "an empty dataset": ({"data": {"dataset": "{home}/empty.jsonl"}}, r"{home}/empty.jsonl has no rows"),
     "an empty response": ({"data": {"dataset": "{home}/silent.jsonl"}}, r'silent.jsonl:2: the "completion" is empty'),
     "a file of another kind": (
         {"data": {"dataset": "{home}/story.docx"}},
-        r'story.docx" is no kind of file that is read',
+        r'story.docx" is not a supported kind of file',
     ),
     "a text that is binary": ({"data": {"dataset": "{home}/binary.txt"}}, r"binary.txt:2: not valid UTF-8; save"),
     "prompts alone for sft": (
@@ -404,8 +404,8 @@ def filled(value, home):
     return value.replace("{home}", str(home)) if isinstance(value, str) else value
 
 
-def matches(sentence, said):
-    return re.search(sentence, said) or pytest.fail(f"{sentence!r} was not said, but {said!r}")
+def matches(sentence, message):
+    return re.search(sentence, message) or pytest.fail(f"{sentence!r} was not said, but {message!r}")
 
 
 def recipe_of(home, changes):
@@ -421,7 +421,7 @@ def test_a_mistake_in_a_recipe_is_found_before_weights_are_loaded(case, refused,
 
 
 @pytest.mark.parametrize("case", sorted(AFTER_LOADING))
-def test_a_mistake_that_only_loading_shows(case, refused, home):
+def test_a_mistake_that_only_loading_can_detect(case, refused, home):
     changes, sentence = MISTAKES[case]
     assert matches(sentence.replace("{home}", str(home)), refused("distill", recipe_of(home, changes)))
 
@@ -429,12 +429,12 @@ def test_a_mistake_that_only_loading_shows(case, refused, home):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.max_steps", r'"training.max_steps" is no override; write key.key=value'),
-        ("=5", r'"=5" is no override'),
-        ("training..max_steps=5", r"is no override"),
+        ("training.max_steps", r'"training.max_steps" is not an override; write key.key=value'),
+        ("=5", r'"=5" is not an override'),
+        ("training..max_steps=5", r"is not an override"),
         ("trainin.max_steps=5", r'the override "trainin.max_steps=5": unknown key "trainin"; did you mean "training"'),
         ("training.max_step=5", r'the override "training.max_step=5": .*no field "max_step"; did you mean "max_steps"'),
-        ("data.dataset.name=a", r'the override "data.dataset.name=a" goes below data.dataset, which is '),
+        ("data.dataset.name=a", r'the override "data.dataset.name=a" sets a field of data.dataset, which is '),
         ("method.kd.sft_weight=0.5", r'is for kd, and the method is gkd; to change the method put "method=kd" before'),
         ("method.gkd.on_policy=3", r"line \d+: method.gkd: .*between 0 and 1, not 3"),
         ("student.merge=perhaps", r'the override "student.merge=perhaps": student.merge: .*boolean'),
@@ -448,8 +448,8 @@ def test_a_run_that_belongs_to_another_recipe_is_left_alone(refused, say, home):
     recipe = recipe_of(home, {"method": "sft"})
     assert say("distill", recipe)[0] == 0
     before = (home / "run" / "run.json").read_text()
-    said = refused("distill", recipe, "training.learning_rate=1")
-    assert matches(rf"{home}/run holds a run of another recipe: .*or --restart to delete that run", said)
+    message = refused("distill", recipe, "training.learning_rate=1")
+    assert matches(rf"{home}/run holds a run of another recipe: .*or --restart to delete that run", message)
     assert (home / "run" / "run.json").read_text() == before
 
 
@@ -457,8 +457,8 @@ def test_the_recipe_itself_is_never_overwritten(refused, home):
     recipe = recipe_of(home, {}).rename(home / "recipe.yaml")
     before = recipe.read_text()
     for more in ((), ("--restart",)):
-        said = refused("distill", recipe, f"training.output_dir={home}", *more)
-        assert matches("is where the recipe itself lies.*give another training.output_dir", said)
+        message = refused("distill", recipe, f"training.output_dir={home}", *more)
+        assert matches("contains the recipe itself.*give another training.output_dir", message)
     assert recipe.read_text() == before
 
 
@@ -471,17 +471,17 @@ def test_a_restart_deletes_nothing_that_a_run_did_not_write(say, home):
 
 def test_an_output_dir_that_cannot_be_written(refused, home):
     (home / "file").write_text("in the way")
-    said = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file")
-    assert matches(rf"{home}/file cannot be written \(.*\): give another training.output_dir", said)
-    said = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file/run")
-    assert matches(rf"{home}/file/run cannot be written", said)
+    message = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file")
+    assert matches(rf"{home}/file cannot be written \(.*\): give another training.output_dir", message)
+    message = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/file/run")
+    assert matches(rf"{home}/file/run cannot be written", message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
 def test_an_output_dir_without_permission(refused, home):
     (home / "locked").mkdir(mode=0o500)
-    said = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/locked")
-    assert matches(r"locked cannot be written \(Permission denied\): give another", said)
+    message = refused("distill", recipe_of(home, {}), f"training.output_dir={home}/locked")
+    assert matches(r"locked cannot be written \(Permission denied\): give another", message)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), "safetensors"])
@@ -495,8 +495,8 @@ def test_a_full_disk(error, refused, home, monkeypatch):
         raise error
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", save)
-    said = refused("distill", recipe_of(home, {"method": "sft"}))
-    assert said.startswith("the disk is full: free some space and run the same command again")
+    message = refused("distill", recipe_of(home, {"method": "sft"}))
+    assert message.startswith("the disk is full: free some space and run the same command again")
 
 
 def test_a_full_gpu(refused, home, monkeypatch):
@@ -510,7 +510,7 @@ def test_a_full_gpu(refused, home, monkeypatch):
 
 
 @pytest.mark.parametrize("bug", ["KeyError", "ValueError", "unpack", "RuntimeError"])
-def test_a_bug_is_said_to_be_unexpected(bug, say, home, monkeypatch):
+def test_a_bug_is_reported_as_unexpected(bug, say, home, monkeypatch):
     def train(*_, **__):
         if bug == "unpack":
             (_,) = []
@@ -563,7 +563,7 @@ def test_a_mistake_in_evaluating(arguments, sentence, refused, home, no_weights)
     assert matches(sentence.replace("{home}", str(home)), refused("evaluate", *arguments))
 
 
-def test_a_command_that_is_none(refused):
+def test_an_unknown_command(refused):
     assert matches("No such command 'distil'. Did you mean 'distill'", refused("distil"))
     assert matches("No such option.*--rstart", refused("distill", "a.yaml", "--rstart"))
 

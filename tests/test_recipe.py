@@ -380,7 +380,7 @@ def test_an_argument_of_the_caller_is_no_field_of_a_recipe():
 
 
 @pytest.mark.parametrize("name", METHODS.names())
-def test_every_field_of_every_method_can_be_written_in_a_recipe(name):
+def test_every_field_of_every_method_can_be_set_in_a_recipe(name):
     cls = METHODS.get(name)
     default = cls()
     assert construct(cls, {}, name) == default

@@ -46,7 +46,7 @@ def test_the_class_of_a_file_is_the_one_that_it_defines(animals):
     assert animals.get("cat").__name__ == "Cat"
 
 
-def test_what_is_not_installed_says_so_when_asked_for(animals):
+def test_a_package_that_is_not_installed_is_named_in_the_error(animals):
     with pytest.raises(ImportError, match="not installed"):
         animals.get("dog")
 
@@ -57,7 +57,7 @@ def test_a_name_that_is_no_public_file_is_unknown(animals, name):
         animals.get(name)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(animals):
+def test_an_error_about_an_unknown_name_has_the_nearest_one_or_all(animals):
     with pytest.raises(UnknownName, match=r'^there is no animal "catt"; did you mean "cat"\?$'):
         animals.get("catt")
     with pytest.raises(UnknownName, match=r'^there is no animal "elephant"; there are: cat, dog$'):
@@ -197,7 +197,7 @@ def test_an_entry_point_of_a_broken_package_says_which(entry_points):
         METHODS.get("another")
 
 
-def test_a_builtin_name_goes_before_an_entry_point_and_that_is_logged(entry_points, caplog):
+def test_a_builtin_name_takes_precedence_over_an_entry_point_with_a_warning(entry_points, caplog):
     entry_points("understudy.methods", gkd="other_package.methods:GKD")
     assert METHODS.get("gkd").__module__ == "understudy.methods.gkd"
     assert "the entry point other_package.methods:GKD of that name is not used" in caplog.text

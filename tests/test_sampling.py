@@ -1,4 +1,4 @@
-"""Sampling parameters are checked when they are made."""
+"""Sampling parameters: values out of range are refused."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """No matrix product may read memory that was never written, on any processor.
 
-oneDNN's AMX kernels read behind the rows of a strided operand and multiply what they find by 0, so that uninitialised
+oneDNN's AMX kernels read beyond the rows of a strided operand and multiply the values by 0, so that uninitialised
 NaN there become NaN in the result. Here uninitialised memory holds NaN, and the whole memory behind every operand of a
 matrix product is looked at, so that processors without AMX show the defect as well.
 """
@@ -30,8 +30,8 @@ class WholeOperands(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in PRODUCTS:
             for operand in (x for x in args if isinstance(x, torch.Tensor) and not x.is_contiguous()):
-                whole = torch.empty(0, dtype=operand.dtype).set_(operand.untyped_storage())
-                assert not whole.isnan().any(), f"{func} may read memory that was never written"
+                memory = torch.empty(0, dtype=operand.dtype).set_(operand.untyped_storage())
+                assert not memory.isnan().any(), f"{func} may read memory that was never written"
                 self.looked_at += 1
         return func(*args, **(kwargs or {}))
 
@@ -72,5 +72,5 @@ def test_bfloat16_weights_are_generated_from_with_initialised_memory_only(vocabu
     prompts = ragged_examples(20, vocabulary=50, responses=False)
     rollout = GenerateRollout().bind(model, words(vocabulary))
     with WholeOperands():
-        written = rollout.generate(prompts, Sampling(max_new_tokens=6), Step(0))
-    assert all(token < vocabulary for example in written for token in example.response)
+        responses = rollout.generate(prompts, Sampling(max_new_tokens=6), Step(0))
+    assert all(token < vocabulary for example in responses for token in example.response)

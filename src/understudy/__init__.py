@@ -1,6 +1,6 @@
 """understudy: distil a large language model (teacher) into a small one (student).
 
-The public names, imported when first used, so that the command line starts at once.
+The public names, imported lazily, so that the command line starts at once.
 """
 
 import importlib

@@ -38,7 +38,7 @@ class Example:
 
     @property
     def trained_tokens(self) -> list[int]:
-        """The places in the response, counted from 0, of the tokens that are trained on."""
+        """Indices in the response, counted from 0, of the tokens that are trained on."""
         if self.trained is None:
             return list(range(len(self.response)))
         return [place for place, is_trained in enumerate(self.trained) if is_trained]
@@ -95,21 +95,21 @@ class Batch:
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     def as_read_by_teacher(self) -> "Batch":
-        """The same N rows behind the teacher's prompts, where examples have one of their own."""
+        """The same N rows after the teacher's own prompts, in examples that have a `teacher_prompt`."""
         if all(example.teacher_prompt is None for example in self.examples):
             return self
         examples = [
             example if example.teacher_prompt is None else replace(example, prompt=example.teacher_prompt)
             for example in self.examples
         ]
-        # masks come from lengths: any id will do for the padding
+        # masks come from lengths, so any id can be the padding
         return Batch.from_examples(examples, pad=0, device=self.input_ids.device)
 
     def split_by_length(self, size: int) -> list[tuple["Batch", Tensor]]:
         """The sequences, shortest first, in batches of similar length that are no wider than they need to be.
 
-        Each has at least `size` padded tokens, as far as there are any, and comes with the indices (n,) that its rows
-        have among the N of this batch.
+        Each but the last has at least `size` padded tokens, and comes with the indices (n,) of its rows among the N of
+        this batch.
         """
         ends = self.lengths.cumsum(0).tolist()
         runs: list[list[int]] = []
@@ -183,8 +183,8 @@ def _check(example: Example) -> None:
         raise ValueError(f"the example of row {example.row} has an empty {part}; every example needs both")
     if example.trained is not None and len(example.trained) != len(example.response):
         raise ValueError(
-            f"the example of row {example.row} has {len(example.response)} response tokens and says of "
-            f"{len(example.trained)} whether they are trained on"
+            f"the example of row {example.row} has {len(example.response)} response tokens, but a `trained` mask of "
+            f"length {len(example.trained)}: give one value per response token"
         )
     if not example.trained_tokens:
         raise ValueError(f"the example of row {example.row} has no response token to train on: leave the row out")

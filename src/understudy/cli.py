@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that help and mistakes are shown at once."""
+"""The command line. Heavy imports happen inside the commands, so that help and usage errors appear at once."""
 
 import sys
 import traceback
@@ -9,7 +9,7 @@ import typer
 
 app = typer.Typer(
     name="understudy",
-    help="Teach a small language model to play the big one's part.",
+    help="Distil a large language model (teacher) into a small one (student).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,14 +19,14 @@ app = typer.Typer(
 
 
 _Split = Annotated[str, typer.Option(help="The dataset's split to evaluate on.")]
-_Limit = Annotated[int | None, typer.Option(help="Evaluate on the first so many rows.")]
+_Limit = Annotated[int | None, typer.Option(help="Evaluate on the first N rows.")]
 _Metrics = Annotated[
-    list[str] | None, typer.Option("--metric", help="Also measure this, such as rouge_l, bleu or chrf.")
+    list[str] | None, typer.Option("--metric", help="A further metric, such as rouge_l, bleu or chrf.")
 ]
 _MaxNewTokens = Annotated[
     int | None, typer.Option(help="The longest response; by default 256, or half of the model's context length.")
 ]
-_MaxPromptLength = Annotated[int | None, typer.Option(help="The longest prompt; longer ones keep their end.")]
+_MaxPromptLength = Annotated[int | None, typer.Option(help="The longest prompt; longer ones lose their beginning.")]
 
 
 @app.command()
@@ -92,21 +92,21 @@ def evaluate(
         list[int] | None, typer.Option("--seed", help="Seed of sampling; several give several responses a prompt.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Responses generated at once; by default as many as is fastest.")
+        int | None, typer.Option(min=1, help="Responses generated at once; by default the fastest number is found.")
     ] = None,
     metric: _Metrics = None,
     exposure_bias: Annotated[
-        bool, typer.Option("--exposure-bias", help="Measure exposure bias, for which the teacher responds, too.")
+        bool, typer.Option("--exposure-bias", help="Measure exposure bias; the teacher generates responses as well.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="A JSONL file of responses, to resume from.")] = None,
 ) -> None:
     """Evaluate a model on a dataset: accuracy and text metrics of its responses, and the distance to a teacher."""
     from .metrics import check
 
-    changes = _sampling(protocol, temperature, seed) | _given(
+    changes = _sampling(protocol, temperature, seed) | _set_options(
         max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length
     )
-    renamed = dict(_pair(column) for column in columns or []) or None
+    column_names = dict(_pair(column) for column in columns or []) or None
     check(metric or [])
     if lm_eval is None and data is None:
         raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
@@ -120,7 +120,7 @@ def evaluate(
 
         result = run_tasks(model, lm_eval.split(","), limit, batch_size)
         return show_evaluation(result, f"{model} on {lm_eval}", output)
-    block = {"dataset": str(data), "split": split, "limit": limit, "columns": renamed, "template": template}
+    block = {"dataset": str(data), "split": split, "limit": limit, "columns": column_names, "template": template}
     changes |= {"teacher": teacher, "metrics": tuple(metric or ()), "exposure_bias": exposure_bias}
     _evaluate(model, block, {**changes, "batch_size": batch_size}, output)
 
@@ -138,13 +138,14 @@ def _evaluate(model: str, data: dict[str, Any], settings: dict[str, Any], output
 
 def _sampling(protocol: str, temperature: float | None, seeds: list[int] | None) -> dict[str, Any]:
     """The settings of a protocol, with the options that change them."""
-    from .evaluation.settings import protocol as named
+    from .evaluation.settings import protocol as protocol_settings
 
-    return {**named(protocol), **_given(temperature=temperature, seeds=tuple(seeds) if seeds else None)}
+    changes = _set_options(temperature=temperature, seeds=tuple(seeds) if seeds else None)
+    return {**protocol_settings(protocol), **changes}
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that the command line gave."""
+def _set_options(**options: Any) -> dict[str, Any]:
+    """The options that were set on the command line."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -157,11 +158,11 @@ def compare(
     sweep: Annotated[
         str | None, typer.Option(help="One option's values, such as method.gkd.on_policy=0,0.5,1.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="What each run may spend: tokens=100000 or seconds=60.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Budget of each run: tokens=100000 or seconds=60.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with the seeds 0, 1, …")] = 1,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     baseline: Annotated[
-        str | None, typer.Option(help="A recipe's name; differences of the others from it are tested.")
+        str | None, typer.Option(help="A recipe's name; every other recipe's difference from it is tested.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Evaluate on this dataset (default: the recipes' own).")] = None,
     split: _Split = "test",
@@ -173,31 +174,31 @@ def compare(
         list[float] | None, typer.Option("--temperature", help="Evaluate at this temperature, or several; 0 is greedy.")
     ] = None,
     exposure: Annotated[
-        int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on the first so many prompts.")
+        int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on the first N prompts.")
     ] = 0,
     output: Annotated[Path, typer.Option(help="The folder for runs and table.")] = Path("runs/compare"),
-    page: Annotated[bool, typer.Option("--report", help="Write a report, too.")] = False,
+    page: Annotated[bool, typer.Option("--report", help="Write a report as well.")] = False,
 ) -> None:
-    """Run several recipes with several seeds, evaluate all students alike, print a table. Again: resumes."""
+    """Run recipes over several seeds, evaluate all students with the same settings, print a table; can be resumed."""
     from .metrics import check
     from .recipe import Data, RecipeError
 
     if missing := [str(path) for path in recipes if not path.is_file()]:
-        raise RecipeError(f"there is no recipe {missing[0]}")
+        raise RecipeError(f"there is no recipe {missing[0]}: name a YAML file, such as those in the folder recipes/")
     check(metrics or [])
     _quiet()
     from .compare.experiment import compare
     from .compare.variants import budget_override, common_dataset, variants
     from .evaluation.settings import EvalSettings
 
-    compared = variants(
+    recipe_variants = variants(
         recipes, [*(overrides or []), *([budget_override(budget)] if budget is not None else [])], sweep
     )
-    block = Data(dataset=data or common_dataset(compared), split=split, limit=limit)
+    block = Data(dataset=data or common_dataset(recipe_variants), split=split, limit=limit)
     settings = EvalSettings(block, metrics=tuple(metrics or ()))
     settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     options: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": seeds}
-    typer.echo(compare(compared, output, settings, **options, parallel=parallel, baseline=baseline))
+    typer.echo(compare(recipe_variants, output, settings, **options, parallel=parallel, baseline=baseline))
     if page:
         from .report import write_report
 
@@ -239,7 +240,7 @@ def methods() -> None:
 
 
 def main() -> None:
-    """Run the command line: a mistake is one sentence and exit code 2, with --debug after a traceback."""
+    """Run the command line. An error is one sentence with exit code 2; --debug prints its traceback before it."""
     from .terminal import INTERRUPTED, explain
 
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -251,7 +252,7 @@ def main() -> None:
         code = explain(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code == INTERRUPTED:  # which some versions of typer make of Ctrl-C themselves
+    if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
         typer.echo("interrupted", err=True)
     sys.exit(code or 0)
 

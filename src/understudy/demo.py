@@ -30,7 +30,7 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     """Run the demo, print a table and return its rows: model, parameters, accuracy, tokens, seconds."""
     console = console or Console()
     start = time.perf_counter()
-    console.rule("[bold]understudy[/]: a small model learns to play the big one's part")
+    console.rule("[bold]understudy[/]: distil a large model into a small one")
     console.print(
         "The task: word problems with written-out working. The teacher ships with the package; the student starts\n"
         "from random weights, is warmed up on worked solutions, and then learns from the teacher in two ways.\n"
@@ -79,7 +79,7 @@ def _dataset_tokens_per_step() -> float:
 
 
 def _evaluate(name: str, model: str, run: dict[str, Any] | None, folder: Path, quick: bool) -> dict[str, Any]:
-    """Evaluate a model on the held-out problems; the evaluation is kept in its folder, where the report finds it."""
+    """Evaluate a model on the held-out problems, and save the evaluation in its folder, where the report reads it."""
     settings = named_settings(EvalSettings(Data(dataset=TEACHER, split="test", limit=20 if quick else 500)))
     place = RunFolder(Path(run["folder"]) if run else folder / "teacher")
     evaluate_into(place, model, settings)

@@ -1,6 +1,6 @@
-"""Files that survive a kill: text written whole or not at all, and JSON lines whose torn last line never matters.
+"""Atomic text files, and JSONL files whose torn last line is ignored.
 
-A process that is killed while it appends leaves the beginning of a line without its end. Such a torn line is never
+A process that is killed while it appends leaves a torn line: the beginning of a line without its end. It is never
 read, and never joined with what is appended next. Lines end at "\\n" alone: a JSON string may hold U+2028 or U+0085,
 at which `str.splitlines` would cut it in two.
 """
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 whole or not at all: under another name first, then moved into place."""
+    """Write a UTF-8 text file atomically: under another name first, then moved into place."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def split_lines(content: bytes) -> tuple[list[bytes], bytes]:
-    """The complete lines of a file without their ends, and what comes behind the last end: a torn line, or nothing."""
+    """The complete lines of a file without their ends, and the rest after the last end: a torn line, or nothing."""
     *lines, torn = content.split(b"\n")
     return lines, torn
 
@@ -27,7 +27,7 @@ def split_lines(content: bytes) -> tuple[list[bytes], bytes]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, in order; empty if there is no such file.
 
-    What is no JSON object is left out: a torn line, and anything else that somebody may have written there.
+    Lines that are not JSON objects are left out, such as a torn line.
     """
     if not path.is_file():
         return []
@@ -36,7 +36,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in (*lines, torn):
         try:
             value = json.loads(line)
-        except ValueError:  # also bytes that are no UTF-8
+        except ValueError:  # also for bytes that are not UTF-8
             continue
         if isinstance(value, dict):
             values.append(value)
@@ -44,14 +44,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file whole or not at all."""
+    """Write a JSONL file atomically."""
     write_atomic(path, "".join(map(_line, values)))
 
 
 def append_jsonl(path: Path, *values: dict[str, Any]) -> None:
-    """Append objects to a JSONL file, made where there is none, in one write that no other process comes between.
+    """Append objects to a JSONL file, created if missing, in one write, so that lines of processes do not interleave.
 
-    A torn line at the end of the file is ended first, so that it stays alone.
+    After a torn line a newline comes first, so that nothing is joined with it.
     """
     lines = "".join(map(_line, values)).encode()
     with path.open("ab", buffering=0) as file:
@@ -59,7 +59,7 @@ def append_jsonl(path: Path, *values: dict[str, Any]) -> None:
 
 
 def ends_in_torn_line(path: Path) -> bool:
-    """Does a file end without the end of a line, as a killed process leaves it?"""
+    """Does a file end without a newline, as a killed process leaves it?"""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if not size:

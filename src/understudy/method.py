@@ -1,6 +1,6 @@
 """A distillation method: what to train on, and what to minimise.
 
-Everything else (models, batching, distribution, resume, logging) is written once, elsewhere, for all of them.
+Everything else (models, batching, distribution, resuming, logging) is shared by all methods and lives elsewhere.
 """
 
 from abc import ABC, abstractmethod
@@ -36,14 +36,14 @@ def for_divergence(divergence: Divergence) -> frozenset[Capability]:
 
 
 class Method(ABC):
-    """Subclass this once per paper, as a dataclass whose fields are the paper's hyperparameters and defaults.
+    """Base class of methods: one subclass per paper, a dataclass of the paper's hyperparameters and their defaults.
 
-    A subclass is final: no method inherits from another; what two share is a divergence or a function. A recipe
+    A subclass is final: no method inherits from another; code that two share is a divergence or a function. A recipe
     names it by its file in `understudy.methods`, or as `my_module:MyMethod`.
     """
 
     paper: ClassVar[str] = ""  # authors, year, where to read it
-    late_weights: ClassVar[bool] = False  # do the rows' weights follow from the loss? See `Scores`
+    late_weights: ClassVar[bool] = False  # are the rows' weights known only after the loss? See `Scores`
     uses_corpus: ClassVar[bool] = False  # does it train on the recipe's corpus as well?
     reduction: Reduction = "token"  # what the mean of the loss is over; see `Batch.weights`
 
@@ -54,20 +54,20 @@ class Method(ABC):
 
     @property
     def authors(self) -> frozenset[Author]:
-        """Whose responses the method may train on; the dataset must have some only if "dataset" is among them."""
+        """Whose responses the method may train on; the dataset needs responses only if "dataset" is among them."""
         return frozenset({"dataset"})
 
     @property
     def teacher_prefix_tokens(self) -> int:
-        """How many positions of the teacher's context window the method uses in front of every prompt."""
+        """How many positions of the teacher's context window the method uses before every prompt."""
         return 0
 
     def setup(self, context: MethodContext) -> Teacher | None:
-        """Prepare for a run; called once, before training. Returns the teacher whose scores `loss` is given."""
+        """Prepare for a run; called once, before training. Returns the teacher whose scores are passed to `loss`."""
         return context.teacher
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        """The examples to train on at this step, given those of the dataset. Default: these.
+        """The examples to train on at this step, from `examples` of the dataset. Default: the same.
 
         Called once per optimizer step on every process. Random decisions must come from `step`. Responses are generated
         by `writers.student(examples, step)` and `writers.teacher(examples, step)`.
@@ -87,13 +87,13 @@ class Method(ABC):
         return {}
 
     def before_step(self, batches: list[Batch], teacher: Any, student: Any, step: Step) -> None:
-        """Train what the method itself owns, on the micro-batches that the student is about to see."""
+        """Train the method's own parameters on this step's micro-batches, before the student is trained on them."""
 
     def after_step(self, step: Step) -> None:
         """Advance schedules; called once after each optimizer step."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must be saved for an exact resume."""
+        """The tensors to save in a checkpoint for an exact resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ class Score:
 class Metric(ABC):
     """Scores responses against references; one class may compute several numbers at once. Subclasses are final."""
 
-    names: ClassVar[tuple[str, ...]]  # of the numbers, as they are asked for and logged
+    names: ClassVar[tuple[str, ...]]  # of the numbers, by which they are selected and logged
     compares_responses: ClassVar[bool] = False  # are a response's references the other responses to its prompt?
 
     @abstractmethod

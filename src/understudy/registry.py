@@ -29,16 +29,16 @@ T = TypeVar("T")
 
 
 class UnknownName(ValueError):
-    """A name that selects nothing, in one sentence with the remedy."""
+    """An unknown class name; the message is one sentence with the remedy."""
 
 
 class Registry(Generic[T]):
     """The final subclasses of `base` that a recipe can name.
 
     Args:
-        noun: what errors call one of them; the group of their entry points is `understudy.<noun>s`.
-        package: a package whose every module defines one of them and gives it its name; or one module that defines
-            them all, where JensenShannon is called jensen_shannon.
+        noun: the kind of class, such as "method", for errors; the entry points' group is `understudy.<noun>s`.
+        package: a package in which every module defines one class, named after the module; or a single module that
+            defines all classes, where JensenShannon is named jensen_shannon.
     """
 
     def __init__(self, noun: str, package: str, base: type[T]) -> None:
@@ -58,18 +58,19 @@ class Registry(Generic[T]):
         )
 
     def get(self, name: str) -> type[T]:
-        """The class of that name. A class of this package goes before an entry point of the same name.
+        """The class of that name. A class of this package takes precedence over an entry point of the same name.
 
         Raises:
-            UnknownName: for a name of nothing, with the nearest one; for what cannot be imported; for what is not a
-                subclass of `base`, or an abstract one.
+            UnknownName: if there is no such name (with the nearest one), if it cannot be imported, or if it is not a
+                concrete subclass of `base`.
         """
         if ":" in name:
             return self._checked(import_object(name, self.noun, "class"), name)
         entry_points = self._entry_points()
         if name in self.builtin_names():
             if name in entry_points:
-                message = 'the %s "%s" is understudy\'s own; the entry point %s of that name is not used: write it so'
+                message = 'the %s "%s" is built into understudy, so the entry point %s of that name is not used: '
+                message += "write the latter in the recipe to use it"
                 logger.warning(message, self.noun, name, entry_points[name])
             return self._builtin(name)
         if name not in entry_points:
@@ -92,7 +93,7 @@ class Registry(Generic[T]):
         return [x for x in content if issubclass(x, self.base) and x is not self.base and x.__module__ == module]
 
     def _entry_points(self) -> dict[str, str]:
-        """What installed packages offer: from the name to `module:Class`."""
+        """The entry points of installed packages: from the name to `module:Class`."""
         group = importlib.metadata.entry_points(group=f"understudy.{self.noun}s")
         return {entry.name: f"{entry.module}:{entry.attr}" for entry in group}
 
@@ -107,11 +108,11 @@ class Registry(Generic[T]):
 
 
 def import_object(path: str, noun: str, kind: str) -> Any:
-    """Import what `module:name` names. The module may lie in the working directory.
+    """Import an object by `module:name`. The module may lie in the working directory.
 
     Args:
-        noun: what the object serves as, such as "reward function"; for errors.
-        kind: what it is in Python, "class" or "function"; for errors.
+        noun: the object's role, such as "reward function"; for errors.
+        kind: its kind in Python, "class" or "function"; for errors.
 
     Raises:
         UnknownName: if there is no such module or no such name in it, or if importing the module fails.
@@ -122,7 +123,7 @@ def import_object(path: str, noun: str, kind: str) -> Any:
     directory = os.getcwd()
     sys.path.insert(0, directory)
     try:
-        importlib.invalidate_caches()  # the file may be younger than the last look into its folder
+        importlib.invalidate_caches()  # the file may be newer than Python's cached listing of its folder
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         reason = str(error)
@@ -148,13 +149,13 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest known name, or nothing where none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
+def did_you_mean(name: str, known_names: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known name, or an empty string where none is near."""
+    close = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.65)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known_names: Iterable[str]) -> str:
     """As `did_you_mean`, but where nothing is near, every known name."""
-    known = sorted(known)
-    return did_you_mean(name, known) or f"; there {'are' if len(known) > 1 else 'is'}: {', '.join(known)}"
+    names = sorted(known_names)
+    return did_you_mean(name, names) or f"; there {'are' if len(names) > 1 else 'is'}: {', '.join(names)}"

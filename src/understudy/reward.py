@@ -1,7 +1,7 @@
 """Rewards of responses: Python functions, reward models, or both, and the advantages computed from them.
 
-A reward is a number computed from texts, without any gradient. Methods learn from the advantage, the reward less the
-mean of the other responses to the same prompt, which changes the variance of a policy gradient and not its expectation.
+A reward is a number computed from texts, without any gradient. Methods learn from the advantage, the reward minus the
+mean reward of the other responses to the same prompt: the same expected policy gradient, with a smaller variance.
 """
 
 import math
@@ -67,11 +67,10 @@ class Reward:
 
 
 def advantages(rewards: Sequence[float], rows: Sequence[int], normalize: bool = False) -> list[float]:
-    """Each reward less the mean of the other rewards of its group: the responses to one row, or all of them together
-    where no row has several.
+    """Each reward minus the mean of the other rewards of its group (leave-one-out, RLOO; Kool et al., 2019).
 
-    Leaving a response's own reward out of its baseline keeps the policy gradient unbiased (RLOO; Kool et al., 2019). A
-    group of one has nothing to be compared with, and no advantage.
+    A group is the responses to one row, or all responses where no row has several. Leaving a response's own reward out
+    of its baseline keeps the policy gradient unbiased. The advantage in a group of one is 0.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -97,7 +96,7 @@ class RewardModel:
         name: a model by name or folder.
         label: the class whose probability is the reward, such as "entailment"; needed if there are several.
         reads: `text` joins prompt and response; `pair` gives them as the tokenizer's two texts, as NLI models expect.
-        batch_size: texts at once.
+        batch_size: texts per forward.
     """
 
     def __init__(
@@ -132,21 +131,21 @@ class RewardModel:
             part = slice(start, start + self.batch_size)
             texts: Any = [p + r for p, r in zip(prompts[part], responses[part], strict=True)]
             texts = (texts,) if self.reads == "text" else (prompts[part], responses[part])
-            read = self.tokenizer(*texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
-            logits = model(**read).logits.float()
+            inputs = self.tokenizer(*texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
+            logits = model(**inputs).logits.float()
             scores += (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
         return scores
 
 
 def function(place: str) -> Scorer:
-    """The function that `module:function` names; the module may lie in the working directory.
+    """Import a reward function by `module:function`; the module may lie in the working directory.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such function.
     """
     scorer = import_object(place, "reward function", "function")
     if not callable(scorer):
-        raise ValueError(f"the reward function {place} is no function, but {scorer!r:.40}")
+        raise ValueError(f"the reward function {place} is {scorer!r:.40}, which cannot be called: name a function")
     return cast(Scorer, scorer)
 
 

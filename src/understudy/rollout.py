@@ -15,7 +15,7 @@ SAMPLED_LOGPROB = "sampled_logprob"  # the stream of `Sampling.logprobs`
 class Rollout(ABC):
     """Generates responses with the model that it is bound to. Subclasses are final.
 
-    Constructor arguments are the engine's options; what is drawn is the business of the `Sampling` of each call.
+    Constructor arguments are the engine's options; sampling parameters are passed to each call as a `Sampling`.
     """
 
     batch_size: int | None = None  # sequences generated at once; None: as many as there are
@@ -24,22 +24,22 @@ class Rollout(ABC):
     def bind(self, model: Any, tokenizer: Any, author: Author = "student") -> "Rollout":
         """A rollout like this one that generates with `model`, with its weights as they are at each call.
 
-        This one stays as it is. `author` is whom the responses belong to, and part of what is drawn.
+        This rollout itself is unchanged. `author` is recorded in the responses, and is part of their random seed.
         """
 
     def with_batch_size(self, batch_size: int) -> "Rollout":
         """A rollout like this one, bound to the same model, that generates `batch_size` sequences at once.
 
-        Default: this one, for an engine that schedules by itself.
+        Default: this rollout itself, for an engine that schedules by itself.
         """
         return self
 
     @abstractmethod
     def generate(self, prompts: Sequence[Example], sampling: Sampling, step: Step) -> list[Example]:
-        """A response to the prompt of every example, in their order (n consecutive ones for `sampling.n` = n).
+        """Generate a response to the prompt of every example, in order (n consecutive ones where `sampling.n` is n).
 
-        Ids only, no gradients. A response ends with the first stop token, which it includes, or is `truncated`.
-        What is drawn depends on the step's seed and number, the author and the example's row, on nothing else.
+        Responses are token ids, without gradients; each ends with its first stop token, or is `truncated`. Random
+        numbers depend only on the step's seed and number, the author and the example's row.
         """
 
     def sync(self, step: Step) -> None:
@@ -53,9 +53,9 @@ def with_response(
     truncated: bool,
     streams: Mapping[str, Sequence[float]] | None = None,
 ) -> Example:
-    """The example with another response, without what belonged to the response before."""
-    new = {"response": response, "author": author, "truncated": truncated, "streams": dict(streams or {})}
-    return replace(prompt, trained=None, **new)
+    """The example with another response; the `trained` mask and the streams of the previous one are dropped."""
+    changes = {"response": response, "author": author, "truncated": truncated, "streams": dict(streams or {})}
+    return replace(prompt, trained=None, **changes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Writers:
-    """The models that can generate responses in a run; asking for an absent one is an error with a remedy."""
+    """The models that can generate responses in a run; a missing one raises an error that says how to add it."""
 
     _student: Writer | None = None
     _teacher: Writer | None = None

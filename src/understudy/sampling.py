@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: from softmax(logits / temperature), restricted to top-k, then top-p; nothing else.
+    """Sample from softmax(logits / temperature), restricted to the top k tokens, then to the top-p set.
 
     Raises:
         ValueError: for a value out of range.

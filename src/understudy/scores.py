@@ -19,7 +19,7 @@ from .fused_linear.tiles import rows_per_tile
 class Scores:
     """One model's next-token distributions at N response tokens, computed when they are used.
 
-    `weights` are what the rows of the loss will be weighted with, or None where they are known only after the loss; see
+    `weights` are the weights of the rows in the loss, or None where they are known only after the loss; see
     `fused_linear.loss.row_values`.
     """
 
@@ -29,7 +29,7 @@ class Scores:
 
     @cached_property
     def chosen(self) -> Tensor:
-        """(N,) log-probability of the chosen tokens, those that are in the batch."""
+        """(N,) log-probabilities of the chosen tokens, which are those in the batch."""
         if isinstance(self.distribution, Projected):
             return row_values(self.distribution, chosen_log_prob(self.tokens), self.weights)
         return self.distribution.chosen(self.tokens)
@@ -52,7 +52,7 @@ class Scores:
         return divergence(log_p.to(log_q.device, log_q.dtype), log_q)
 
     def cut(self, vocabulary: int) -> "Scores":
-        """Over the first `vocabulary` tokens only: what a padded vocabulary has beyond them takes no part."""
+        """The same over the first `vocabulary` tokens only: the padding of a vocabulary is left out of the softmax."""
         return Scores(self.tokens, self.distribution.cut(vocabulary), self.weights)
 
     def reweighted(self, factor: Tensor) -> "Scores":

@@ -1,7 +1,7 @@
 """The optimizer step, and random numbers keyed by (seed, step, name).
 
-No random number depends on a generator's earlier use. So a resumed run repeats the uninterrupted one, all processes
-agree on what they must agree on, and a response does not depend on the batch or the process that generated it.
+No random number depends on a generator's earlier use. So a resumed run repeats the uninterrupted one, processes draw
+the same numbers without communicating, and a response does not depend on the batch or the process that generated it.
 """
 
 import hashlib

@@ -14,8 +14,8 @@ from .scores import Scores
 class Capability(Enum):
     """What a teacher can provide; a teacher has a set of these, and a method requires one."""
 
-    CHOSEN = "chosen"  # the log-probability of the response tokens that are there
-    TOP_K = "top_k"  # the likeliest K tokens, and with them the probability of any other
+    CHOSEN = "chosen"  # the log-probability of the response's own tokens
+    TOP_K = "top_k"  # the log-probabilities of the K likeliest tokens; all other tokens together are one event
     FULL = "full"  # the log-probability of every token
     MODEL = "model"  # a live model that can generate, and be differentiated
 
@@ -32,14 +32,16 @@ class Teacher(ABC):
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Name or folder of the tokenizer that the teacher reads with; None: not known, and not compared."""
+        """Name or folder of the teacher's tokenizer; None: unknown, and not compared with the student's."""
         return self.model_name
 
     def to(self, device: torch.device) -> None:
-        """Move to the student's device, if this teacher can move and was not told where to be."""
+        """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
-        """Told all batches of an optimizer step before the first is scored, so that a server can work concurrently."""
+        """Called with all batches of an optimizer step before the first is scored, so that a server can score them
+        concurrently.
+        """
 
     def can(self, capability: Capability) -> bool:
         """Does this teacher provide it, or something that includes it?"""
@@ -49,17 +51,17 @@ class Teacher(ABC):
     def score(self, batch: Batch) -> Scores:
         """The teacher's Scores of the batch's N response tokens, in the order of `batch.tokens`.
 
-        A teacher reads `batch.as_read_by_teacher()`, whose rows are the same behind the teacher's own prompts.
+        Score `batch.as_read_by_teacher()`: the same rows, after the teacher's own prompts.
         """
 
 
 def covers(provided: frozenset[Capability], required: frozenset[Capability]) -> bool:
-    """Is all that is required also provided? FULL includes CHOSEN and TOP_K."""
+    """Do the provided capabilities include the required ones? FULL includes CHOSEN and TOP_K."""
     if Capability.FULL in provided:
         provided |= {Capability.CHOSEN, Capability.TOP_K}
     return required <= provided
 
 
 def describe(capabilities: Iterable[Capability]) -> str:
-    """Capabilities for people: "chosen and top_k"."""
+    """Capabilities as text: "chosen and top_k"."""
     return " and ".join(sorted(capability.value for capability in capabilities)) or "nothing"

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
-_MEASURED = {"title", "metrics", "signatures", "curves"}  # what an evaluation's JSON file has
+_METRICS_FILE_KEYS = {"title", "metrics", "signatures", "curves"}
 
 
 def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Print what a run came to, and where its student is."""
+    """Print a run's results, and where its student is saved."""
     console = console or Console()
     distance = summary["student_samples"]
     if distance["before"]:
@@ -57,34 +57,35 @@ def show_evaluation(result: "Evaluation", title: str, output: Path | None, conso
     for name, signature in result.signatures.items():
         console.print(f"{name}: {signature}", soft_wrap=True, highlight=False)
     if output is not None:
-        measured = _measured(output)
+        metrics_file = _metrics_file(output)
         numbers = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
         content = {"title": title, "metrics": numbers, "signatures": result.signatures, "curves": result.curves}
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(measured, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-        console.print(f"{f'responses: {output}   ' if result.responses else ''}all numbers: {measured}", soft_wrap=True)
+        write_atomic(metrics_file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        responses = f"responses: {output}   " if result.responses else ""
+        console.print(f"{responses}all numbers: {metrics_file}", soft_wrap=True)
 
 
 def check_measured(output: Path) -> None:
-    """Refuse an `output` whose JSON file of numbers would replace what no evaluation wrote; changes nothing.
+    """Refuse an `output` whose metrics file would overwrite a file that no evaluation wrote; changes nothing.
 
     Raises:
         ValueError: naming the file, with the remedy.
     """
-    file = _measured(output)
+    file = _metrics_file(output)
     for path in (file, file.with_name(f"{file.name}.partial")):
         try:
-            own = path == file and json.loads(file.read_bytes()).keys() == _MEASURED
+            is_own = path == file and json.loads(file.read_bytes()).keys() == _METRICS_FILE_KEYS
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError):
-            own = False
-        if not own and path.exists():
+            is_own = False
+        if not is_own and path.exists():
             message = f"{path} exists already and was not written by an evaluation"
             raise ValueError(f"{message}: give another --output, or move that file")
 
 
-def _measured(output: Path) -> Path:
+def _metrics_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}.metrics.json")
 
 
@@ -97,14 +98,14 @@ def progress() -> Progress:
 def explain(error: Exception) -> int:
     """Print an error as one sentence and return the exit code."""
     name = type(error).__name__
-    # Errors of the command line's own parsing say more with the option that they are about.
+    # Errors of the argument parser name the option in format_message only.
     message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
     if name == "Interrupted":
         sys.stderr.write(f"{message}\n")
         return INTERRUPTED
     if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
         message = (
-            "the disk is full: free some space and run the same command again; it goes on from the last checkpoint"
+            "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
         )
     elif name == "OutOfMemoryError":
         message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
@@ -116,11 +117,11 @@ def explain(error: Exception) -> int:
 
 def _is_for_users(error: Exception) -> bool:
     """Was this error raised for users, by the command line, the system or this package, or is it a bug?"""
-    own = type(error).__module__.startswith("understudy.")
-    if own or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
+    is_own = type(error).__module__.startswith("understudy.")
+    if is_own or hasattr(error, "format_message") or isinstance(error, OSError | ImportError):
         return True
     if not isinstance(error, ValueError | ArithmeticError):
         return False
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    raised = linecache.getline(frame.f_code.co_filename, line)
-    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in raised
+    source_line = linecache.getline(frame.f_code.co_filename, line)
+    return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in source_line

@@ -1,4 +1,4 @@
-"""Comparing recipes: every run in its own process, resumed at the granularity of a run, all evaluated alike."""
+"""Comparing recipes: runs in processes of their own, resuming, and evaluation with the same settings."""
 
 import json
 from pathlib import Path
@@ -91,13 +91,13 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
     scores = json.loads(lost.read_text())["results"]["greedy"]["scores"]
     lost.unlink()
     compare(compared[:2], output, settings, **options, seeds=1, baseline="kd", console=QUIET)
-    assert {p for p, at in before.items() if p.stat().st_mtime_ns != at} == {lost}
+    assert {p for p, mtime in before.items() if p.stat().st_mtime_ns != mtime} == {lost}
     assert json.loads(lost.read_text())["results"]["greedy"]["scores"] == scores
 
 
 @pytest.mark.slow
 def test_other_settings_leave_files_that_no_evaluation_wrote(home, tmp_path):
-    """With a model whose weights change in between, so that its responses are others."""
+    """With a model whose weights change in between, so that its responses differ."""
     model = llama(tmp_path / "model", seed=3)
     folder = tmp_path / "evaluated"
     folder.mkdir()

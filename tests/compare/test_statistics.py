@@ -1,4 +1,4 @@
-"""What follows from results: spreads over seeds, paired bootstrap, shares of the gap, the table."""
+"""Statistics of results: spreads over seeds, paired bootstrap, share of the gap closed, the table."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What every rollout promises, whatever writes; one test body, run over all of them, the fakes included."""
+"""The contract of Rollout, tested for every rollout, including the fakes."""
 
 import gc
 from dataclasses import replace
@@ -52,7 +52,7 @@ SAMPLED = {"generate": generate, "continuous": continuous}
 
 
 def likely_to_stop():
-    """Without this, a random model would end one response in fifty."""
+    """Otherwise a random model would stop in one response of fifty only."""
     model = tiny("phi")
     with torch.no_grad():
         model.lm_head.bias[STOP] = 2.5
@@ -76,8 +76,8 @@ PROMPTS = ragged_examples(12, seed=5)
 
 
 def test_there_is_a_response_to_every_prompt_in_their_order(rollout):
-    written = rollout(PROMPTS, Step(0))
-    assert [(e.prompt, e.row) for e in written] == [(e.prompt, e.row) for e in PROMPTS]
+    responses = rollout(PROMPTS, Step(0))
+    assert [(e.prompt, e.row) for e in responses] == [(e.prompt, e.row) for e in PROMPTS]
 
 
 def test_nothing_in_a_response_comes_from_the_dataset_s(rollout):
@@ -86,13 +86,13 @@ def test_nothing_in_a_response_comes_from_the_dataset_s(rollout):
 
 
 def test_a_response_ends_with_the_first_stop_token_or_is_truncated(rollout):
-    written = rollout(PROMPTS, Step(0))
-    for example in written:
+    responses = rollout(PROMPTS, Step(0))
+    for example in responses:
         assert 1 <= len(example.response) <= LONGEST
         assert STOP not in example.response[:-1]
         assert example.truncated == (example.response[-1] != STOP)
         assert not example.truncated or len(example.response) == LONGEST
-    assert {e.truncated for e in written} == {True, False}, "the test must see both"
+    assert {e.truncated for e in responses} == {True, False}, "the test must see both"
 
 
 def test_responses_are_plain_integers(rollout):
@@ -101,11 +101,11 @@ def test_responses_are_plain_integers(rollout):
         assert {type(token) for token in example.response} == {int}
 
 
-def test_the_same_step_writes_the_same(rollout):
+def test_the_same_step_gives_the_same_responses(rollout):
     assert rollout(PROMPTS, Step(3, 1)) == rollout(PROMPTS, Step(3, 1))
 
 
-def test_what_is_written_depends_on_nothing_but_the_row(rollout):
+def test_responses_depend_only_on_the_row(rollout):
     together = rollout(PROMPTS, Step(3, 1))
     torch.rand(3)
     assert [rollout([prompt], Step(3, 1))[0] for prompt in PROMPTS] == together
@@ -116,7 +116,7 @@ def test_no_prompts_give_no_responses(rollout):
     assert rollout([], Step(0)) == []
 
 
-def test_prompts_are_left_as_they_are(rollout):
+def test_prompts_are_not_changed(rollout):
     before = [replace(e, prompt=list(e.prompt), response=list(e.response)) for e in PROMPTS]
     rollout(PROMPTS, Step(0))
     assert before == PROMPTS
@@ -125,10 +125,10 @@ def test_prompts_are_left_as_they_are(rollout):
 @pytest.mark.parametrize("name", [*BOUND, "cached"])
 def test_several_responses_to_a_prompt_are_consecutive_and_different(name, tmp_path):
     several = MAKE[name](tmp_path, likely_to_stop(), n=3)
-    written = several(PROMPTS, Step(0))
-    assert [e.row for e in written] == [e.row for e in PROMPTS for _ in range(3)]
-    assert [several([prompt], Step(0)) for prompt in PROMPTS] == [written[i : i + 3] for i in range(0, 36, 3)]
-    assert sum(len({tuple(e.response) for e in written[i : i + 3]}) > 1 for i in range(0, 36, 3)) > 9
+    responses = several(PROMPTS, Step(0))
+    assert [e.row for e in responses] == [e.row for e in PROMPTS for _ in range(3)]
+    assert [several([prompt], Step(0)) for prompt in PROMPTS] == [responses[i : i + 3] for i in range(0, 36, 3)]
+    assert sum(len({tuple(e.response) for e in responses[i : i + 3]}) > 1 for i in range(0, 36, 3)) > 9
 
 
 @pytest.mark.parametrize("name", BOUND)
@@ -138,7 +138,7 @@ def test_another_step_seed_or_author_draws_something_else(name):
     draws.append(teacher(PROMPTS, Step(0, 0)))
     assert {e.author for e in draws[0]} == {"student"}
     assert {e.author for e in draws[-1]} == {"teacher"}
-    assert len({str([e.response for e in written]) for written in draws}) == len(draws)
+    assert len({str([e.response for e in responses]) for responses in draws}) == len(draws)
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -173,13 +173,13 @@ def test_log_probabilities_are_the_model_s_own_at_temperature_one(name, tmp_path
         assert example.streams["sampled_logprob"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_belonged_to_the_dataset_s_response_does_not_belong_to_the_new_one(rollout):
+def test_mask_and_streams_of_the_dataset_s_response_are_dropped(rollout):
     examples = [replace(e, streams={"sampled_logprob": [0.0] * len(e.response)}) for e in PROMPTS]
     assert all(not e.streams for e in rollout(examples, Step(0)))
 
 
 def gemma3():
-    """Two layers, one that sees the whole text and one with a window of four tokens."""
+    """Two layers, one with full attention and one with a sliding window of four tokens."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -192,28 +192,28 @@ def gemma3():
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_the_weights_of_the_moment_write(name):
+def test_responses_are_generated_with_the_current_weights(name):
     model = tiny("llama")
-    written = SAMPLED[name](model)
-    before = written(PROMPTS, Step(0))
+    write = SAMPLED[name](model)
+    before = write(PROMPTS, Step(0))
     with torch.no_grad():
         model.lm_head.weight.neg_()
-    assert written(PROMPTS, Step(0)) != before
+    assert write(PROMPTS, Step(0)) != before
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_greedy_is_what_the_model_s_own_generate_writes(name, kind):
+def test_greedy_responses_equal_those_of_transformers_generate(name, kind):
     model = gemma3() if kind == "gemma3" else tiny(kind)
     stop = [2, *range(5, 12)]
     greedy = SAMPLED[name](model, max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4)
     own = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0)
-    written = greedy(PROMPTS, Step(0))
-    for example in written:
+    responses = greedy(PROMPTS, Step(0))
+    for example in responses:
         ids = torch.tensor([example.prompt])
         expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=own)
         assert example.response == expected[0, len(example.prompt) :].tolist()
-    assert len({len(example.response) for example in written}) > 1, "the test must see rows finish at different times"
+    assert len({len(example.response) for example in responses}) > 1, "the test must see rows finish at different times"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -222,11 +222,11 @@ def test_sampled_tokens_follow_the_model_s_distribution(name, temperature):
     """Chi-square of 2000 first tokens: many streams, one prompt."""
     model, prompt, count = tiny("llama"), [4, 7], 2000
     fields = {"max_new_tokens": 1, "batch_size": 1000, "n": count, "temperature": temperature}
-    written = SAMPLED[name](model, **fields)([Example(prompt, [])], Step(0))
+    responses = SAMPLED[name](model, **fields)([Example(prompt, [])], Step(0))
     probs = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).detach()
-    seen = torch.bincount(torch.tensor([example.response[0] for example in written]), minlength=VOCABULARY)
+    counts = torch.bincount(torch.tensor([example.response[0] for example in responses]), minlength=VOCABULARY)
     likely = probs * count >= 5
-    observed = torch.cat([seen[likely], seen[~likely].sum()[None]])
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
     expected = torch.cat([probs[likely], probs[~likely].sum()[None]]) * count
     degrees = len(expected) - 1
     assert float(((observed - expected) ** 2 / expected).sum()) < degrees + 3.3 * (2 * degrees) ** 0.5 + 4
@@ -234,18 +234,18 @@ def test_sampled_tokens_follow_the_model_s_distribution(name, temperature):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(6, 1.0), (0, 0.6), (12, 0.7)])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_exactly_what_top_k_and_top_p_leave_is_drawn(name, top_k, top_p):
+def test_exactly_the_tokens_of_top_k_and_top_p_are_drawn(name, top_k, top_p):
     """In 400 draws everything that is allowed comes out, if it is likely enough to, and nothing else."""
     model, prompt, count = tiny("llama"), [4, 7], 400
     fields = {"max_new_tokens": 1, "batch_size": 400, "n": count, "top_k": top_k, "top_p": top_p}
-    written = SAMPLED[name](model, **fields)([Example(prompt, [])], Step(0))
+    responses = SAMPLED[name](model, **fields)([Example(prompt, [])], Step(0))
     ranked = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).sort(descending=True)
     probs, tokens = ranked.values[: top_k or None], ranked.indices[: top_k or None].tolist()
     probs = probs / probs.sum()
-    kept = int((probs.cumsum(-1) - probs < top_p).sum())
-    surely = int((probs[:kept] * count > 12).sum())  # missed with probability e⁻¹²
-    drawn = {example.response[0] for example in written}
-    assert drawn <= set(tokens[:kept])
-    assert drawn >= set(tokens[:surely])
+    size = int((probs.cumsum(-1) - probs < top_p).sum())
+    surely = int((probs[:size] * count > 12).sum())  # missed with probability e⁻¹²
+    sampled = {example.response[0] for example in responses}
+    assert sampled <= set(tokens[:size])
+    assert sampled >= set(tokens[:surely])
     assert surely > 1, "the test must see something"
-    assert kept < VOCABULARY
+    assert size < VOCABULARY

@@ -1,4 +1,4 @@
-"""What holds for every teacher: one test body, run over all of them, those of the tests included.
+"""The contract of Teacher, tested for every teacher, including those of the tests.
 
 What a teacher does not provide, `provides` says: tests of every token's log-probability are for those that have FULL.
 """

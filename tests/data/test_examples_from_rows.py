@@ -130,7 +130,7 @@ def test_a_json_file_may_hold_lines(tmp_path, gpt2):
     assert len(load_examples(write(tmp_path / "rows.json", PAIR, PAIR), gpt2)) == 2
 
 
-def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path, gpt2):
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path, gpt2):
     (tmp_path / "a.csv").write_bytes("\ufeffprompt,completion\r\na,b\r\n\r\nc,d\r\n".encode())
     loaded = load_examples(tmp_path / "a.csv", gpt2)
     assert [(row.prompt, row.response) for row in loaded.rows] == [("a", "b"), ("c", "d")]
@@ -153,7 +153,7 @@ def test_a_folder_with_a_file_for_each_split_gives_one_split(tmp_path, gpt2):
 
 
 def test_a_folder_without_data_is_an_error(tmp_path, gpt2):
-    with pytest.raises(DataError, match=r"holds no file that is read here \(\.jsonl, \.json"):
+    with pytest.raises(DataError, match=r"has no data files \(\.jsonl, \.json"):
         load_examples(tmp_path, gpt2)
 
 
@@ -170,9 +170,9 @@ def test_a_missing_file_names_its_neighbour(tmp_path, gpt2):
         load_examples(tmp_path / "prompt.jsonl", gpt2)
 
 
-def test_a_kind_of_file_that_is_not_understood_is_named(tmp_path, gpt2):
+def test_an_unsupported_kind_of_file_is_refused(tmp_path, gpt2):
     write(tmp_path / "a.xml", "<a/>")
-    with pytest.raises(DataError, match=r"a.xml.* is no kind of file that is read here; these are: .jsonl"):
+    with pytest.raises(DataError, match=r"a.xml.* is not a supported kind of file; use one of .jsonl"):
         load_examples(tmp_path / "a.xml", gpt2)
 
 
@@ -403,7 +403,7 @@ def test_arguments_reach_the_chat_template():
 def test_a_template_that_rewrites_the_prompt_is_refused():
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]}
-    with pytest.raises(DataError, match="where the answer begins is unknown"):
+    with pytest.raises(DataError, match="it is unknown where the answer begins"):
         examples_from_rows([row], byte_level(chat=template))
 
 
@@ -412,7 +412,7 @@ def test_a_conversation_without_a_chat_template_is_refused_even_when_bad_rows_ar
         examples_from_rows([{"messages": [{"role": "user", "content": "Hi"}]}], gpt2, on_bad_row="skip")
 
 
-def test_the_error_of_a_chat_template_is_passed_on(llama):
+def test_the_error_of_a_chat_template_is_in_the_message(llama):
     row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
     with pytest.raises(DataError, match="row 1: the chat template refuses the conversation: no system role"):
         examples_from_rows([row], llama)
@@ -475,7 +475,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
     loaded = examples_from_rows([LONG, {"prompt": "Who"}], gpt2, max_prompt_length=6, on_long_prompt="skip")
     assert [row.prompt for row in loaded.rows] == ["Who"]
     assert (loaded.skipped, loaded.cut_prompts) == (1, 0)
-    with pytest.raises(DataError, match=r"rows, row 1: the prompt has \d+ tokens, and 6 have room"):
+    with pytest.raises(DataError, match=r"rows, row 1: the prompt has \d+ tokens, and 6 fit"):
         examples_from_rows([LONG], gpt2, max_prompt_length=6, on_long_prompt="error")
 
 
@@ -494,7 +494,7 @@ def test_long_prompts_can_be_skipped_or_refused(gpt2):
         ('{"prompt": "a", "completion": " \\n"}', r'my\.jsonl:2: the "completion" is empty'),
         ('{"prompt": "a", "completion": []}', r'my\.jsonl:2: the "completion" is an empty list'),
         ('{"prompt": "a", "completion": ["b", 1]}', r'my\.jsonl:2: the "completion\[1\]" is a number \(1\)'),
-        ('{"prompt": "a\\ud800", "completion": "b"}', r"my\.jsonl:2: the \"prompt\" is not valid UTF-8 behind 'a'"),
+        ('{"prompt": "a\\ud800", "completion": "b"}', r"my\.jsonl:2: the \"prompt\" is not valid UTF-8 after 'a'"),
         ('{"messages": "hello"}', r"my\.jsonl:2: the \"messages\" should be a list of messages with role and content"),
         ('{"messages": []}', r"my\.jsonl:2: the \"messages\" should be a list of messages"),
     ],
@@ -512,7 +512,7 @@ def test_a_malformed_row_names_file_line_and_reason(line, message, tmp_path, gpt
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        (["bot"], r"message 1 of the messages has the role a string \(\'bot\'\); system, user and assistant"),
+        (["bot"], r"message 1 of the messages has the role a string \(\'bot\'\); use system, user or assistant"),
         (["assistant"], "message 1 of the messages is the assistant's and comes first"),
         (["user", "user"], "message 2 of the messages is the user's and comes after the user's"),
         (["user", "system"], "message 2 of the messages is the system's"),
@@ -542,7 +542,7 @@ def test_a_conversational_prompt_must_end_with_the_user(chatml):
 def test_bytes_that_are_not_utf_8_make_only_their_row_bad(tmp_path, gpt2):
     path = tmp_path / "latin.csv"
     path.write_bytes("prompt,completion\na,b\nMüll,c\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin.csv:3: the \"prompt\" is not valid UTF-8 behind 'M'"):
+    with pytest.raises(DataError, match=r"latin.csv:3: the \"prompt\" is not valid UTF-8 after 'M'"):
         load_examples(path, gpt2)
     assert len(load_examples(path, gpt2, on_bad_row="skip")) == 1
     text = tmp_path / "latin.txt"
@@ -577,9 +577,9 @@ def test_skipped_rows_are_counted_and_reported(tmp_path, gpt2, caplog):
 
 
 def test_an_empty_dataset_is_an_error(tmp_path, gpt2):
-    with pytest.raises(DataError, match=r"a.jsonl holds no rows"):
+    with pytest.raises(DataError, match=r"a.jsonl has no rows"):
         load_examples(write(tmp_path / "a.jsonl"), gpt2)
-    with pytest.raises(DataError, match=r"holds no usable row: 2 skipped, the first because .*b.jsonl:1: not valid"):
+    with pytest.raises(DataError, match=r"has no usable row: 2 skipped, the first because .*b.jsonl:1: not valid"):
         load_examples(write(tmp_path / "b.jsonl", "{", "{"), gpt2, on_bad_row="skip")
 
 
@@ -595,7 +595,7 @@ def test_an_option_out_of_its_range_is_an_error(option, gpt2):
 STORY = "".join(f"The star learns part {number}.\nAnd so on.\n\n" for number in range(40))
 
 
-def test_a_text_is_cut_into_chunks_that_begin_at_lines_and_lose_nothing(tmp_path, gpt2):
+def test_a_text_is_cut_into_chunks_that_begin_at_lines_without_losing_text(tmp_path, gpt2):
     path = tmp_path / "story.txt"
     path.write_text(STORY)
     loaded = load_examples(path, gpt2, max_length=60, text_prompt=5)
@@ -641,7 +641,7 @@ def test_a_text_too_short_for_a_response_is_skipped(gpt2):
 # Examples
 
 
-def test_examples_know_their_rows_and_feed_a_data_loader(gpt2):
+def test_examples_have_their_rows_and_work_in_a_data_loader(gpt2):
     loaded = examples_from_rows([PAIR, LONG, PAIR], gpt2)
     assert [example.row for example in loaded] == [0, 1, 2]
     assert loaded.has_responses

@@ -1,4 +1,4 @@
-"""A data block becomes examples that fit the models' context length, from wherever the data is."""
+"""Loading the examples of a data block, cut to the models' context length."""
 
 import pytest
 from folders import characters, sums

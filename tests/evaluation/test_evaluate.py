@@ -1,4 +1,4 @@
-"""Evaluation of a model by its responses: correct or wrong, text metrics, and the distance to the teacher."""
+"""Evaluating a model: accuracy and text metrics of its responses, and the distance to the teacher."""
 
 import json
 import sys
@@ -67,18 +67,18 @@ def test_prompts_alone_have_responses_but_no_accuracy():
 
 def test_metrics_are_measured_over_the_rows_that_have_references():
     rows = [{"prompt": "a", "completion": ["one cat", "two cats"]}, {"prompt": "b"}, {"prompt": "c", "completion": "3"}]
-    asked = ["rouge_l", "bleu", "exact_match"]
+    metrics = ["rouge_l", "bleu", "exact_match"]
     result = evaluate(
         None,
         TOKENIZER,
         examples_from_rows(rows, TOKENIZER),
         FixedRollout("two cats", "two", "4"),
         Sampling(),
-        metrics=asked,
+        metrics=metrics,
     )
-    assert list(result.metrics)[-3:] == asked
+    assert list(result.metrics)[-3:] == metrics
     assert result.metrics["rouge_l"] == result.metrics["exact_match"] == 50
-    assert set(result.signatures) == set(asked)
+    assert set(result.signatures) == set(metrics)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation():
         ({"exposure_bias": True, "teacher": "live"}, "sample at temperature 1"),
     ],
 )
-def test_what_would_mean_nothing_is_refused_before_anything_is_generated(options, sentence):
+def test_meaningless_settings_are_refused_before_anything_is_generated(options, sentence):
     if options.get("teacher") == "live":
         options = {**options, "teacher": LocalTeacher(tiny("llama"))}
     examples = examples_from_rows([{"prompt": "a", "completion": "b"}], TOKENIZER)
@@ -165,7 +165,7 @@ def test_the_distance_to_a_teacher_is_what_the_definitions_say(home):
     student = AutoModelForCausalLM.from_pretrained(home / "student").eval()
     teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
     examples = [Example([5, 6, 7], [8, 9, 2]), Example([10], [11, 12, 13, 14, 2]), Example([4, 5], [2])]
-    found = distance(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
+    means = distance(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
     sums = {"forward_kl": 0.0, "reverse_kl": 0.0, "student_entropy": 0.0, "teacher_entropy": 0.0}
     for example in examples:
         ids = torch.tensor([[*example.prompt, *example.response]])
@@ -177,7 +177,7 @@ def test_the_distance_to_a_teacher_is_what_the_definitions_say(home):
         sums["reverse_kl"] += (log_q.exp() * (log_q - log_p)).sum().item()
         sums["student_entropy"] -= (log_q.exp() * log_q).sum().item()
         sums["teacher_entropy"] -= (log_p.exp() * log_p).sum().item()
-    assert found == pytest.approx({name: total / 9 for name, total in sums.items()}, rel=1e-4)
+    assert means == pytest.approx({name: total / 9 for name, total in sums.items()}, rel=1e-4)
     assert len(Batch.from_examples(examples, 0).tokens) == 9
 
 
@@ -185,8 +185,8 @@ def test_the_differences_at_every_position_are_what_their_definitions_say(home):
     student = AutoModelForCausalLM.from_pretrained(home / "student").eval()
     teacher = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
     examples = [Example([5, 6, 7], [8, 9, 2]), Example([10], [11, 12, 13, 14, 2]), Example([4, 5], [2])]
-    found = distances(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
-    wanted = {
+    result = distances(student, LocalTeacher(teacher), examples, len(TOKENIZER), batch_size=2)
+    expected = {
         name: [[] for _ in range(5)] for name in ("agreement", "top_10_overlap", "teacher_surprise", "forward_kl")
     }
     for example in examples:
@@ -197,25 +197,25 @@ def test_the_differences_at_every_position_are_what_their_definitions_say(home):
             )
         for position, token in enumerate(example.response):
             p, q = log_p[position], log_q[position]
-            ours, theirs = (set(sorted(range(len(x)), key=lambda v, x=x: -x[v])[:10]) for x in (q, p))
-            wanted["agreement"][position].append(float(p.argmax() == q.argmax()))
-            wanted["top_10_overlap"][position].append(len(ours & theirs) / 10)
-            wanted["teacher_surprise"][position].append(-float(p[token]))
-            wanted["forward_kl"][position].append(float((p.exp() * (p - q)).sum()))
-    curves, means = found.by_position(), found.means()
+            student_top, teacher_top = (set(sorted(range(len(x)), key=lambda v, x=x: -x[v])[:10]) for x in (q, p))
+            expected["agreement"][position].append(float(p.argmax() == q.argmax()))
+            expected["top_10_overlap"][position].append(len(student_top & teacher_top) / 10)
+            expected["teacher_surprise"][position].append(-float(p[token]))
+            expected["forward_kl"][position].append(float((p.exp() * (p - q)).sum()))
+    curves, means = result.by_position(), result.means()
     assert curves["alive"] == [3, 2, 2, 1, 1]
-    for name, values in wanted.items():
+    for name, values in expected.items():
         assert curves[name] == pytest.approx([sum(v) / len(v) for v in values], rel=1e-4), name
         assert means[name] == pytest.approx(sum(map(sum, values)) / 9, rel=1e-4), name
     halves = [distances(student, LocalTeacher(teacher), part, len(TOKENIZER)) for part in (examples[:1], examples[1:])]
     assert (halves[0] + halves[1]).means() == pytest.approx(means, rel=1e-5)
 
 
-def test_a_model_is_at_no_distance_from_itself(home):
+def test_the_distance_of_a_model_from_itself_is_zero(home):
     model = AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
-    found = distance(model, LocalTeacher(str(home / "teacher")), [Example([5, 6], [7, 8, 2])], len(TOKENIZER))
-    assert found["forward_kl"] == pytest.approx(0, abs=1e-6)
-    assert found["student_entropy"] == pytest.approx(found["teacher_entropy"])
+    means = distance(model, LocalTeacher(str(home / "teacher")), [Example([5, 6], [7, 8, 2])], len(TOKENIZER))
+    assert means["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert means["student_entropy"] == pytest.approx(means["teacher_entropy"])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -265,11 +265,11 @@ def test_the_command_samples_by_a_protocol_and_resumes_from_its_responses(home, 
     printed = capsys.readouterr().out
     for name in ("± over seeds", "self_bleu", "exposure_bias", "agreement", "top_10_overlap", "teacher_perplexity"):
         assert name in printed
-    found = json.loads((tmp_path / "responses.metrics.json").read_text())
-    assert len(found["curves"]["exposure_bias"]["percent"]) == len(found["curves"]["exposure_bias"]["alive"]) <= 8
-    assert found["curves"]["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
-    assert found["curves"]["distance"]["alive"][0] == 20
-    assert {"accuracy", "accuracy_std", "forward_kl", "forward_kl_std"} <= set(found["metrics"])
+    content = json.loads((tmp_path / "responses.metrics.json").read_text())
+    assert len(content["curves"]["exposure_bias"]["percent"]) == len(content["curves"]["exposure_bias"]["alive"]) <= 8
+    assert content["curves"]["exposure_bias"]["percent"][0] == pytest.approx(0, abs=1e-3)
+    assert content["curves"]["distance"]["alive"][0] == 20
+    assert {"accuracy", "accuracy_std", "forward_kl", "forward_kl_std"} <= set(content["metrics"])
     output.write_bytes(first[0][:-30])
     run(monkeypatch, home / "student", *arguments)
     assert (output.read_bytes(), (tmp_path / "responses.teacher.jsonl").read_bytes()) == first
@@ -335,8 +335,8 @@ def test_lm_eval_runs_its_tasks(home, tmp_path, monkeypatch, capsys):
     for i in range(6):
         ids = torch.tensor([TOKENIZER.encode(f"{i}+1=", add_special_tokens=False)])
         log = model(ids).logits[0, -1].log_softmax(-1)
-        ours, other = (TOKENIZER.encode(text, add_special_tokens=False)[0] for text in (str(i + 1), "z"))
-        right += bool(log[ours] > log[other])
+        answer, other = (TOKENIZER.encode(text, add_special_tokens=False)[0] for text in (str(i + 1), "z"))
+        right += bool(log[answer] > log[other])
     run(monkeypatch, home / "teacher", "--lm-eval", tmp_path / "sums.yaml", "--output", tmp_path / "a.jsonl")
     assert json.loads((tmp_path / "a.metrics.json").read_text())["metrics"]["sums/acc"] == pytest.approx(right / 6)
     error = refused(monkeypatch, capsys, home / "teacher", "--lm-eval", "mmul")
@@ -352,7 +352,7 @@ def test_the_command_takes_columns_and_a_template(home, tmp_path, monkeypatch, c
 
 
 class Halved(LlamaForCausalLM):
-    """Does something to its logits that nobody was told of."""
+    """A model that transforms its logits in an unknown way."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -360,12 +360,12 @@ class Halved(LlamaForCausalLM):
         return out
 
 
-def test_a_model_that_transforms_its_logits_is_measured_by_these():
-    made = Halved(tiny("llama").config).eval()
-    made.load_state_dict(tiny("llama").state_dict())
+def test_the_distance_uses_the_logits_of_a_model_that_transforms_them():
+    model = Halved(tiny("llama").config).eval()
+    model.load_state_dict(tiny("llama").state_dict())
     examples = some_examples()
     batch = Batch.from_examples(examples, 0)
-    found = distance(made, LocalTeacher(tiny("llama", seed=1)), examples, VOCABULARY)
-    logits = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
+    means = distance(model, LocalTeacher(tiny("llama", seed=1)), examples, VOCABULARY)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-    assert found["student_entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    assert means["student_entropy"] == pytest.approx(float(entropy), rel=1e-5)

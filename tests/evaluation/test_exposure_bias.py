@@ -1,4 +1,4 @@
-"""What a student's own writing costs it, against an enumeration by hand."""
+"""Exposure bias against an enumeration by hand."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def table(first, second):
 
 
 class Table(Tabular):
-    """A model as far as evaluations ask for one: it has no head that could be taken apart."""
+    """A model with everything that evaluations need; without a head, so that the loss takes the plain path."""
 
     def get_output_embeddings(self):
         return None
@@ -53,30 +53,32 @@ def samples(tenths, row=0, second=1):
     return [Example([0], [y, second], row=row) for y, times in enumerate(tenths) for _ in range(times)]
 
 
-def measured(own, theirs):
-    return exposure_bias(Table(table(*Q)), Tables(Table(table(*P))), own, theirs, vocabulary=3, batch_size=4)
+def measured(student_samples, teacher_samples):
+    return exposure_bias(
+        Table(table(*Q)), Tables(Table(table(*P))), student_samples, teacher_samples, vocabulary=3, batch_size=4
+    )
 
 
-def test_two_enumerated_steps_have_the_excess_that_the_definition_gives():
-    found = measured(samples(TENTHS_OF_Q), samples(TENTHS_OF_P))
-    assert found.accumulated[1] == pytest.approx(0.668193, abs=1e-6)
-    assert found.expected[1] == pytest.approx(0.599976, abs=1e-6), "the KL between whole sequences"
-    assert found.percent[0] == pytest.approx(0, abs=1e-4)
-    assert found.percent[1] == pytest.approx(11.370014, abs=1e-4)
-    assert found.alive.tolist() == found.teacher_alive.tolist() == [10, 10]
+def test_exposure_bias_of_two_enumerated_steps_equals_its_definition():
+    result = measured(samples(TENTHS_OF_Q), samples(TENTHS_OF_P))
+    assert result.accumulated[1] == pytest.approx(0.668193, abs=1e-6)
+    assert result.expected[1] == pytest.approx(0.599976, abs=1e-6), "the KL between whole sequences"
+    assert result.percent[0] == pytest.approx(0, abs=1e-4)
+    assert result.percent[1] == pytest.approx(11.370014, abs=1e-4)
+    assert result.alive.tolist() == result.teacher_alive.tolist() == [10, 10]
 
 
-def test_the_last_token_counts_and_the_dead_do_not():
+def test_only_samples_that_reach_a_position_count_there():
     """A prompt's position that only some samples reach is averaged over these; one that none reaches adds nothing."""
     short = [Example([0], [0], row=0), Example([0], [1, 2], row=0)]
-    found = measured(short, [Example([0], [2], row=0), Example([0], [0], row=0)])
+    result = measured(short, [Example([0], [2], row=0), Example([0], [0], row=0)])
     first, after = torch.tensor(P[0]), torch.tensor(P[1][1])
     kl_first = (first * (first / torch.tensor(Q[0])).log()).sum()
     kl_after = (after * (after / torch.tensor(Q[1][1])).log()).sum()
-    assert found.accumulated.tolist() == pytest.approx([float(kl_first), float(kl_first + kl_after)], rel=1e-5)
-    assert found.expected.tolist() == pytest.approx([float(kl_first)] * 2, rel=1e-5)
-    assert found.alive.tolist() == [2, 1]
-    assert found.teacher_alive.tolist() == [2, 0]
+    assert result.accumulated.tolist() == pytest.approx([float(kl_first), float(kl_first + kl_after)], rel=1e-5)
+    assert result.expected.tolist() == pytest.approx([float(kl_first)] * 2, rel=1e-5)
+    assert result.alive.tolist() == [2, 1]
+    assert result.teacher_alive.tolist() == [2, 0]
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_means():
@@ -87,22 +89,26 @@ def test_the_standard_error_is_that_of_a_ratio_of_means():
     assert alike.standard_error[1] == pytest.approx(0, abs=1e-4)
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(first, rows):
+    def draw(first, rows):
         ys = torch.multinomial(torch.tensor(first), len(rows), True, generator=generator).tolist()
         return [Example([0], [y, 0], row=row) for y, row in zip(ys, rows, strict=True)]
 
     rows = list(range(40))
-    own, theirs = drawn(Q[0], rows), drawn(P[0], rows)
+    student_samples, teacher_samples = draw(Q[0], rows), draw(P[0], rows)
     without = [
-        float(measured([e for e in own if e.row != row], [e for e in theirs if e.row != row]).percent[1])
+        float(
+            measured(
+                [e for e in student_samples if e.row != row], [e for e in teacher_samples if e.row != row]
+            ).percent[1]
+        )
         for row in rows
     ]
     jackknife = (39 / 40 * sum((x - sum(without) / 40) ** 2 for x in without)) ** 0.5
-    assert float(measured(own, theirs).standard_error[1]) == pytest.approx(jackknife, rel=0.1)
-    assert torch.isnan(measured(own[:1], theirs[:1]).standard_error).all()
+    assert float(measured(student_samples, teacher_samples).standard_error[1]) == pytest.approx(jackknife, rel=0.1)
+    assert torch.isnan(measured(student_samples[:1], teacher_samples[:1]).standard_error).all()
 
 
-def test_samples_of_live_models_come_near_the_enumeration():
+def test_samples_of_live_models_approach_the_enumeration():
     """Two steps of two random models, whose first tokens are enumerated, against 3000 samples of each."""
     student, teacher = tiny("llama", seed=1), tiny("gpt2", seed=2)
     prompt, draws = Example([5, 6, 7], [], row=0), 3000
@@ -119,12 +125,14 @@ def test_samples_of_live_models_come_near_the_enumeration():
     exact = 100 * (steps[0] - steps[1]) / steps[1]
 
     options = {"max_new_tokens": 2, "temperature": 1.0, "batch_size": 1000}
-    own = writer(GenerateRollout, student, **options)([prompt] * draws, Step(0, 3))
-    theirs = writer(GenerateRollout, teacher, "teacher", **options)([prompt] * draws, Step(0, 3))
-    found = exposure_bias(student, LocalTeacher(teacher), own, theirs, VOCABULARY, batch_size=1000)
+    student_samples = writer(GenerateRollout, student, **options)([prompt] * draws, Step(0, 3))
+    teacher_samples = writer(GenerateRollout, teacher, "teacher", **options)([prompt] * draws, Step(0, 3))
+    result = exposure_bias(
+        student, LocalTeacher(teacher), student_samples, teacher_samples, VOCABULARY, batch_size=1000
+    )
     assert abs(exact) > 2, "there is something to be found"
-    assert float(found.percent[0]) == pytest.approx(0, abs=1e-3)
-    assert float(found.percent[1]) == pytest.approx(exact, abs=1.5)
+    assert float(result.percent[0]) == pytest.approx(0, abs=1e-3)
+    assert float(result.percent[1]) == pytest.approx(exact, abs=1.5)
 
 
 def test_samples_for_different_prompts_are_refused():

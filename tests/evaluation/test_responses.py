@@ -1,4 +1,4 @@
-"""Responses are generated once, saved batch by batch, and never generated twice, whatever happens in between."""
+"""Responses are generated once, saved batch by batch, and resumed after an interruption."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 
 
 class Portions(Rollout):
-    """Generates as many responses at once as it is told, remembers which, and may fail."""
+    """A rollout that generates `batch_size` responses at once, records them, and may fail."""
 
     def __init__(self, batch_size=8, dies_at=None, room=100):
         self._inner, self.batch_size = ScriptedRollout(), batch_size
@@ -98,26 +98,26 @@ def test_an_interrupted_evaluation_resumes_and_generates_nothing_twice(tmp_path)
 def test_a_torn_line_is_generated_again(tmp_path):
     path = tmp_path / "responses.jsonl"
     generate(path)
-    whole = path.read_bytes()
-    for cut in (1, 20, len(whole) - whole.rfind(b"\n", 0, -1) - 1):
-        path.write_bytes(whole[:-cut])
+    content = path.read_bytes()
+    for cut in (1, 20, len(content) - content.rfind(b"\n", 0, -1) - 1):
+        path.write_bytes(content[:-cut])
         rollout = Portions()
         generate(path, rollout)
         assert sum(map(len, rollout._asked)) == 1
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == content
 
 
-def foreign(whole):
-    """What may lie where responses are to be saved, and is no file of ours."""
+def foreign(content):
+    """Contents of files that are not files of responses."""
     return {
         "no newline": b"the only copy",
         "a line without a newline": b'{"seed": 1, "row": 0}',
         "lines, the last without a newline": b'{"a": 1}\n{"a": 2}',
         "an empty line": b"\n",
         "bytes": b"\xff\xfe\n\x00",
-        "a note behind responses": whole + b"my own note",
-        "a note before a torn response": b"my own note\n" + whole[:-5],
-        "responses of something else, torn": whole.replace(b'"id": "', b'"id": "0')[:-5],
+        "a note behind responses": content + b"my own note",
+        "a note before a torn response": b"my own note\n" + content[:-5],
+        "responses of something else, torn": content.replace(b'"id": "', b'"id": "0')[:-5],
     }
 
 
@@ -137,7 +137,7 @@ def test_a_foreign_file_is_refused_and_stays_as_it_is(case, tmp_path):
 def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
     other = tmp_path / "responses.jsonl.lock"
     other.write_text("the only copy")
-    with pytest.raises(ValueError, match=r"responses\.jsonl\.lock is no lock, .*: give another file for the responses"):
+    with pytest.raises(ValueError, match=r"responses\.jsonl\.lock is not a lock, .*: give another file for"):
         generate(tmp_path / "responses.jsonl")
     assert other.read_text() == "the only copy"
     assert list(tmp_path.iterdir()) == [other]
@@ -150,7 +150,7 @@ def test_responses_may_go_into_an_empty_file(tmp_path):
     assert len(lines(path)) == 40
 
 
-def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
+def test_more_seeds_and_more_rows_are_appended(tmp_path):
     path = tmp_path / "responses.jsonl"
     few = replace(EXAMPLES, examples=EXAMPLES.examples[:5], rows=EXAMPLES.rows[:5])
     assert len(generate(path, examples=few, seeds=(1,)).responses) == 5
@@ -162,7 +162,7 @@ def test_more_seeds_and_more_rows_add_to_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["model", "sampling", "prompt", "stranger"])
-def test_responses_of_something_else_are_refused(change, tmp_path):
+def test_responses_of_another_model_prompt_or_sampling_are_refused(change, tmp_path):
     path = tmp_path / "responses.jsonl"
     generate(path)
     before = path.read_bytes()
@@ -223,7 +223,7 @@ def test_a_last_smaller_batch_does_not_change_the_batch_size():
     assert search.size == 8
 
 
-def test_where_memory_is_too_small_fewer_are_generated_at_once():
+def test_out_of_memory_halves_the_batch_size():
     rollout, search = Portions(room=5), BatchSizeSearch(16)
     assert len(generate(rollout=rollout, search=search).responses) == 40
     assert max(map(len, rollout._asked)) == 4
@@ -232,8 +232,8 @@ def test_where_memory_is_too_small_fewer_are_generated_at_once():
         generate(rollout=Portions(room=0), search=BatchSizeSearch(16))
 
 
-def test_several_responses_a_prompt_are_asked_for_by_seeds():
-    with pytest.raises(ValueError, match="by several seeds"):
+def test_several_responses_a_prompt_need_several_seeds():
+    with pytest.raises(ValueError, match="give several seeds"):
         generate(sampling=replace(SAMPLING, n=2))
 
 

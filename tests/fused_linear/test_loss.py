@@ -20,7 +20,7 @@ from understudy.fused_linear.tiles import tiling
 
 
 def upstream(kind: str) -> tuple[Tensor | None, Tensor]:
-    """The weights that are announced, and those that the values are weighted with afterwards."""
+    """The weights passed to the forward pass, and those with which the values are summed afterwards."""
     true = torch.rand(N, generator=generator(9), dtype=f64) - 0.3
     ones = torch.ones(N, dtype=f64)
     return {
@@ -90,18 +90,18 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     student = random_projected()
     student.head.weight.requires_grad_(False)
     student.head.bias.requires_grad_(False)
-    walks = []
-    walk = fused_loss._walk
-    monkeypatch.setattr(fused_loss, "_walk", lambda *a: walks.append(walk(*a)) or walks[-1])
+    results = []
+    run_tiles = fused_loss._run_tiles
+    monkeypatch.setattr(fused_loss, "_run_tiles", lambda *a: results.append(run_tiles(*a)) or results[-1])
     values = row_values(student, divergence_loss(ForwardKL(), random_projected(seed=3)), torch.ones(N))
     values.sum().backward()
-    [(_, (hidden, weight, bias))] = walks
+    [(_, (hidden, weight, bias))] = results
     assert hidden is not None
     assert weight is None
     assert bias is None
     with torch.no_grad():
         row_values(student, divergence_loss(ForwardKL(), random_projected(seed=3)), torch.ones(N))
-    assert walks[1][1] == [None, None, None]
+    assert results[1][1] == [None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
 def test_a_second_pass_with_gradients_runs_only_if_the_weights_differ_from_those_announced(kind, passes, monkeypatch):
     student = random_projected()
     passes_with_gradients = []
-    walk = fused_loss._walk
-    monkeypatch.setattr(fused_loss, "_walk", lambda *a: passes_with_gradients.append(any(a[-1])) or walk(*a))
+    run_tiles = fused_loss._run_tiles
+    monkeypatch.setattr(fused_loss, "_run_tiles", lambda *a: passes_with_gradients.append(any(a[-1])) or run_tiles(*a))
     announced, true = upstream(kind)
     (row_values(student, divergence_loss(ForwardKL(), random_projected(seed=3)), announced) * true).sum().backward()
     assert sum(passes_with_gradients) == passes
@@ -278,7 +278,7 @@ def test_fused_divergence_refuses_shapes_that_do_not_match_and_two_temperatures(
     student, teacher = random_projected(bias=False), random_projected(width=5)
     with pytest.raises(ValueError, match=r"the teacher's hidden rows \(23, 7\) and head \(31, 5\)"):
         fused_divergence(ForwardKL(), student.hidden, teacher.head.weight, *leaves(student))
-    with pytest.raises(ValueError, match="23 rows of the student meet 22"):
+    with pytest.raises(ValueError, match="the student has 23 hidden rows and the teacher 22"):
         fused_divergence(ForwardKL(), teacher.hidden[1:], teacher.head.weight, *leaves(student))
     with pytest.raises(ValueError, match="not twice"):
         fused_sum(ForwardKL(temperature=2.0), teacher, student, None, temperature=2.0)

@@ -1,4 +1,4 @@
-"""The cache with room beside transformers' own."""
+"""The preallocated key-value cache against transformers' DynamicCache."""
 
 import logging
 
@@ -17,23 +17,23 @@ def states(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
     return keys, values
 
 
-def test_a_layer_with_room_holds_what_transformers_own_holds():
-    """A prompt, tokens beyond the first room, rows that leave, more tokens."""
-    ours, theirs, rows = PreallocatedLayer(), DynamicLayer(), 5
+def test_a_preallocated_layer_equals_a_dynamic_one():
+    """A prompt, tokens beyond the first allocation, dropped rows, more tokens."""
+    preallocated, dynamic, rows = PreallocatedLayer(), DynamicLayer(), 5
     for step in range(60):
         new = states(rows, 7 if step == 0 else 1, step)
-        for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
+        for one, other in zip(preallocated.update(*new), dynamic.update(*new), strict=True):
             assert torch.equal(one, other)
         if step in (3, 40):
-            kept = torch.tensor([0, 2, 3] if step == 3 else [1])
-            for layer in (ours, theirs):
-                layer.batch_select_indices(kept)
-            rows = len(kept)
-        assert ours.get_seq_length() == theirs.get_seq_length() == 7 + step
-        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+            indices = torch.tensor([0, 2, 3] if step == 3 else [1])
+            for layer in (preallocated, dynamic):
+                layer.batch_select_indices(indices)
+            rows = len(indices)
+        assert preallocated.get_seq_length() == dynamic.get_seq_length() == 7 + step
+        assert preallocated.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
 
 
-def test_memory_is_asked_for_rarely():
+def test_memory_is_allocated_rarely():
     layer, places = PreallocatedLayer(), set()
     for step in range(200):
         keys, _ = layer.update(*states(3, 1, step))
@@ -41,30 +41,30 @@ def test_memory_is_asked_for_rarely():
     assert len(places) < 10
 
 
-def test_positions_may_be_written_by_somebody_else():
-    """As a compiled forward does, which sees a part of the memory as long as it likes, and never all of it."""
-    ours, theirs = PreallocatedLayer(), DynamicLayer()
-    for layer in (ours, theirs):
+def test_positions_may_be_written_by_a_compiled_forward():
+    """A compiled forward gets a view of the memory that is never all of it."""
+    preallocated, dynamic = PreallocatedLayer(), DynamicLayer()
+    for layer in (preallocated, dynamic):
         layer.update(*states(3, 7, 0))
     for step in range(7, 100):
         new = states(3, 1, step)
-        memory = ours.extend(step + 1, -(-(step + 1) // 32) * 32)
+        memory = preallocated.extend(step + 1, -(-(step + 1) // 32) * 32)
         fixed = FixedLayer(*memory, torch.tensor([step]))
         assert fixed.get_mask_sizes(1) == (memory[0].shape[2], 0)
-        seen, expected = fixed.update(*new), theirs.update(*new)
-        for whole, held, other in zip(seen, (ours.keys, ours.values), expected, strict=True):
-            assert not whole.is_contiguous()
-            assert torch.equal(whole[:, :, : step + 1], other)
-            assert torch.equal(held, other)
-            assert (whole[:, :, step + 1 :] == 0).all()
+        fixed_states, expected = fixed.update(*new), dynamic.update(*new)
+        for buffer, views, other in zip(fixed_states, (preallocated.keys, preallocated.values), expected, strict=True):
+            assert not buffer.is_contiguous()
+            assert torch.equal(buffer[:, :, : step + 1], other)
+            assert torch.equal(views, other)
+            assert (buffer[:, :, step + 1 :] == 0).all()
 
 
-def test_rows_may_leave_a_layer_that_is_still_empty():
+def test_rows_may_be_dropped_from_an_empty_layer():
     PreallocatedLayer().batch_select_indices(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2", "opt", "phi"])
-def test_models_find_in_it_what_they_put_there(kind):
+def test_models_compute_the_same_logits_with_the_preallocated_cache(kind):
     model = tiny(kind)
     ids = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
@@ -75,7 +75,7 @@ def test_models_find_in_it_what_they_put_there(kind):
         assert any(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
 
 
-def test_a_cache_whose_rows_cannot_leave_is_found_out_and_said(caplog):
+def test_a_cache_that_cannot_drop_rows_is_detected_and_logged(caplog):
     cache = DynamicCache()
     cache.layers = [DynamicLayer(), LinearAttentionLayer()]
     with caplog.at_level(logging.INFO, "understudy.generation.kv_cache"):

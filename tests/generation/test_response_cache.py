@@ -33,11 +33,11 @@ def test_a_row_is_generated_once(tmp_path):
     assert {e.author for e in first} == {"teacher"}
 
 
-def test_a_response_does_not_depend_on_the_step_it_was_first_asked_for_at(tmp_path):
+def test_a_response_does_not_depend_on_the_step_that_first_needed_it(tmp_path):
     assert cached(tmp_path / "a")[1](PROMPTS, Step(0)) == cached(tmp_path / "b")[1](PROMPTS, Step(9))
 
 
-def test_a_row_that_is_there_twice_gets_one_response(tmp_path):
+def test_a_repeated_row_gets_one_response(tmp_path):
     one, two = cached(tmp_path)[1]([PROMPTS[0], PROMPTS[0]], Step(0))
     assert one == two
 
@@ -49,7 +49,7 @@ def test_responses_outlive_the_run(tmp_path):
     assert calls == []
 
 
-def test_only_what_is_missing_is_generated(tmp_path):
+def test_only_missing_responses_are_generated(tmp_path):
     cached(tmp_path)[1](PROMPTS[:4], Step(0))
     calls, again = cached(tmp_path)
     again(PROMPTS, Step(0))
@@ -69,7 +69,7 @@ def test_a_torn_file_loses_its_last_response_only(tmp_path):
         assert calls == [], "what is appended after a torn line must be readable"
 
 
-def test_lines_that_are_no_responses_are_passed_over(tmp_path):
+def test_lines_that_are_not_responses_are_ignored(tmp_path):
     first = cached(tmp_path)[1](PROMPTS, Step(0))
     file = tmp_path / "deep" / "responses.jsonl"
     file.write_text('12\n"x"\n[1]\nnull\n{}\n[1, 2\n' + file.read_text())

@@ -1,4 +1,4 @@
-"""A file of responses: lines come back as they were written, and a file of anything else is refused."""
+"""The file of responses: lines are read back unchanged, and a file of anything else is refused."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def response(prompt, *tokens):
     return Example(prompt.prompt, list(tokens), row=prompt.row, truncated=len(tokens) > 2)
 
 
-def test_lines_come_back_with_texts_in_any_script(tmp_path):
+def test_lines_with_texts_in_any_script_are_read_back_unchanged(tmp_path):
     file = ResponseFile(tmp_path / "responses.jsonl", {"weights": "f00d"})
     lines = [
         file.line(1, response(PROMPTS[0], 9, 2), response="a\u2028b\u0085c\n日本語"),
@@ -42,24 +42,24 @@ def test_a_torn_line_is_left_out_and_cut_off(tmp_path):
     file = ResponseFile(path, {})
     lines = [file.line(0, response(prompt, 9, 2)) for prompt in PROMPTS]
     file.append(lines)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-7])
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
     assert file.load() == lines[:1]
     file.drop_torn_line()
     file.append(lines[1:])
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("content", [b"notes", b'{"a": 1}\n', b"\xff\xfe\n", b"\n", b'{"seed": 0, "row": 0}'])
 def test_a_file_of_anything_else_is_refused_and_stays(content, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"mine\.jsonl:1 is no response .*: give another file for the responses"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl:1 is not a response .*: give another file for the responses"):
         ResponseFile(path, {}).load()
     assert path.read_bytes() == content
 
 
-def test_a_lock_is_free_again_after_an_error_and_keeps_others_out_before(tmp_path):
+def test_a_lock_excludes_other_processes_and_is_released_after_an_error(tmp_path):
     first, second = (ResponseFile(tmp_path / "deep" / "responses.jsonl", {}) for _ in range(2))
     with first.locked(), pytest.raises(ValueError, match="another process is writing responses"), second.locked():
         pass

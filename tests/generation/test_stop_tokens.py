@@ -1,4 +1,4 @@
-"""Stop tokens of tokenizer, chat template and models, gathered in one place."""
+"""Stop tokens of tokenizer, chat template and models."""
 
 import pytest
 from fakes import tiny, words
@@ -14,7 +14,7 @@ def model_ending_with(ids):
     return model
 
 
-def test_tokenizer_chat_template_and_models_are_asked():
+def test_stop_tokens_come_from_tokenizer_chat_template_and_models():
     tokenizer = words()
     tokenizer.add_special_tokens({"additional_special_tokens": ["w9"]})
     tokenizer.chat_template = CHATML

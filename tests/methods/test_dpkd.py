@@ -171,7 +171,7 @@ def collected(method, step=0, rows=3):
 
 
 class Dated(Rollout):
-    """Writes who it is and when: [author, step]."""
+    """A rollout whose responses are [author, step]."""
 
     def __init__(self, author):
         self.name = author
@@ -189,11 +189,11 @@ def test_teacher_and_student_respond_to_the_same_prompt_in_pairs():
     assert [(e.author, e.pair, e.row) for e in examples] == expected
 
 
-@pytest.mark.parametrize(("refresh", "written"), [(1, [0, 1, 2, 3]), (2, [0, 0, 2, 2]), (0, [0, 0, 0, 0])])
-def test_student_responses_are_refreshed_when_older_than_refresh_steps(refresh, written):
+@pytest.mark.parametrize(("refresh", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 0, 2, 2]), (0, [0, 0, 0, 0])])
+def test_student_responses_are_refreshed_when_older_than_refresh_steps(refresh, expected):
     method = DPKD(refresh=refresh)
     steps = [collected(method, number)[1].response[1] - 3 for number in range(4)]
-    assert steps == written
+    assert steps == expected
     restored = DPKD(refresh=refresh)
     restored.load_state_dict(method.state_dict())
     assert restored._responses == method._responses
@@ -237,11 +237,11 @@ def test_a_run_does_not_depend_on_how_it_is_accumulated(options, tmp_path):
 
 
 def test_an_interrupted_run_resumes_to_the_bit(tmp_path):
-    whole = trainer(tmp_path, DPKD(refresh=2), max_steps=6, save_strategy="steps", save_steps=3)
-    whole.train()
+    uninterrupted = trainer(tmp_path, DPKD(refresh=2), max_steps=6, save_strategy="steps", save_steps=3)
+    uninterrupted.train()
     resumed = trainer(tmp_path, DPKD(refresh=2), max_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    pairs = zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
@@ -269,11 +269,11 @@ def test_implicit_rewards_margin_accuracy_and_lengths_are_metrics():
 
 
 def test_a_run_logs_the_method_s_metrics_and_the_divergences(tmp_path):
-    made = trainer(tmp_path, DPKD())
-    made.train()
+    run = trainer(tmp_path, DPKD())
+    run.train()
     for name in (*METRICS, "reverse_kl", "forward_kl"):
-        assert len(logged(made, name)) == 4, name
-    margins = zip(*(logged(made, name) for name in ("teacher_reward", "student_reward", "margin")), strict=True)
+        assert len(logged(run, name)) == 4, name
+    margins = zip(*(logged(run, name) for name in ("teacher_reward", "student_reward", "margin")), strict=True)
     assert all(t - s == pytest.approx(m, abs=1e-6) for t, s, m in margins)
 
 

@@ -1,4 +1,4 @@
-"""What the methods collect and minimise, and that their samples are ids like any others."""
+"""Every method: the examples that it collects, its loss, its state and its errors."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ PROMPTS = ragged_examples(8, responses=False)
 
 
 class Forbidden(ScriptedRollout):
-    """Fails when it is asked."""
+    """A rollout that must not be called."""
 
     def generate(self, prompts, sampling, step):
         raise AssertionError("nothing may be generated here")
@@ -53,9 +53,9 @@ def test_gkd_on_own_responses_never_reads_the_dataset_s(mix, tmp_path):
     method = GKD(on_policy=1.0, mix=mix)
     assert method.authors == {"student"}
     for number in range(50):
-        written = collected(method, EXAMPLES, Step(number), student=ScriptedRollout())
-        assert {e.author for e in written} == {"student"}
-        assert written == collected(method, PROMPTS, Step(number), student=ScriptedRollout())
+        responses = collected(method, EXAMPLES, Step(number), student=ScriptedRollout())
+        assert {e.author for e in responses} == {"student"}
+        assert responses == collected(method, PROMPTS, Step(number), student=ScriptedRollout())
     runs = [trainer(tmp_path, GKD(mix=mix), examples=examples) for examples in (EXAMPLES, PROMPTS)]
     for run in runs:
         run.train()
@@ -63,42 +63,42 @@ def test_gkd_on_own_responses_never_reads_the_dataset_s(mix, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
-def test_gkd_s_coin_falls_on_own_responses_as_often_as_asked(share):
-    """Within four standard deviations over 2000 throws."""
+def test_gkd_is_on_policy_as_often_as_asked(share):
+    """Within four standard deviations over 2000 draws."""
     margin = 4 * (share * (1 - share) / 2000) ** 0.5
     by_step = GKD(on_policy=share)
     own = [collected(by_step, EXAMPLES, Step(n), student=ScriptedRollout())[0].author == "student" for n in range(2000)]
     assert abs(sum(own) / 2000 - share) < margin
     by_example = GKD(on_policy=share, mix="example")
-    written = [e for n in range(250) for e in collected(by_example, EXAMPLES, Step(n), student=ScriptedRollout())]
-    assert abs(sum(e.author == "student" for e in written) / 2000 - share) < margin
+    responses = [e for n in range(250) for e in collected(by_example, EXAMPLES, Step(n), student=ScriptedRollout())]
+    assert abs(sum(e.author == "student" for e in responses) / 2000 - share) < margin
 
 
-def test_gkd_s_coin_is_one_for_a_whole_step_or_one_for_each_example():
+def test_gkd_draws_once_for_a_step_or_once_for_each_example():
     def authors(mix, number):
-        written = collected(GKD(on_policy=0.5, mix=mix), EXAMPLES, Step(number), student=ScriptedRollout())
-        return {e.author for e in written}
+        responses = collected(GKD(on_policy=0.5, mix=mix), EXAMPLES, Step(number), student=ScriptedRollout())
+        return {e.author for e in responses}
 
     assert all(len(authors("step", number)) == 1 for number in range(30))
     assert sum(len(authors("example", number)) == 2 for number in range(30)) > 20
 
 
-def test_gkd_s_coin_does_not_depend_on_which_examples_a_process_has():
+def test_gkd_s_draw_does_not_depend_on_which_examples_a_process_has():
     for number in range(30):
         for mix in ("step", "example"):
             method, writer = GKD(on_policy=0.5, mix=mix), ScriptedRollout()
-            whole = collected(method, EXAMPLES, Step(number), student=writer)
+            all_examples = collected(method, EXAMPLES, Step(number), student=writer)
             parts = [
                 e
                 for half in (EXAMPLES[::2], EXAMPLES[1::2])
                 for e in collected(method, half, Step(number), student=writer)
             ]
-            assert sorted(whole, key=lambda e: e.row) == sorted(parts, key=lambda e: e.row)
+            assert sorted(all_examples, key=lambda e: e.row) == sorted(parts, key=lambda e: e.row)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_every_process_asks_equally_often(share):
-    """A sharded student can write only if all processes do, those without an example for it included."""
+def test_every_process_generates_equally_often(share):
+    """A sharded student can generate only if all processes call it, including those without an on-policy example."""
     for mix in ("step", "example"):
         for number in range(30):
             halves = []
@@ -109,10 +109,10 @@ def test_every_process_asks_equally_often(share):
             assert halves[0] == halves[1]
 
 
-def test_no_example_is_lost_or_asked_twice():
+def test_no_example_is_lost_or_repeated():
     for number in range(30):
-        written = collected(GKD(on_policy=0.5, mix="example"), EXAMPLES, Step(number), student=ScriptedRollout())
-        assert sorted(e.row for e in written) == list(range(8))
+        responses = collected(GKD(on_policy=0.5, mix="example"), EXAMPLES, Step(number), student=ScriptedRollout())
+        assert sorted(e.row for e in responses) == list(range(8))
 
 
 def gradient(method, examples, with_teacher):
@@ -132,9 +132,9 @@ def test_a_gradient_on_sampled_ids_is_that_on_the_same_ids_as_data(divergence):
     """Nothing of the gradient comes through sampling."""
     method = GKD(divergence=divergence)
     model = student()
-    written = collected(method, PROMPTS, Step(0), student=GenerateRollout().bind(model, words()))
-    as_data = [dataclasses.replace(e, author="dataset") for e in written]
-    one, two = gradient(method, written, teacher()), gradient(KD(divergence=divergence), as_data, teacher())
+    responses = collected(method, PROMPTS, Step(0), student=GenerateRollout().bind(model, words()))
+    as_data = [dataclasses.replace(e, author="dataset") for e in responses]
+    one, two = gradient(method, responses, teacher()), gradient(KD(divergence=divergence), as_data, teacher())
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert max(float(g.abs().max()) for g in one.values()) > 1e-3
 
@@ -142,15 +142,15 @@ def test_a_gradient_on_sampled_ids_is_that_on_the_same_ids_as_data(divergence):
 def test_sft_is_the_mean_negative_log_likelihood_of_transformers():
     model, examples = student(), EXAMPLES
     batch = Batch.from_examples(examples, 0)
-    ours = score(
+    loss = score(
         model, batch, lambda scores: SFT().loss(None, scores, batch).mean(), weights=torch.ones(len(batch.tokens))
     )
     labels = batch.input_ids.clone()
     for row, example in enumerate(examples):
         labels[row, : len(example.prompt)] = -100
         labels[row, len(example) :] = -100
-    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    torch.testing.assert_close(ours, theirs)
+    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -162,21 +162,21 @@ def test_kd_mixes_in_the_labels_by_weight(share):
     torch.testing.assert_close(values["mixed"], (1 - share) * values["kd"] + share * values["sft"])
 
 
-def test_seqkd_trains_on_the_teacher_s_answers_alone():
-    written = collected(SeqKD(), EXAMPLES, Step(0), teacher=ScriptedRollout(author="teacher"), student=Forbidden())
-    assert {e.author for e in written} == {"teacher"}
+def test_seqkd_trains_only_on_the_teacher_s_responses():
+    responses = collected(SeqKD(), EXAMPLES, Step(0), teacher=ScriptedRollout(author="teacher"), student=Forbidden())
+    assert {e.author for e in responses} == {"teacher"}
     assert SeqKD().authors == {"teacher"}
     assert SeqKD().requires == frozenset()
     assert SeqKD(soft_weight=0.5).requires == {Capability.TOP_K}
 
 
-def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
-    made = trainer(tmp_path, SeqKD(), examples=PROMPTS, max_steps=1, per_device_train_batch_size=8)
-    made.train()
-    expected = GenerateRollout().bind(teacher().model, made.processing_class, "teacher")
-    written = expected.generate(PROMPTS, short_sampling(), Step(0, made.args.seed))
-    assert made.tokens_seen == sum(len(e.response) for e in written)
-    assert made.writers.teacher is not made.writers.student
+def test_seqkd_s_teacher_generates_in_the_training_loop(tmp_path):
+    run = trainer(tmp_path, SeqKD(), examples=PROMPTS, max_steps=1, per_device_train_batch_size=8)
+    run.train()
+    expected = GenerateRollout().bind(teacher().model, run.processing_class, "teacher")
+    responses = expected.generate(PROMPTS, short_sampling(), Step(0, run.args.seed))
+    assert run.tokens_seen == sum(len(e.response) for e in responses)
+    assert run.writers.teacher is not run.writers.student
 
 
 @pytest.mark.parametrize(
@@ -186,18 +186,18 @@ def test_seqkd_s_teacher_writes_in_the_loop(tmp_path):
         ("teacher", "teacher's responses: give it a rollout and a"),
     ],
 )
-def test_a_writer_that_is_not_there_is_missed_with_a_remedy(who, sentence):
+def test_a_missing_writer_has_an_error_with_a_remedy(who, sentence):
     with pytest.raises(ValueError, match=sentence):
         getattr(Writers(), who)
 
 
 def test_sft_needs_no_teacher(tmp_path):
-    made = StudentTrainer(
+    run = StudentTrainer(
         student(), None, SFT(), processing_class=words(), args=arguments(tmp_path), train_dataset=EXAMPLES
     )
-    before = weights(made.model)
-    made.train()
-    assert any(not torch.equal(before[name], after) for name, after in weights(made.model).items())
+    before = weights(run.model)
+    run.train()
+    assert any(not torch.equal(before[name], after) for name, after in weights(run.model).items())
 
 
 class Terse(Teacher):
@@ -219,7 +219,7 @@ def test_a_teacher_that_provides_too_little_is_refused_with_a_sentence(tmp_path)
     trainer(tmp_path, SFT(), with_teacher=Terse())
 
 
-def test_a_method_that_needs_a_live_teacher_is_not_given_a_table(tmp_path):
+def test_a_method_that_needs_a_live_teacher_refuses_one_without_a_model(tmp_path):
     class Inside(Method):
         requires = frozenset({Capability.MODEL})
 

@@ -1,4 +1,4 @@
-"""GKD joined with a reward: its gradient by enumeration, its optimum in closed form, and plain GKD at α = 1."""
+"""GKD with a reward: its gradient by enumeration, its optimum in closed form, and plain GKD at α = 1."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ def test_the_loop_with_sampled_responses_reaches_the_optimum_too(tmp_path):
         return [float(r.startswith("w") and int(r[1:]) % 2 == 0) for r in responses]
 
     table_teacher = BigramTeacher()
-    made = trainer(
+    run = trainer(
         tmp_path,
         GKD(divergence=ReverseKL(), distillation=0.5, reward=Reward([even])),
         with_teacher=table_teacher,
@@ -81,11 +81,11 @@ def test_the_loop_with_sampled_responses_reaches_the_optimum_too(tmp_path):
         learning_rate=2e-2,
         lr_scheduler_type="linear",
     )
-    made.train()
+    run.train()
     reward = torch.tensor([float(v >= 4 and v % 2 == 0) for v in range(53)])
     optimum = (table_teacher.table[7] + reward).softmax(-1)
     with torch.no_grad():
-        learned = made.model(torch.tensor([[7]])).logits[0, 0].softmax(-1)
+        learned = run.model(torch.tensor([[7]])).logits[0, 0].softmax(-1)
     before = student()(torch.tensor([[7]])).logits[0, 0].softmax(-1)
     assert float((learned - optimum).abs().sum()) / 2 < 0.1 < float((before - optimum).abs().sum()) / 2
     assert abs(float(learned @ reward) - float(optimum @ reward)) < 0.05
@@ -114,16 +114,16 @@ def test_fused_and_plain_losses_have_the_same_gradients(tmp_path):
     ]
     gradients = []
     for fused in (True, False):
-        made = trainer(tmp_path, GKD(divergence=ForwardKL(), distillation=0.3, reward=Reward([short])), student())
-        made._fused = fused
-        made._weighted_loss(made.model, Batch.from_examples(examples, 0), diagnose=False).backward()
-        gradients.append([p.grad.clone() for p in made.model.parameters()])
+        run = trainer(tmp_path, GKD(divergence=ForwardKL(), distillation=0.3, reward=Reward([short])), student())
+        run._fused = fused
+        run._weighted_loss(run.model, Batch.from_examples(examples, 0), diagnose=False).backward()
+        gradients.append([p.grad.clone() for p in run.model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_student_learns_what_is_rewarded(tmp_path):
-    made = trainer(
+    run = trainer(
         tmp_path,
         GKD(distillation=0.2, divergence=ReverseKL(), reward=Reward([short])),
         tiny("llama", seed=1),
@@ -131,15 +131,15 @@ def test_the_student_learns_what_is_rewarded(tmp_path):
         max_steps=40,
         learning_rate=5e-3,
     )
-    made.train()
-    reward = logged(made, "reward")
+    run.train()
+    reward = logged(run, "reward")
     assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 1
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"distillation": 0.5}, "leaves the rest to a reward"),
+        ({"distillation": 0.5}, "needs a reward for the rest"),
         ({"distillation": 1.5, "reward": Reward([short])}, "distillation between 0 and 1"),
         ({"on_policy": 0.5, "reward": Reward([short])}, "needs on_policy 1"),
         ({"reduction": "token", "reward": Reward([short])}, "reduction sequence"),

@@ -29,7 +29,7 @@ def context(teacher, tokenizer):
 
 
 def prompted(kind="llama", **options):
-    """A method and its teacher, whose prompt is the embeddings of HARD unless told otherwise."""
+    """A method and its teacher, whose prompt by default is the embeddings of HARD."""
     method = PromptKD(**{"prompt_tokens": 3, "prompt": "w5 w6 w7", "prompt_lr": 1e-2, "prompt_warmup": 0, **options})
     teacher = method.setup(context(LocalTeacher(tiny(kind)), words()))
     with torch.no_grad():
@@ -83,10 +83,10 @@ def test_the_prompt_step_trains_the_prompt_alone():
 def test_the_teacher_stays_bit_identical_through_a_run(tmp_path):
     frozen = teacher()
     before = {name: w.clone() for name, w in frozen.model.state_dict().items()}
-    made = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), with_teacher=frozen)
-    start = made.teacher.prompt.detach().clone()
-    made.train()
-    assert not torch.equal(start, made.teacher.prompt)
+    run = trainer(tmp_path, PromptKD(prompt_tokens=2, prompt_lr=1e-2, prompt_warmup=0), with_teacher=frozen)
+    start = run.teacher.prompt.detach().clone()
+    run.train()
+    assert not torch.equal(start, run.teacher.prompt)
     assert all(torch.equal(before[name], w) for name, w in frozen.model.state_dict().items())
 
 
@@ -98,13 +98,13 @@ def test_the_prompt_gradient_is_the_derivative_of_the_loss():
     learner = student("gpt2").double()
     method._add_gradient(BATCH, learner, 0.7)
     gradient = teacher.prompt.grad.clone()
-    at = (1, 2)
+    index = (1, 2)
     value = []
     for sign in (1, -1):
-        teacher.prompt.data[at] += sign * 1e-4
+        teacher.prompt.data[index] += sign * 1e-4
         value.append(float(method._add_gradient(BATCH, learner, 0.7)))
-        teacher.prompt.data[at] -= sign * 1e-4
-    assert float(gradient[at]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
+        teacher.prompt.data[index] -= sign * 1e-4
+    assert float(gradient[index]) == pytest.approx((value[0] - value[1]) / 2e-4, rel=1e-6)
 
 
 def test_three_symbols_give_the_values_worked_out_by_hand():
@@ -122,7 +122,7 @@ def test_three_symbols_give_the_values_worked_out_by_hand():
     assert float(last) == pytest.approx(0.203023, abs=1e-6)
 
 
-def test_the_regularization_falls_linearly_to_nothing():
+def test_the_regularization_decays_linearly_to_zero():
     method = PromptKD(regularization=2.0)
     assert [method.coefficient(k, 4) for k in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
 
@@ -137,7 +137,7 @@ def test_the_text_s_tokens_are_repeated_or_cut(tokens, expected):
     assert teacher.prompt.dtype == torch.float32
 
 
-def test_other_beginnings_are_random_or_padding():
+def test_other_initializations_are_random_or_padding():
     random, again = (prompted(initialize="random")[1].prompt for _ in range(2))
     assert torch.equal(random, again)
     method = PromptKD(prompt_tokens=2, initialize="pad")
@@ -146,7 +146,7 @@ def test_other_beginnings_are_random_or_padding():
     torch.testing.assert_close(teacher.prompt[0].detach(), teacher.model.get_input_embeddings().weight[4])
 
 
-def test_a_strong_regularization_brings_the_teacher_back():
+def test_a_strong_regularization_restores_the_plain_teacher():
     method, teacher = prompted(regularization=1e4, prompt_lr=5e-2)
     plain = teacher.plain.score(BATCH)
 
@@ -187,21 +187,21 @@ def test_recomputing_activations_changes_nothing(kind, dropout):
     torch.testing.assert_close(*grads)
 
 
-def test_a_teacher_whose_layers_cannot_run_again_is_told():
-    with pytest.raises(ValueError, match="leave promptkd's checkpointing off"):
+def test_a_teacher_whose_layers_cannot_be_checkpointed_is_refused():
+    with pytest.raises(ValueError, match="set checkpointing to false"):
         _recompute_layers(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(0.5)])
 def test_a_student_with_adapters_learns_from_the_prompted_teacher(divergence, tmp_path):
-    made = trainer(tmp_path, PromptKD(prompt_tokens=3, divergence=divergence), student("llama+lora"))
-    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    prompt = made.teacher.prompt.detach().clone()
-    made.train()
-    moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
+    run = trainer(tmp_path, PromptKD(prompt_tokens=3, divergence=divergence), student("llama+lora"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    prompt = run.teacher.prompt.detach().clone()
+    run.train()
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora" in name for name in moved)
-    assert not torch.equal(made.teacher.prompt, prompt)
+    assert not torch.equal(run.teacher.prompt, prompt)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
@@ -232,7 +232,7 @@ def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
     method, teacher = prompted()
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         method.export(tmp_path)
-    assert "reads most like" in caplog.text
+    assert "nearest to the learned prompt" in caplog.text
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()
     logits = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
     torch.testing.assert_close(logits.log_softmax(-1), teacher.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
@@ -246,14 +246,14 @@ def test_a_step_does_not_depend_on_how_it_is_accumulated(tmp_path):
 
 
 def test_state_is_all_that_a_resume_needs(tmp_path):
-    def run(steps, **options):
-        made = trainer(tmp_path, PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=3), max_steps=steps, **options)
-        return made
+    def new_trainer(steps, **options):
+        method = PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=3)
+        return trainer(tmp_path, method, max_steps=steps, **options)
 
-    whole = run(6, save_strategy="steps", save_steps=3)
-    whole.train()
-    resumed = run(6)
+    uninterrupted = new_trainer(6, save_strategy="steps", save_steps=3)
+    uninterrupted.train()
+    resumed = new_trainer(6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert torch.equal(whole.teacher.prompt, resumed.teacher.prompt)
-    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert torch.equal(uninterrupted.teacher.prompt, resumed.teacher.prompt)
+    pairs = zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

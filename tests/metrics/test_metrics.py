@@ -117,8 +117,8 @@ def test_a_metric_of_ones_own_gives_all_its_numbers_and_no_others(own_metrics):
 @pytest.mark.parametrize(
     ("requested", "error"),
     [
-        (["bleu", "own_metrics:Bleu"], 'own_metrics:Bleu gives a number "bleu", as another one does: rename one'),
-        (["own_metrics:Nameless"], "own_metrics:Nameless names no number: give the class names, such as names = "),
+        (["bleu", "own_metrics:Bleu"], 'own_metrics:Bleu has a number "bleu", and so has another one: rename one'),
+        (["own_metrics:Nameless"], "own_metrics:Nameless has no names: add a class variable such as names = "),
         (["own_metrics:Lenghts"], 'the module own_metrics has no class "Lenghts"; did you mean "Lengths"'),
     ],
 )

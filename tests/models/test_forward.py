@@ -105,13 +105,13 @@ def test_vocabularies_padded_differently_are_compared_over_their_shared_tokens()
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_frozen_head_gets_no_gradient(fused, monkeypatch):
     student, teacher = tiny("llama+lora"), score_no_grad(tiny("llama", seed=1), BATCH)
-    walks = []
-    walk = fused_loss._walk
-    monkeypatch.setattr(fused_loss, "_walk", lambda *a: walks.append(walk(*a)) or walks[-1])
+    results = []
+    run_tiles = fused_loss._run_tiles
+    monkeypatch.setattr(fused_loss, "_run_tiles", lambda *a: results.append(run_tiles(*a)) or results[-1])
     loss_and_gradients(student, teacher, ForwardKL(), BATCH, "token", BATCH.weights("token"), fused=fused)
     assert student.get_output_embeddings().weight.grad is None
-    assert all(weight is None for _, (_, weight, _) in walks)
-    assert len(walks) == fused
+    assert all(weight is None for _, (_, weight, _) in results)
+    assert len(results) == fused
 
 
 def test_bfloat16_autocast_agrees_within_its_precision():
@@ -223,10 +223,10 @@ class Perturbed(nn.Module):
 @pytest.mark.parametrize(
     ("position", "counts"),
     [
-        (lambda e, at: at == len(e.prompt) - 1, True),  # predicts the first response token
-        (lambda e, at: at == len(e) - 2, True),  # predicts the end of sequence
-        (lambda e, at: at < len(e.prompt) - 1, False),  # predicts prompt tokens
-        (lambda e, at: at >= len(e) - 1, False),  # the end of sequence and the padding after it
+        (lambda e, index: index == len(e.prompt) - 1, True),  # predicts the first response token
+        (lambda e, index: index == len(e) - 2, True),  # predicts the end of sequence
+        (lambda e, index: index < len(e.prompt) - 1, False),  # predicts prompt tokens
+        (lambda e, index: index >= len(e) - 1, False),  # the end of sequence and the padding after it
     ],
     ids=["first response token", "end of sequence", "prompt", "after the end"],
 )
@@ -235,7 +235,7 @@ def test_exactly_the_response_tokens_count(position, counts):
     width = BATCH.input_ids.shape[1]
     for row, example in enumerate(BATCH.examples):
         mask = torch.zeros_like(BATCH.predicts)
-        mask[row] = torch.tensor([position(example, at) for at in range(width)])
+        mask[row] = torch.tensor([position(example, index) for index in range(width)])
         if not mask.any():
             continue
         teacher_scores = score_no_grad(teacher, BATCH)

@@ -1,4 +1,4 @@
-"""How models read a batch: padded, packed into one row, behind a soft prompt, with further inputs."""
+"""Model inputs of a batch: padded, packed into one row, after a soft prompt, with further inputs."""
 
 import math
 import os
@@ -80,7 +80,7 @@ def test_further_inputs_are_joined_along_their_first_dimension():
 
 def test_an_input_that_some_examples_lack_is_refused():
     examples = [with_image(Example([5], [6]), 1.0), Example([5], [6], row=3)]
-    with pytest.raises(ValueError, match='row 3 has no input "pixel_values", which others of its batch have'):
+    with pytest.raises(ValueError, match='row 3 has no input "pixel_values", which other examples of its batch'):
         further_inputs(examples, "cpu")
 
 

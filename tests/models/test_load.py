@@ -1,4 +1,4 @@
-"""Checks of tokenizers and models that belong together."""
+"""Checks that tokenizers and models belong together."""
 
 import pytest
 from folders import VOCABULARY, characters

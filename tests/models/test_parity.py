@@ -1,4 +1,4 @@
-"""The parity check: models whose logits the fused path gives, and models that transform theirs in unknown ways."""
+"""The parity check: models that can be fused, and models that transform their logits in unknown ways."""
 
 import math
 

@@ -63,7 +63,7 @@ def make_run(folder, method="gkd", seed=0, steps=(10, 20, 30), finished=True, li
 
 
 def evaluate(folder, scores, limit=None, texts=None, bias=None):
-    """What a comparison leaves in a run's folder."""
+    """Write the evaluation of a comparison into a run's folder."""
     folder = getattr(folder, "path", folder)
     settings = {"greedy": {"data": {"dataset": "sums", "limit": limit}, "temperature": 0.0, "metrics": []}}
     metrics = {"accuracy": sum(scores) / len(scores), "response_length": 9.0, "truncated": 0.0}
@@ -99,7 +99,7 @@ def contest(tmp_path):
     return home
 
 
-def written(place, output, **options):
+def write_report(place, output, **options):
     page, ended = report.write_report([place] if isinstance(place, Path) else place, output, models=False, **options)
     return page, ended, json.loads((output / "report.json").read_text())
 
@@ -110,13 +110,13 @@ def test_files_that_no_report_wrote_are_refused_and_stay(name, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     with pytest.raises(ValueError, match="exists already and was not written by a report: give another --output"):
-        written(make_run(tmp_path / "run"), tmp_path / "out")
+        write_report(make_run(tmp_path / "run"), tmp_path / "out")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
 
 
 def test_a_finished_run_is_shown_with_its_numbers(tmp_path):
-    page, ended, content = written(make_run(tmp_path / "run"), tmp_path / "out")
+    page, ended, content = write_report(make_run(tmp_path / "run"), tmp_path / "out")
     [run] = content["runs"]
     assert ended
     assert run["seconds_by_activity"] == {"generate": 6.0, "score": 3.0, "learn": 12.0, "other": 1.5}
@@ -127,8 +127,8 @@ def test_a_finished_run_is_shown_with_its_numbers(tmp_path):
         "fell from 0.75 to 0.25 nats per token."
     )
     html = page.read_text()
-    for shown in ("f00dfeed", "c0ffee", "4,321", "512", "0.2500", content["summary"]):
-        assert shown in html
+    for text in ("f00dfeed", "c0ffee", "4,321", "512", "0.2500", content["summary"]):
+        assert text in html
     pictures = {path.stem for path in (tmp_path / "out" / "png").iterdir()}
     assert pictures == {"curves", "time"}
 
@@ -137,7 +137,7 @@ def test_a_run_in_progress_is_shown_up_to_its_last_step(tmp_path):
     folder = make_run(tmp_path / "run", finished=False, steps=(10, 20))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
-    page, ended, content = written(folder, tmp_path / "out", again=10)
+    page, ended, content = write_report(folder, tmp_path / "out", again=10)
     assert not ended
     assert "trained for 20 of 30 steps, 200 response tokens and 15 s so far" in content["summary"]
     assert content["runs"][0]["series"]["loss"]["step"] == [10, 20]
@@ -145,13 +145,13 @@ def test_a_run_in_progress_is_shown_up_to_its_last_step(tmp_path):
 
 
 def test_a_run_that_has_logged_nothing_yet_has_a_page(tmp_path):
-    _, _, content = written(make_run(tmp_path / "run", finished=False, steps=()), tmp_path / "out")
+    _, _, content = write_report(make_run(tmp_path / "run", finished=False, steps=()), tmp_path / "out")
     assert "nothing was logged yet" in content["summary"]
 
 
 def test_nan_and_infinity_are_left_out_of_charts_and_file(tmp_path):
     lines = [logged(10, loss=float("nan")), logged(20, loss=float("inf")), logged(30, reward=1)]
-    _, _, content = written(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
+    _, _, content = write_report(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
     assert content["runs"][0]["series"]["loss"]["value"] == [None, None, 0.1]
 
 
@@ -169,7 +169,7 @@ def test_watching_ends_with_the_run(tmp_path, monkeypatch):
 
 
 def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
-    _, ended, content = written(contest, tmp_path / "out")
+    _, ended, content = write_report(contest, tmp_path / "out")
     comparison = content["comparison"]
     rows = {row["name"]: row for row in comparison["rows"]}
     expected = Spread.of([0.9, 0.7])
@@ -199,15 +199,15 @@ def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
 def test_runs_that_all_failed_say_why(contest, tmp_path):
     for place in (contest / "gkd" / "seed-0", contest / "gkd" / "seed-1", contest / "kd" / "seed-0"):
         (place / "failed.txt").write_text("no memory")
-    page, _, content = written(contest, tmp_path / "out")
+    page, _, content = write_report(contest, tmp_path / "out")
     assert content["comparison"] is None
     assert content["summary"].endswith("(4 failed of 4 runs).")
     assert "failed: no memory" in page.read_text()
 
 
-def test_what_was_evaluated_with_other_settings_is_not_compared(contest, tmp_path):
+def test_results_of_other_settings_are_not_compared(contest, tmp_path):
     evaluate(contest / "kd" / "seed-0", [1.0] * 10, limit=3)
-    _, _, content = written(contest, tmp_path / "out")
+    _, _, content = write_report(contest, tmp_path / "out")
     kd = next(row for row in content["comparison"]["rows"] if row["name"] == "kd")
     assert kd["seeds"] == 0
     assert "seed 0: evaluated with other settings" in kd["failed"]
@@ -216,8 +216,8 @@ def test_what_was_evaluated_with_other_settings_is_not_compared(contest, tmp_pat
 def test_runs_of_several_places_are_named_by_their_folders(tmp_path):
     places = [make_run(tmp_path / "a" / "run", "kd"), make_run(tmp_path / "b" / "run", "sft")]
     assert [run.name for run in read_runs(places)] == ["a run", "b run"]
-    _, _, content = written(places, tmp_path / "out")
-    assert content["summary"].startswith("Of 2 runs, a run came nearest to the teacher on student samples")
+    _, _, content = write_report(places, tmp_path / "out")
+    assert content["summary"].startswith("Of 2 runs, a run is nearest to the teacher on student samples")
 
 
 def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
@@ -226,7 +226,7 @@ def test_exposure_bias_and_distances_are_drawn_over_positions(tmp_path):
     distance = {"alive": [4.0, 2.0], "forward_kl": [0.5, 1.0], "reverse_kl": [0.25, 2.0]}
     measured = {"metrics": {"exposure_bias": 12.5}, "curves": {"exposure_bias": bias, "distance": distance}}
     (folder / "responses.metrics.json").write_text(json.dumps(measured))
-    page, _, content = written(folder, tmp_path / "out")
+    page, _, content = write_report(folder, tmp_path / "out")
     assert content["runs"][0]["positions"]["exposure_bias"] == bias
     assert "Exposure bias of run: 12.5 % over 4 positions, at most 40 % at position 2." in page.read_text()
     assert content["distance"] == {"run": {"reverse_kl": [0.25, 2.0], "forward_kl": [0.5, 1.0]}}
@@ -251,11 +251,11 @@ def swept(home, values, recipes=("kd",), option="training.learning_rate", seeds=
 
     points, short = {}, option.rpartition(".")[2]
     for recipe in recipes:
-        for at, value in enumerate(values):
+        for index, value in enumerate(values):
             points[f"{recipe} {short}={value}"] = {"recipe": recipe, "value": value_of(value), "written": value}
             for seed in range(seeds):
                 folder = make_run(home / recipe / f"{short}={value}" / f"seed-{seed}", recipe, seed)
-                evaluate(folder, [1.0] * (at + seed + 1) + [0.0] * (9 - at - seed), bias=float(at))
+                evaluate(folder, [1.0] * (index + seed + 1) + [0.0] * (9 - index - seed), bias=float(index))
     for model, right in (("teacher", 10), ("start", 1)):
         evaluate(reference_folder(home, f"nowhere/{model}"), [1.0] * right + [0.0] * (10 - right))
     record = {"baseline": baseline, "sweep": {"option": option, "points": points}}
@@ -278,7 +278,7 @@ def drawings(page):
 def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
     """Two seeds with 1 and 2, 2 and 3, 3 and 4 right answers of ten: whiskers go from one to the other."""
     home = swept(tmp_path / "home", ["1e-2", "1e-4", "1e-3"], baseline="kd learning_rate=1e-4")
-    page, _, content = written(home, tmp_path / "out")
+    page, _, content = write_report(home, tmp_path / "out")
     sweep = content["comparison"]["sweep"]
     assert (sweep["option"], sweep["axis"]) == ("training.learning_rate", "log")
     assert [(p["value"], p["written"]) for p in sweep["recipes"]["kd"]] == [
@@ -286,16 +286,16 @@ def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
         (1e-3, "1e-3"),
         (1e-2, "1e-2"),
     ]
-    said = dict(drawings(page))["Accuracy (greedy) over learning_rate"]
-    assert said.startswith(
+    description = dict(drawings(page))["Accuracy (greedy) over learning_rate"]
+    assert description.startswith(
         "Over training.learning_rate. kd: 25.0 % (20.0 % to 30.0 %) at 1e-4, 35.0 % (30.0 % to 40.0 %) at 1e-3, "
         "15.0 % (10.0 % to 20.0 %) at 1e-2; "
     )
-    assert said.endswith("; teacher 100.0 %; warm start 10.0 %; baseline 25.0 %.")
-    three = written(swept(tmp_path / "three", ["0", "1"], seeds=3), tmp_path / "more")[0]
+    assert description.endswith("; teacher 100.0 %; warm start 10.0 %; baseline 25.0 %.")
+    three = write_report(swept(tmp_path / "three", ["0", "1"], seeds=3), tmp_path / "more")[0]
     spread = Spread.of([0.1, 0.2, 0.3])
-    said = dict(drawings(three))["Accuracy (greedy) over learning_rate"]
-    assert f"kd: 20.0 % ({100 * spread.low:.1f} % to {100 * spread.high:.1f} %) at 0, " in said
+    description = dict(drawings(three))["Accuracy (greedy) over learning_rate"]
+    assert f"kd: 20.0 % ({100 * spread.low:.1f} % to {100 * spread.high:.1f} %) at 0, " in description
     pictures = {path.stem for path in (tmp_path / "out" / "png").iterdir()}
     assert {"sweep-greedy-accuracy", "sweep-exposure-exposure_bias"} <= pictures
     assert "sweep-greedy-response_length" not in pictures, "it is the same everywhere"
@@ -315,30 +315,34 @@ def test_a_sweep_is_a_curve_with_its_intervals_and_the_references(tmp_path):
     ],
 )
 def test_the_axis_of_a_sweep_follows_its_values(values, axis, tmp_path):
-    page, _, content = written(swept(tmp_path / "home", values, option="a.b", seeds=1), tmp_path / "out")
+    page, _, content = write_report(swept(tmp_path / "home", values, option="a.b", seeds=1), tmp_path / "out")
     sweep = content["comparison"]["sweep"]
     assert sweep["axis"] == axis
     order = [point["written"] for point in sweep["recipes"]["kd"]]
     assert order == (values if axis == "words" else sorted(values, key=float))
-    drawn = page.read_text().split("<svg")[1]
-    assert all(f">{value}</text>" in drawn for value in values), "every value stands below the axis"
+    svg = page.read_text().split("<svg")[1]
+    assert all(f">{value}</text>" in svg for value in values), "every value stands below the axis"
 
 
 @pytest.mark.parametrize(("recipes", "panels"), [(("kd", "gkd", "sft"), 1), (("kd", "gkd", "sft", "dpkd"), 4)])
 def test_recipes_of_a_sweep_share_a_panel_as_long_as_they_can_be_told_apart(recipes, panels, tmp_path):
-    page, _, content = written(swept(tmp_path / "home", ["0", "1"], recipes, seeds=1), tmp_path / "out")
+    page, _, content = write_report(swept(tmp_path / "home", ["0", "1"], recipes, seeds=1), tmp_path / "out")
     assert list(content["comparison"]["sweep"]["recipes"]) == list(recipes)
-    about = [said for _, said in drawings(page) if said.startswith("Over training.learning_rate. ") and "%" in said]
+    about = [
+        description
+        for _, description in drawings(page)
+        if description.startswith("Over training.learning_rate. ") and "%" in description
+    ]
     assert len(about) == panels
     for recipe in recipes:
-        assert sum(f" {recipe}: 10.0 % at 0, 20.0 % at 1" in said for said in about) == 1
+        assert sum(f" {recipe}: 10.0 % at 0, 20.0 % at 1" in description for description in about) == 1
 
 
 def test_a_sweep_of_which_some_failed_is_drawn_without_them(tmp_path):
     home = swept(tmp_path / "home", ["0", "1", "2"], seeds=1)
-    for at in (0, 1):
-        (home / "kd" / f"learning_rate={at}" / "seed-0" / "failed.txt").write_text("no memory")
-    page, _, _ = written(home, tmp_path / "out")
+    for value in (0, 1):
+        (home / "kd" / f"learning_rate={value}" / "seed-0" / "failed.txt").write_text("no memory")
+    page, _, _ = write_report(home, tmp_path / "out")
     assert "kd: 30.0 % at 2" in dict(drawings(page))["Accuracy (greedy) over learning_rate"]
 
 
@@ -355,7 +359,7 @@ def test_exposure_bias_is_a_curve_for_every_variant_with_its_band_over_seeds(tmp
     for (name, seed), curve in curves.items():
         folder = make_run(tmp_path / "home" / name / f"seed-{seed}", name, seed)
         (folder / "a.metrics.json").write_text(json.dumps({"metrics": {}, "curves": {"exposure_bias": curve}}))
-    page, _, content = written(tmp_path / "home", tmp_path / "out")
+    page, _, content = write_report(tmp_path / "home", tmp_path / "out")
     gkd, kd = content["exposure_bias"]["gkd"], content["exposure_bias"]["kd"]
     spread = Spread.of([5.0, 6.0, 10.0])
     assert (gkd["seeds"], gkd["mean"]) == (3, [None, 2.0, spread.mean])
@@ -363,12 +367,12 @@ def test_exposure_bias_is_a_curve_for_every_variant_with_its_band_over_seeds(tmp
     assert (kd["seeds"], kd["low"], kd["high"]) == (1, [None, 3.5, 6.0], [None, 4.5, 10.0])
     sft = content["exposure_bias"]["sft"]
     assert (sft["mean"], sft["low"], sft["high"]) == ([None, 2.5, 8.5], [None, 1.0, 8.0], [None, 4.0, 9.0])
-    said = dict(drawings(page))
-    assert said["gkd"] == (
+    descriptions = dict(drawings(page))
+    assert descriptions["gkd"] == (
         f"Exposure bias of gkd: 7.0 % over 3 positions, mean of 3 seeds, "
         f"95 % interval over seeds: {spread.low:.1f} to {spread.high:.1f} %; others in grey."
     )
-    assert said["kd"] == "Exposure bias of kd: 8.0 % over 3 positions; others in grey."
+    assert descriptions["kd"] == "Exposure bias of kd: 8.0 % over 3 positions; others in grey."
 
 
 def test_a_budget_is_stated_below_the_table(contest, tmp_path):
@@ -376,16 +380,16 @@ def test_a_budget_is_stated_below_the_table(contest, tmp_path):
         summary = json.loads(path.read_text())
         record = {"tokens": 5000, "spent": summary["tokens"], "ended_by": "max_steps"}
         path.write_text(json.dumps({**summary, "budget": record}))
-    page, _, content = written(contest, tmp_path / "out")
+    page, _, content = write_report(contest, tmp_path / "out")
     expected = "kd, seed 0: max_steps ended the run with 4,321 of 5,000 response tokens spent."
     assert content["comparison"]["budget"][0] == "Every run could spend 5,000 response tokens."
     assert content["comparison"]["budget"][-1] == expected
     assert all(note in page.read_text() for note in content["comparison"]["budget"])
 
 
-def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
+def test_held_out_metrics_are_drawn_against_the_seconds_of_training(tmp_path):
     lines = [logged(10), {"step": 10, "eval_loss": 2.0}, logged(20), {"step": 20, "eval_loss": 1.0}]
-    _, _, content = written(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
+    _, _, content = write_report(make_run(tmp_path / "run", lines=lines), tmp_path / "out")
     assert content["runs"][0]["series"]["eval_loss"]["seconds"] == [7.5, 15.0]
     assert (tmp_path / "out" / "png" / "quality-time.png").is_file()
 
@@ -394,8 +398,8 @@ def test_what_is_held_out_is_drawn_against_the_seconds_of_training(tmp_path):
     ("case", "sentence"),
     [
         ("missing", "there is no folder .*nowhere: name a run's folder"),
-        ("empty", "empty is no run's folder and holds none"),
-        ("broken", r"run\.json cannot be read: it is not what a run writes there"),
+        ("empty", "empty is not a run's folder and contains none"),
+        ("broken", r"run\.json cannot be read: it is not a file that a run writes"),
     ],
 )
 def test_mistakes_are_a_sentence(case, sentence, tmp_path):
@@ -428,8 +432,8 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_pictures_have_words_and_the_colours_of_the_page(contest, tmp_path):
-    page, _, _ = written(contest, tmp_path / "out")
+def test_charts_have_descriptions_and_the_colours_of_the_page(contest, tmp_path):
+    page, _, _ = write_report(contest, tmp_path / "out")
     html = page.read_text()
     elements = Elements(html).elements
     pictures = [attrs for tag, attrs in elements if tag == "svg"]
@@ -451,14 +455,14 @@ def test_the_spaces_and_joiners_of_other_scripts_are_kept(tmp_path):
     text = "10\u00a0%\u3000\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f52c"
     lines = {"step": 10, "prompt": text, "student": text + "\u202e", "reference": None}
     (make_run(tmp_path / "run") / "samples.jsonl").write_text(json.dumps(lines) + "\n")
-    page, _, _ = written(tmp_path / "run", tmp_path / "out")
+    page, _, _ = write_report(tmp_path / "run", tmp_path / "out")
     html = page.read_text()
     assert f">{text}</pre>" in html
     assert f">{text}\N{REPLACEMENT CHARACTER}</pre>" in html
 
 
-def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
-    page, _, _ = written([make_run(tmp_path / "a$x_{$"), make_run(tmp_path / "b")], tmp_path / "out")
+def test_a_dollar_sign_in_a_name_is_not_parsed_as_mathematics(tmp_path):
+    page, _, _ = write_report([make_run(tmp_path / "a$x_{$"), make_run(tmp_path / "b")], tmp_path / "out")
     assert "a$x_{$" in page.read_text()
 
 
@@ -475,7 +479,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """A run of two steps, for once a real one."""
+    """A real run of two steps."""
     from rich.console import Console
 
     from understudy.run.distill import distill
@@ -544,11 +548,11 @@ def test_a_character_of_several_tokens_is_one_piece_with_their_sum(home, monkeyp
             )
 
     example = Example(tokenizer.encode("1="), tokenizer.encode("cabd"))
-    whole = disagreement(model, model, example, tokenizer)
+    by_token = disagreement(model, model, example, tokenizer)
     merged = disagreement(model, model, example, Bytes())
     assert [token["text"] for token in merged] == ["c", "é", "d"]
-    assert merged[1]["student"] == pytest.approx(whole[1]["student"] + whole[2]["student"])
-    assert sum(t["teacher"] for t in merged) == pytest.approx(sum(t["teacher"] for t in whole))
+    assert merged[1]["student"] == pytest.approx(by_token[1]["student"] + by_token[2]["student"])
+    assert sum(t["teacher"] for t in merged) == pytest.approx(sum(t["teacher"] for t in by_token))
 
 
 def test_without_models_a_report_says_so_and_shows_saved_responses(trained, tmp_path, home):
@@ -570,13 +574,13 @@ def test_without_models_a_report_says_so_and_shows_saved_responses(trained, tmp_
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as made:
-        yield made
+    with chromium() as instance:
+        yield instance
 
 
 @pytest.fixture
 def opened(contest, tmp_path, browser):
-    page, _, _ = written(contest, tmp_path / "out")
+    page, _, _ = write_report(contest, tmp_path / "out")
     browser.look(1280)
     browser.console(), browser.requests()
     browser.open(page)
@@ -609,10 +613,10 @@ def test_the_page_is_no_wider_than_a_phone_and_goes_dark(opened):
     opened.look(390, dark=True)
     assert opened.run("return document.documentElement.scrollWidth") == 390
     dark = opened.run(colours)
-    assert all(ours != theirs for ours, theirs in zip(light, dark, strict=True))
+    assert all(light_colour != dark_colour for light_colour, dark_colour in zip(light, dark, strict=True))
 
 
-def test_hostile_text_is_text(tmp_path, browser):
+def test_hostile_text_is_escaped(tmp_path, browser):
     home = tmp_path / "hostile"
     names = [HOSTILE.replace("/", "∕"), "other"]
     for name in names:
@@ -620,7 +624,7 @@ def test_hostile_text_is_text(tmp_path, browser):
         evaluate(folder, [1.0, 0.0], texts=[(HOSTILE, HOSTILE + "\u202e\x07"), ("b", HOSTILE)])
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": {HOSTILE: {}}, "data": {"dataset": HOSTILE}}))
     (home / "other" / "failed.txt").write_text(HOSTILE)
-    page, _, _ = written(home, tmp_path / "out")
+    page, _, _ = write_report(home, tmp_path / "out")
     browser.console(), browser.requests()
     browser.open(page)
     assert browser.run("return window.hacked === undefined")

@@ -1,6 +1,6 @@
-"""Continuous batching beside `generate`: the same tokens, whatever transformers schedules; and what it cannot serve.
+"""Continuous batching: the tokens of rollout generate, whatever transformers schedules; and unsupported models.
 
-What every rollout promises is tested in contracts/.
+Tests of all rollouts are in contracts/.
 """
 
 import gc
@@ -60,17 +60,17 @@ def nothing_runs_on():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "gemma2" not in name])
 def test_sampled_tokens_are_those_of_generate(name):
-    """More rows than the cache has room for, so that rows come and go; the same streams, another engine."""
+    """More rows than the cache has room for, so that rows join as others end; the same streams, another engine."""
     model = MODELS[name]()
     fields = {"n": 2, "temperature": 0.9, "top_p": 0.95}
-    written = writer(model, **fields)(PROMPTS, Step(3))
-    assert written == as_generate_does(model, **fields)
+    responses = writer(model, **fields)(PROMPTS, Step(3))
+    assert responses == as_generate_does(model, **fields)
     if name != "opt":  # which writes one token for ever
-        assert len({len(example.response) for example in written}) > 1, "the test must see rows come and go"
+        assert len({len(example.response) for example in responses}) > 1, "the test must see rows come and go"
 
 
-def test_rows_that_are_put_off_for_want_of_room_are_the_same(monkeypatch):
-    """A cache of six pages of four tokens for three rows: transformers frees a row's pages and reads it anew."""
+def test_rows_that_are_evicted_from_a_full_cache_are_the_same(monkeypatch):
+    """A cache of six pages of four tokens for three rows: transformers frees a row's pages and reads it again."""
     model, put_off = tiny("llama"), []
     expected = as_generate_does(model, stop_ids=[2])
 
@@ -104,13 +104,13 @@ def test_a_padded_vocabulary_is_cut():
     model = tiny("llama", vocabulary=VOCABULARY + 11)
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = model.lm_head.weight[:11] * 3
-    written = writer(model, n=4)(PROMPTS, Step(3))
-    assert max(token for example in written for token in example.response) < VOCABULARY
-    assert written == as_generate_does(model, n=4)
+    responses = writer(model, n=4)(PROMPTS, Step(3))
+    assert max(token for example in responses for token in example.response) < VOCABULARY
+    assert responses == as_generate_does(model, n=4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_model_is_given_back_as_it_was(attention):
+def test_the_model_is_restored_after_generating(attention):
     model = tiny("llama")
     model.set_attn_implementation(attention)
     model.gradient_checkpointing_enable()
@@ -127,14 +127,14 @@ def test_the_model_is_given_back_as_it_was(attention):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_dropout_does_not_write():
+def test_dropout_is_off_while_generating():
     model = tiny("gpt2")
     model.config.attn_pdrop = 0.9
     expected = as_generate_does(model)
     assert writer(model.train())(PROMPTS, Step(3)) == expected
 
 
-def test_adapters_write():
+def test_adapters_are_used_while_generating():
     model = tiny("llama+lora")
     plain = writer(model)(PROMPTS, Step(0))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_adapters_write():
     assert writer(model)(PROMPTS, Step(0)) != plain
 
 
-def test_autocast_that_accelerate_lays_over_the_model_is_lifted_off_and_comes_back():
+def test_accelerate_s_autocast_is_removed_while_generating_and_restored():
     model = tiny("llama")
     expected = writer(model)(PROMPTS, Step(0))
     half = MethodType(torch.autocast("cpu", dtype=torch.bfloat16)(LlamaForCausalLM.forward), model)
@@ -209,7 +209,7 @@ def test_a_cache_that_does_not_fit_says_what_to_lower(monkeypatch):
 
 
 class Forgetful(LlamaForCausalLM):
-    """Its logits are others with a paged cache."""
+    """A model whose logits differ with a paged cache."""
 
     def forward(self, *args, cache=None, **kwargs):
         paged = {} if cache is None else {"cache": cache}
@@ -241,7 +241,7 @@ def convolving():
         (mamba, "its attention cannot be exchanged for a paged one"),
         (convolving, "there is no paged cache for layers of conv"),
         (lambda: tiny("gemma2"), "paged attention leaves out its soft-cap"),
-        (lambda: Forgetful(tiny("llama").config), "its logits would be .* of their spread off"),
+        (lambda: Forgetful(tiny("llama").config), "its logits would be off by .* of their standard deviation"),
         (lambda: Failing(tiny("llama").config), "it fails with “no cache, please”"),
     ],
 )
@@ -264,8 +264,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
 
 
 def test_a_prompt_may_fill_the_window_to_the_last_position():
-    [written] = writer(tiny("gpt2"), stop_ids=[52])([Example([4] * 52, [])], Step(0))
-    assert len(written.response) == 12
+    [response] = writer(tiny("gpt2"), stop_ids=[52])([Example([4] * 52, [])], Step(0))
+    assert len(response.response) == 12
 
 
 def test_a_rollout_without_a_model_is_refused_with_a_remedy():

@@ -48,12 +48,12 @@ def of(config, model, **fields):
         "head_dim": 8,
     }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    made = model(config(**shape, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields))
+    instance = model(config(**shape, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields))
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in instance.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0, 0.3)
-    return made.eval()
+    return instance.eval()
 
 
 MODELS = {
@@ -79,13 +79,13 @@ PROMPTS = ragged_examples(7, seed=1, responses=False)
 
 @pytest.fixture(scope="module")
 def model_of():
-    made = {}
-    return lambda name: made.setdefault(name, MODELS[name]())
+    models = {}
+    return lambda name: models.setdefault(name, MODELS[name]())
 
 
 @pytest.fixture(params=["as it is", "over memory of a fixed size", "with column-major weights"])
 def forward(request, monkeypatch):
-    """How a token is read.
+    """How a token's forward is run.
 
     The second is what is compiled for long runs, here without the compiler; the third what several threads do.
     """
@@ -103,13 +103,13 @@ def responses(examples):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward):
+def test_greedy_responses_equal_those_of_transformers_generate(name, model_of, forward):
     """Token for token; several stop ids let rows finish early, so that the batch and its cache shrink on the way."""
     model = model_of(name)
     endless = writer(model, temperature=0, stop_ids=[2], **forward)(PROMPTS, Step(0))
     stop = [2, *(e.response[min(2 * i, len(e.response) - 1)] for i, e in enumerate(endless[::2]))]
-    ours = writer(model, temperature=0, stop_ids=stop, **forward)(PROMPTS, Step(0))
-    for example in ours:
+    generated = writer(model, temperature=0, stop_ids=stop, **forward)(PROMPTS, Step(0))
+    for example in generated:
         own = model.generate(
             input_ids=torch.tensor([example.prompt]),
             attention_mask=torch.ones(1, len(example.prompt), dtype=torch.long),
@@ -117,7 +117,9 @@ def test_greedy_is_what_the_model_s_own_generate_writes(name, model_of, forward)
         )
         assert example.response == own[0, len(example.prompt) :].tolist()
     if name != "opt":  # which writes one token for ever
-        assert len({len(example.response) for example in ours}) > 1, "the test must see rows finish at different times"
+        assert len({len(example.response) for example in generated}) > 1, (
+            "the test must see rows finish at different times"
+        )
 
 
 def test_several_threads_write_with_column_major_weights_and_put_the_old_ones_back(monkeypatch):
@@ -154,14 +156,14 @@ def test_a_model_too_large_to_copy_is_left_as_it_is(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sampled_row_is_the_same_written_alone(name, model_of, forward):
-    written = writer(model_of(name), stop_ids=[2, *range(5, 12)], n=2, **forward)
-    together = written(PROMPTS, Step(1))
-    assert [example for prompt in PROMPTS for example in written([prompt], Step(1))] == together
+def test_a_sampled_row_is_the_same_generated_alone(name, model_of, forward):
+    generate = writer(model_of(name), stop_ids=[2, *range(5, 12)], n=2, **forward)
+    together = generate(PROMPTS, Step(1))
+    assert [example for prompt in PROMPTS for example in generate([prompt], Step(1))] == together
 
 
 def test_sampled_tokens_are_those_of_a_float64_reference(model_of):
-    """Every prefix scored anew in float64, without a cache, and inverted with the same uniform numbers."""
+    """Every prefix scored again in float64, without a cache, and inverted with the same uniform numbers."""
     model = model_of("llama")
     exact = tiny("llama").double()
     for example in writer(model, temperature=0.8)(PROMPTS, Step(2, seed=4)):
@@ -176,11 +178,11 @@ def test_sampled_tokens_are_those_of_a_float64_reference(model_of):
 def test_sampled_tokens_follow_the_model_s_distribution(model_of):
     """Chi-square of 4000 first tokens; many streams, one prompt."""
     model, prompt, count = model_of("llama"), [4, 7], 4000
-    written = writer(model, max_new_tokens=1, batch_size=1000, n=count)([Example(prompt, [])], Step(0))
+    generated = writer(model, max_new_tokens=1, batch_size=1000, n=count)([Example(prompt, [])], Step(0))
     probs = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
-    seen = torch.bincount(torch.tensor([example.response[0] for example in written]), minlength=VOCABULARY)
+    counts = torch.bincount(torch.tensor([example.response[0] for example in generated]), minlength=VOCABULARY)
     likely = probs * count >= 5
-    observed = torch.cat([seen[likely], seen[~likely].sum()[None]])
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
     expected = torch.cat([probs[likely], probs[~likely].sum()[None]]) * count
     statistic = float(((observed - expected) ** 2 / expected).sum())
     degrees = len(expected) - 1
@@ -210,13 +212,13 @@ def slow_restrict(row, top_k, top_p):
     if 0 < top_k < len(row):
         ranked = [i for i in ranked if row[i] >= row[ranked[top_k - 1]]]
     weights = torch.tensor([row[i] for i in ranked], dtype=torch.float64).softmax(0).tolist()
-    kept, mass = set(), 0.0
+    allowed, mass = set(), 0.0
     for token, weight in zip(ranked, weights, strict=True):
-        if kept and mass >= top_p - 1e-7:
+        if allowed and mass >= top_p - 1e-7:
             break
-        kept.add(token)
+        allowed.add(token)
         mass += weight
-    return kept
+    return allowed
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 2, 5, 11, 12, 50])
@@ -231,12 +233,12 @@ def test_exactly_the_top_k_then_the_top_p_can_be_drawn(top_k, top_p):
             torch.tensor([[0.5, 0.25, 0.125, 0.125] + [0.0] * 8]).log(),  # forbidden tokens, masses hit exactly
         ]
     )
-    kept = restrict(logits, top_k, top_p)
-    for row, of in zip(kept, logits, strict=True):
+    restricted = restrict(logits, top_k, top_p)
+    for row, of in zip(restricted, logits, strict=True):
         allowed = slow_restrict(of.tolist(), top_k, top_p)
         assert {i for i in range(12) if row[i] > -torch.inf} == {i for i in allowed if of[i] > -torch.inf}
-    same = kept > -torch.inf
-    assert torch.equal(kept[same], logits[same])
+    same = restricted > -torch.inf
+    assert torch.equal(restricted[same], logits[same])
 
 
 def test_a_mass_that_is_reached_exactly_is_enough():
@@ -247,18 +249,18 @@ def test_a_mass_that_is_reached_exactly_is_enough():
 
 def test_restricted_sampling_draws_only_what_is_allowed(model_of):
     model = model_of("llama")
-    written = writer(model, max_new_tokens=1, n=300, top_k=6, top_p=0.8)(PROMPTS[:2], Step(0))
+    generated = writer(model, max_new_tokens=1, n=300, top_k=6, top_p=0.8)(PROMPTS[:2], Step(0))
     for prompt in PROMPTS[:2]:
         logits = model(torch.tensor([prompt.prompt])).logits[0, -1]
-        assert {e.response[0] for e in written if e.row == prompt.row} <= slow_restrict(logits.tolist(), 6, 0.8)
+        assert {e.response[0] for e in generated if e.row == prompt.row} <= slow_restrict(logits.tolist(), 6, 0.8)
 
 
 def test_the_first_of_several_stop_tokens_ends_a_response_and_belongs_to_it(model_of):
     stop = [5, 9, 13, 17, 21, 25]
-    written = writer(model_of("gpt2"), stop_ids=stop)(PROMPTS, Step(0))
-    for response in responses(written):
+    generated = writer(model_of("gpt2"), stop_ids=stop)(PROMPTS, Step(0))
+    for response in responses(generated):
         assert not set(response[:-1]) & set(stop)
-    assert len({e.response[-1] for e in written if not e.truncated}) > 1
+    assert len({e.response[-1] for e in generated if not e.truncated}) > 1
 
 
 def test_a_padding_token_that_equals_the_stop_token_does_no_harm(model_of):
@@ -270,16 +272,16 @@ def test_a_padding_token_that_equals_the_stop_token_does_no_harm(model_of):
     assert after.generate(PROMPTS, Sampling(max_new_tokens=12, stop_ids=tuple(stop)), Step(0)) == before
 
 
-def test_a_prompt_that_contains_padding_and_stop_tokens_is_read_whole(model_of):
+def test_a_prompt_with_padding_and_stop_tokens_is_read_completely(model_of):
     model, prompt = model_of("llama"), [0, 2, 0, 2]
-    [written] = writer(model, temperature=0, max_new_tokens=1)([Example(prompt, [])], Step(0))
-    assert written.response == [int(model(torch.tensor([prompt])).logits[0, -1].argmax())]
+    [example] = writer(model, temperature=0, max_new_tokens=1)([Example(prompt, [])], Step(0))
+    assert example.response == [int(model(torch.tensor([prompt])).logits[0, -1].argmax())]
 
 
 def test_a_response_without_room_to_end_is_truncated(model_of):
-    [written] = writer(model_of("llama"), stop_ids=[52], max_new_tokens=3)(PROMPTS[:1], Step(0))
-    assert written.truncated
-    assert len(written.response) == 3
+    [example] = writer(model_of("llama"), stop_ids=[52], max_new_tokens=3)(PROMPTS[:1], Step(0))
+    assert example.truncated
+    assert len(example.response) == 3
 
 
 def test_a_model_s_own_generation_config_is_ignored(model_of):
@@ -308,22 +310,22 @@ def test_a_padded_vocabulary_s_rest_is_never_sampled():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_the_number_of_rows_written_at_once_changes_nothing(size, model_of):
-    whole = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2)(PROMPTS, Step(0))
+def test_the_number_of_rows_generated_at_once_changes_nothing(size, model_of):
+    expected = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2)(PROMPTS, Step(0))
     parts = writer(model_of("qwen3"), stop_ids=[2, *range(5, 12)], n=2, batch_size=size)
-    assert parts(PROMPTS, Step(0)) == whole
+    assert parts(PROMPTS, Step(0)) == expected
 
 
-def test_a_row_that_is_asked_twice_gets_two_responses(model_of):
+def test_a_repeated_prompt_gets_two_responses(model_of):
     prompts = [PROMPTS[2], PROMPTS[2]]
     one, two = writer(model_of("llama"))(prompts, Step(0))
     assert one.response != two.response
     assert [one, two] == writer(model_of("llama"), n=2)(prompts[:1], Step(0))
 
 
-def test_examples_keep_their_pair_when_they_are_answered(model_of):
-    [written] = writer(model_of("llama"))([replace(PROMPTS[0], pair=7)], Step(0))
-    assert written.pair == 7
+def test_responses_keep_the_pair_of_their_prompt(model_of):
+    [example] = writer(model_of("llama"))([replace(PROMPTS[0], pair=7)], Step(0))
+    assert example.pair == 7
 
 
 def test_writing_happens_without_dropout_and_training_mode_comes_back():
@@ -346,7 +348,7 @@ def test_training_mode_comes_back_when_writing_fails():
 
 
 def test_the_cache_is_used_under_gradient_checkpointing():
-    """Without it, every token would read the whole prefix anew: time would grow with the square of the length."""
+    """Without it, every token would run the whole prefix again: time would grow with the square of the length."""
     model = tiny("llama")
     plain = writer(model)(PROMPTS, Step(0))
     model.gradient_checkpointing_enable()
@@ -376,8 +378,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_a_remedy():
 
 def test_a_prompt_may_fill_the_window_to_the_last_position():
     for kind in ("llama", "gpt2"):
-        [written] = writer(tiny(kind), stop_ids=[52])([Example([4] * 52, [])], Step(0))
-        assert len(written.response) == 12
+        [example] = writer(tiny(kind), stop_ids=[52])([Example([4] * 52, [])], Step(0))
+        assert len(example.response) == 12
 
 
 class Forgetful(nn.Module):
@@ -396,7 +398,7 @@ class Forgetful(nn.Module):
 
 
 def test_a_model_without_a_cache_is_refused_with_a_sentence():
-    with pytest.raises(ValueError, match="Forgetful has no key-value cache; rollout generate needs one"):
+    with pytest.raises(ValueError, match="Forgetful has no key-value cache; rollout generate needs a model"):
         writer(Forgetful(), stop_ids=[2])(PROMPTS, Step(0))
 
 
@@ -417,12 +419,12 @@ def test_a_batch_size_below_one_is_refused():
         GenerateRollout(batch_size=0)
 
 
-def test_a_long_response_looks_at_more_and_more_of_its_memory(model_of, forward):
-    """Beyond the first positions looked at, and beyond the first memory asked for; rows leave on the way."""
+def test_a_long_response_attends_to_growing_parts_of_its_memory(model_of, forward):
+    """Beyond the first visible positions and the first allocation; rows are dropped on the way."""
     prompts = [replace(prompt, prompt=prompt.prompt[:4]) for prompt in PROMPTS]
-    written = writer(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
-    together = written(prompts, Step(1))
-    assert [example for prompt in prompts for example in written([prompt], Step(1))] == together
+    generate = writer(model_of("qwen3"), max_new_tokens=60, stop_ids=[2, 5], **forward)
+    together = generate(prompts, Step(1))
+    assert [example for prompt in prompts for example in generate([prompt], Step(1))] == together
     lengths = sorted(len(example.response) for example in together)
     assert lengths[0] < 20
     assert lengths[-1] > 50
@@ -447,17 +449,17 @@ def test_a_model_that_cannot_be_compiled_writes_all_the_same(model_of, monkeypat
     assert caplog.text.count("this cannot be compiled") == 1
 
 
-def test_what_is_compiled_follows_the_run_unless_it_is_said(model_of, monkeypatch):
+def test_decoding_is_compiled_if_the_run_is_unless_the_option_is_set(model_of, monkeypatch):
     calls = []
     monkeypatch.setattr(decoder._compiled, "_kernel", lambda *args: calls.append(1) or decoder._forward(*args))
-    for said, run, expected in ((None, False, False), (None, True, True), (False, True, False), (True, False, True)):
+    for option, run, expected in ((None, False, False), (None, True, True), (False, True, False), (True, False, True)):
         calls.clear()
         with tiling(compiled=run):
-            writer(model_of("llama"), compiled=said)(PROMPTS, Step(0))
+            writer(model_of("llama"), compiled=option)(PROMPTS, Step(0))
         assert bool(calls) == expected
 
 
-def test_rows_that_cannot_leave_the_cache_do_no_harm(model_of, monkeypatch):
+def test_rows_that_cannot_be_dropped_do_not_change_responses(model_of, monkeypatch):
     stop = [2, *range(5, 30)]
     expected = writer(model_of("llama"), stop_ids=stop)(PROMPTS, Step(0))
     monkeypatch.setattr("understudy.generation.decoder.can_drop_rows", lambda cache: False)
@@ -465,14 +467,14 @@ def test_rows_that_cannot_leave_the_cache_do_no_harm(model_of, monkeypatch):
 
 
 def test_tokens_of_a_large_vocabulary_are_those_of_a_float64_reference():
-    """Groups of tokens that are looked at together, and one that is not full; distributions flat and steep."""
+    """Several groups of tokens, one of them not full; flat and steep distributions."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 50_257, generator=generator) * torch.logspace(-1, 1.3, 400)[:, None]
     uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    found = inverse_cdf(logits, uniforms)
-    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, found[:, None])[:, 0]
-    after = cumulative.gather(-1, found[:, None])[:, 0]
+    tokens = inverse_cdf(logits, uniforms)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, tokens[:, None])[:, 0]
+    after = cumulative.gather(-1, tokens[:, None])[:, 0]
     assert (before - 1e-6 < uniforms).all()
     assert (uniforms < after + 1e-6).all()
     assert ((before <= uniforms) & (uniforms < after)).double().mean() > 0.99

@@ -1,4 +1,4 @@
-"""A run, end to end: what it leaves in its folder, that it loads again, and what the same command does afterwards."""
+"""A run, end to end: the files in its folder, loading its student, and running the same command again."""
 
 import json
 import os
@@ -224,7 +224,7 @@ def test_the_resolved_recipe_runs_as_the_recipe_did(home):
     assert snapshot(home / "run") == before
 
 
-def test_a_restart_begins_again_and_comes_to_the_same(home):
+def test_a_restart_has_the_same_result(home):
     first = run(home)
     weights = load_file(home / "run" / "student" / "model.safetensors")
     (home / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n')
@@ -258,29 +258,27 @@ def interrupted(monkeypatch):
         yield patch
 
 
-def test_an_interrupted_run_goes_on_and_comes_to_the_same(home, interrupted):
-    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on"):
+def test_an_interrupted_run_resumes_with_the_same_result(home, interrupted):
+    with pytest.raises(Interrupted, match="stopped after step 1; the same command resumes"):
         run(home)
     assert not (home / "run" / "run.json").exists()
     interrupted.undo()
     resumed = run(home)
     weights = load_file(home / "run" / "student" / "model.safetensors")
-    whole = run(home, restart=True)
-    assert resumed["student_samples"] == whole["student_samples"]
+    uninterrupted = run(home, restart=True)
+    assert resumed["student_samples"] == uninterrupted["student_samples"]
     assert all(
         torch.equal(tensor, weights[name]) for name, tensor in load_file(home / "run/student/model.safetensors").items()
     )
 
 
-def test_an_interrupted_run_does_not_go_on_with_other_data(home, interrupted):
+def test_an_interrupted_run_does_not_resume_with_other_data(home, interrupted):
     with pytest.raises(Interrupted):
         run(home)
     interrupted.undo()
     (home / "sums.jsonl").unlink()
     sums(home / "sums.jsonl", count=13)
-    with pytest.raises(
-        RecipeError, match=r"mine.yaml, line \d+: .*sums.jsonl is not what it was when the run in .* began"
-    ):
+    with pytest.raises(RecipeError, match=r"mine.yaml, line \d+: .*sums.jsonl has changed since the run in .* began"):
         run(home)
     assert run(home, restart=True)["examples"] == 13
 
@@ -293,7 +291,7 @@ def test_bf16_may_be_left_to_the_machine(monkeypatch, capabilities, expected):
     assert training_arguments(parse({**recipe, "training": {"bf16": "auto", "use_cpu": True}})).bf16 is expected
 
 
-def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interrupted):
+def test_a_run_without_a_checkpoint_may_be_replaced_by_another_recipe(home, interrupted):
     interrupted.setattr(StudentTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(home)
@@ -306,7 +304,7 @@ def test_a_run_that_left_no_checkpoint_gives_way_to_another_recipe(home, interru
     assert summary["student_samples"]["before"] != first, "it is the other student's distance now"
 
 
-def test_the_teacher_s_responses_are_reused_and_never_mistaken_for_another_s(home, monkeypatch):
+def test_the_teacher_s_responses_are_reused_and_never_those_of_another_teacher(home, monkeypatch):
     run(home, method="seqkd")
     responses = (home / "run" / "teacher_responses.jsonl").read_text()
     assert len(responses.splitlines()) <= 12
@@ -351,7 +349,7 @@ def test_training_keys_have_the_types_and_defaults_of_the_recipe():
     assert (arguments.learning_rate, arguments.max_steps, arguments.use_cpu) == (1e-3, 5, True)
 
 
-def test_prompts_alone_are_enough_for_a_method_that_writes_itself(home):
+def test_prompts_alone_are_enough_for_an_on_policy_method(home):
     jsonl(home / "prompts.jsonl", [{"prompt": f"{i}+1="} for i in range(8)])
     data = {"dataset": str(home / "prompts.jsonl"), "max_length": 32}
     assert run(home, method={"gkd": {"on_policy": 1.0}}, data=data)["steps"] == 2
@@ -386,11 +384,11 @@ def test_the_distance_of_student_samples_is_to_the_teacher_without_its_prompt(ho
     assert built.trainer.teacher.plain is built.teacher
 
 
-def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home):
-    """`training` says when and by what; a student that does not change is never better, and stops after two of them."""
+def test_metrics_of_held_out_responses_choose_the_best_checkpoint_and_stop_early(home):
+    """`training` sets when and by which metric; a student that does not change stops after `patience` evaluations."""
     look = {"dataset": str(home / "sums.jsonl"), "limit": 4, "show": 0, "metrics": ["chrf"], "patience": 2}
     training = {
-        "output_dir": str(home / "judged"),
+        "output_dir": str(home / "best"),
         "max_steps": 9,
         "learning_rate": 0.0,
         "eval_strategy": "steps",
@@ -401,9 +399,9 @@ def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home
         "use_cpu": True,
     }
     content = described(home, method="sft", evaluate=look)
-    summary = distill(load(write(home / "judged.yaml", content | {"training": training})), console=quiet())
-    judged = [line for line in lines(home / "judged" / "metrics.jsonl") if "eval_chrf" in line]
-    assert [line["step"] for line in judged] == [1, 2, 3, 3]  # once more at the end
+    summary = distill(load(write(home / "best.yaml", content | {"training": training})), console=quiet())
+    evaluated = [line for line in lines(home / "best" / "metrics.jsonl") if "eval_chrf" in line]
+    assert [line["step"] for line in evaluated] == [1, 2, 3, 3]  # once more at the end
     assert summary["steps"] == 3
     assert {"eval_chrf", "eval_accuracy", "eval_loss"} <= set(summary["metrics"])
 
@@ -415,7 +413,7 @@ def test_metrics_of_held_out_answers_choose_the_best_checkpoint_and_the_end(home
         ({"metrics": ["bleux"], "dataset": "sums.jsonl"}, r'line \d+: there is no metric "bleux"; did you mean "bleu"'),
     ],
 )
-def test_metrics_that_cannot_be_are_refused(look, complaint, home):
+def test_metrics_that_cannot_be_computed_are_refused(look, complaint, home):
     if "dataset" in look:
         look = {**look, "dataset": str(home / look["dataset"])}
     with pytest.raises(RecipeError, match=complaint):

@@ -133,7 +133,7 @@ def test_a_model_with_an_unknown_transformation_of_its_logits_takes_the_plain_pa
 @pytest.mark.parametrize("part", [1, 10**6], ids=["in parts", "at once"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_reads_the_teachers_prompts(masked, part, monkeypatch):
-    """The scores of N rows are those of the same responses behind other prompts, in the order of the batch."""
+    """The scores of N rows are those of the same responses after other prompts, in the order of the batch."""
     monkeypatch.setattr("understudy.teachers.local._PART", part)
     teacher = LocalTeacher(tiny("llama").double())
     prompts = [[5, 6, 7, 8, 9, 10], None, [11], [4, 4], None, [12, 5, 6]]

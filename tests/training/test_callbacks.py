@@ -1,4 +1,4 @@
-"""Callbacks: complete files, printable texts, and nothing that a log file cannot hold."""
+"""Trainer callbacks: complete log files, printable texts, and plain output without a terminal."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from understudy.training.callbacks import (
 ARGS = SimpleNamespace(seed=0, world_size=1, fp16=False, output_dir="runs/x")
 
 
-def at(step, total=10):
+def state_at(step, total=10):
     return TrainerState(global_step=step, max_steps=total, is_world_process_zero=True)
 
 
@@ -38,11 +38,11 @@ def lines_of(path):
 
 def test_every_log_line_becomes_a_line_of_the_file(tmp_path):
     path = tmp_path / "deep" / "metrics.jsonl"
-    made = trainer(tmp_path, KD(), options={"callbacks": [LogMetrics(path)]}, logging_steps=2)
-    made.train()
+    run = trainer(tmp_path, KD(), options={"callbacks": [LogMetrics(path)]}, logging_steps=2)
+    run.train()
     lines = [line for line in lines_of(path) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4]
-    logged = [line for line in made.state.log_history if "loss" in line]
+    logged = [line for line in run.state.log_history if "loss" in line]
     assert [line["forward_kl"] for line in lines] == [line["forward_kl"] for line in logged]
 
 
@@ -50,22 +50,22 @@ def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "loss": 3}\n{"step": 7, "lo')
     watch = LogMetrics(path)
-    watch.on_train_begin(ARGS, at(4), None)
-    watch.on_log(ARGS, at(6), None, {"loss": 5.0})
+    watch.on_train_begin(ARGS, state_at(4), None)
+    watch.on_log(ARGS, state_at(6), None, {"loss": 5.0})
     assert lines_of(path) == [{"step": 2, "loss": 1}, {"step": 4, "loss": 2}, {"step": 6, "loss": 5.0}]
 
 
 def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 1}\n')
-    LogMetrics(path).on_train_begin(ARGS, at(0), None)
+    LogMetrics(path).on_train_begin(ARGS, state_at(0), None)
     assert path.read_text() == ""
 
 
-def test_lines_that_are_none_of_ours_are_dropped(tmp_path):
+def test_lines_without_a_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('12\nnull\n{"loss": 1}\n[]\n{"step": 1}\n')
-    LogMetrics(path).on_train_begin(ARGS, at(4), None)
+    LogMetrics(path).on_train_begin(ARGS, state_at(4), None)
     assert lines_of(path) == [{"step": 1}]
 
 
@@ -87,14 +87,14 @@ class Speaking:
         return self.text
 
 
-def shown(text, folder, width=120):
+def show_sample(text, folder, width=120):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="truecolor", width=width)
     samples = ShowSamples(
         Writer(ScriptedRollout()), [Example([4], [5])], Speaking(text), 1, folder / "samples.jsonl", console
     )
-    samples.on_train_begin(ARGS, at(0), None)
-    samples.on_step_end(ARGS, at(1), None)
+    samples.on_train_begin(ARGS, state_at(0), None)
+    samples.on_step_end(ARGS, state_at(1), None)
     return out.getvalue(), lines_of(folder / "samples.jsonl")
 
 
@@ -102,7 +102,7 @@ def shown(text, folder, width=120):
     "text", ["[bold red]x[/bold red]", "[/nope]", "[link=http://e.org]x[/link]", ":smile:", "a\\[b]"]
 )
 def test_markup_in_a_text_is_shown_as_it_is(text, tmp_path):
-    screen, lines = shown(text, tmp_path)
+    screen, lines = show_sample(text, tmp_path)
     assert screen.count(text) == 3
     assert lines == [{"step": 1, "prompt": text, "student": text, "reference": text}]
 
@@ -112,19 +112,19 @@ def test_markup_in_a_text_is_shown_as_it_is(text, tmp_path):
     ["\x1b[2Jgone", "\x1b]0;title\x07", "a\rb", "\x9b31mred", "a\bb", "\x00", "abc\u202etxt", "\x7f", "a\x0bb\x0cc"],
 )
 def test_control_codes_in_a_text_do_not_reach_the_terminal(text, tmp_path):
-    screen, lines = shown(text, tmp_path)
-    clean, _ = shown("harmless", tmp_path / "other")
+    screen, lines = show_sample(text, tmp_path)
+    clean, _ = show_sample("harmless", tmp_path / "other")
     bad = {c for c in text if not c.isprintable()} - {"\x1b"}
     assert not bad & set(screen)
     assert screen.count("\x1b") == clean.count("\x1b"), "only the table's own styles"
     assert lines[0]["student"] == text
 
 
-def test_a_long_text_is_shown_by_its_end_and_kept_whole(tmp_path):
+def test_a_long_text_is_shown_by_its_end_and_saved_completely(tmp_path):
     text = "x" * 400 + "end"
-    screen, lines = shown(text, tmp_path)
+    screen, lines = show_sample(text, tmp_path)
     assert screen.count("x") == 3 * 295
-    wide, _ = shown(text, tmp_path / "wide", width=1200)
+    wide, _ = show_sample(text, tmp_path / "wide", width=1200)
     assert wide.count("xend") == 3
     assert lines[0]["student"] == text
 
@@ -132,9 +132,9 @@ def test_a_long_text_is_shown_by_its_end_and_kept_whole(tmp_path):
 def test_samples_are_shown_every_so_often_with_the_same_draws(tmp_path):
     writer = Writer(ScriptedRollout(), Sampling(n=3))
     samples = ShowSamples(writer, ragged_examples(2), words(), 3, tmp_path / "s.jsonl", Console(file=io.StringIO()))
-    samples.on_train_begin(ARGS, at(0), None)
+    samples.on_train_begin(ARGS, state_at(0), None)
     for step in range(1, 8):
-        samples.on_step_end(ARGS, at(step), None)
+        samples.on_step_end(ARGS, state_at(step), None)
     lines = lines_of(tmp_path / "s.jsonl")
     assert [line["step"] for line in lines] == [3, 3, 6, 6]
     assert [line["student"] for line in lines[:2]] == [line["student"] for line in lines[2:]]
@@ -143,24 +143,24 @@ def test_samples_are_shown_every_so_often_with_the_same_draws(tmp_path):
 def test_samples_do_not_disturb_training(tmp_path):
     runs = []
     for every in (0, 1):
-        made = trainer(tmp_path, KD(), tiny("gpt2", seed=1))
+        run = trainer(tmp_path, KD(), tiny("gpt2", seed=1))
         console = Console(file=io.StringIO())
-        made.add_callback(
-            ShowSamples(made.writers.student, ragged_examples(2), words(), every, tmp_path / "samples.jsonl", console)
+        run.add_callback(
+            ShowSamples(run.writers.student, ragged_examples(2), words(), every, tmp_path / "samples.jsonl", console)
         )
-        made.train()
-        runs.append(weights(made.model))
+        run.train()
+        runs.append(weights(run.model))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-def test_progress_on_what_is_no_terminal_prints_one_plain_line():
+def test_progress_without_a_terminal_prints_one_plain_line():
     out = io.StringIO()
     bar = ShowProgress(Console(file=out, force_terminal=False, width=100))
-    bar.on_train_begin(ARGS, at(0), None)
+    bar.on_train_begin(ARGS, state_at(0), None)
     for step in range(1, 11):
-        bar.on_step_end(ARGS, at(step), None)
-        bar.on_log(ARGS, at(step), None, {"loss": 1 / step})
-    bar.on_train_end(ARGS, at(10), None)
+        bar.on_step_end(ARGS, state_at(step), None)
+        bar.on_log(ARGS, state_at(step), None, {"loss": 1 / step})
+    bar.on_train_end(ARGS, state_at(10), None)
     text = out.getvalue()
     assert "\x1b" not in text
     assert "\r" not in text
@@ -168,13 +168,13 @@ def test_progress_on_what_is_no_terminal_prints_one_plain_line():
     assert "10/10" in text
 
 
-def test_the_terminal_comes_back_when_training_fails(tmp_path):
+def test_the_cursor_is_restored_when_training_fails(tmp_path):
     out = io.StringIO()
-    made = trainer(tmp_path, KD(), examples=ragged_examples(4, responses=False))
+    run = trainer(tmp_path, KD(), examples=ragged_examples(4, responses=False))
     bar = ShowProgress(Console(file=out, force_terminal=True))
-    made.add_callback(bar)
+    run.add_callback(bar)
     with pytest.raises(ValueError, match="empty response"):
-        made.train()
+        run.train()
     assert not bar.progress.live.is_started
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l"), "the cursor must be visible again"
 
@@ -182,39 +182,39 @@ def test_the_terminal_comes_back_when_training_fails(tmp_path):
 def test_an_interrupt_stops_after_the_step_with_a_checkpoint():
     before = signal.getsignal(signal.SIGINT)
     watch, control = StopOnInterrupt(), TrainerControl()
-    watch.on_train_begin(ARGS, at(0), control)
-    watch.on_step_end(ARGS, at(1), control)
+    watch.on_train_begin(ARGS, state_at(0), control)
+    watch.on_step_end(ARGS, state_at(1), control)
     assert not control.should_training_stop
     os.kill(os.getpid(), signal.SIGINT)
-    watch.on_step_end(ARGS, at(2), control)
+    watch.on_step_end(ARGS, state_at(2), control)
     assert control.should_save
     assert control.should_training_stop
     assert signal.getsignal(signal.SIGINT) is before, "a second one ends the run at once"
-    watch.on_train_end(ARGS, at(2), control)
+    watch.on_train_end(ARGS, state_at(2), control)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_gradient_is_refused_wherever_it_is(value):
+def test_a_gradient_that_is_not_finite_is_refused_in_any_parameter(value):
     model = tiny("llama")
     parameters = list(model.parameters())
     parameters[0].grad = torch.zeros_like(parameters[0])
-    CheckGradients().on_pre_optimizer_step(ARGS, at(3), None, model=model)
+    CheckGradients().on_pre_optimizer_step(ARGS, state_at(3), None, model=model)
     parameters[-1].grad = torch.zeros_like(parameters[-1])
     parameters[-1].grad.view(-1)[3] = value
     with pytest.raises(FloatingPointError, match="at step 3, though the loss is a number"):
-        CheckGradients().on_pre_optimizer_step(ARGS, at(3), None, model=model)
+        CheckGradients().on_pre_optimizer_step(ARGS, state_at(3), None, model=model)
 
 
 class Synced(ScriptedRollout):
-    """Remembers at which steps it heard that the weights have changed."""
+    """Records the steps of its `sync` calls."""
 
     def sync(self, step):
         self.calls.append(step.number)
 
 
-def test_a_rollout_hears_when_the_student_s_weights_have_changed(tmp_path):
+def test_a_rollout_is_synced_when_the_student_s_weights_have_changed(tmp_path):
     rollout = Synced()
-    made = trainer(tmp_path, KD(), rollout=rollout, max_steps=3)
-    made.train()
+    run = trainer(tmp_path, KD(), rollout=rollout, max_steps=3)
+    run.train()
     assert rollout.calls == [0, 1, 2, 3]

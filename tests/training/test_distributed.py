@@ -1,4 +1,4 @@
-"""Two processes train as one does.
+"""Training on two processes equals training on one.
 
 One start of torchrun (gloo, on the CPU) runs every case; the tests read what it left. The sizes are chosen so that
 every epoch divides evenly: otherwise Accelerate gives the processes some examples twice to make their batches equal.
@@ -44,8 +44,8 @@ NUMBERS = ("loss", "grad_norm", "forward_kl", "tokens", "response_length", "trun
 
 
 def train(folder, case, processes):
-    """Two epochs of two steps; eight examples per step, over all processes. In float64, for Adam's sake."""
-    made = trainer(
+    """Two epochs of two steps; eight examples per step, over all processes. In float64, because of Adam."""
+    run = trainer(
         folder / "run",
         CASES[case](),
         student().double(),
@@ -60,8 +60,8 @@ def train(folder, case, processes):
         gradient_accumulation_steps=2,
         eval_strategy="epoch",
     )
-    made.train()
-    return weights(made.model), {name: logged(made, name) for name in NUMBERS}
+    run.train()
+    return weights(run.model), {name: logged(run, name) for name in NUMBERS}
 
 
 def train_for_seconds(folder):
@@ -72,7 +72,7 @@ def train_for_seconds(folder):
     counts = itertools.count(0, 1 + int(os.environ["RANK"]))
     spending.perf_counter, clock = counts.__next__, spending.perf_counter
     try:
-        made = trainer(
+        run = trainer(
             folder / "run",
             SFT(),
             examples=ragged_examples(64),
@@ -80,16 +80,16 @@ def train_for_seconds(folder):
             max_steps=8,
             lr_scheduler_type="linear",
         )
-        made.train()
+        run.train()
     finally:
         spending.perf_counter = clock
-    return {"steps": made.state.global_step, "seconds": made.spending.seconds, "rates": logged(made, "learning_rate")}
+    return {"steps": run.state.global_step, "seconds": run.spending.seconds, "rates": logged(run, "learning_rate")}
 
 
 SHARDED = Batch.from_examples(ragged_examples(6), 0)
 
 
-def loss_and_gradients(model, whole):
+def loss_and_gradients(model, gather):
     local = LocalTeacher(tiny("llama", width=24, seed=2))
     teacher_scores = local.score(SHARDED)
     divergence = JensenShannon()
@@ -100,7 +100,7 @@ def loss_and_gradients(model, whole):
         weights=torch.ones(len(SHARDED.tokens)),
     )
     loss.backward()
-    return {"loss": loss.detach(), **{name: whole(p.grad) for name, p in model.named_parameters()}}
+    return {"loss": loss.detach(), **{name: gather(p.grad) for name, p in model.named_parameters()}}
 
 
 def shard(tied):
@@ -116,7 +116,7 @@ def shard(tied):
 
 
 def write_sharded(rank):
-    """Each process asks for other rows; the second for fewer and, in the end, for none."""
+    """Each process generates other rows; the second fewer and, at last, none."""
     model = shard(False)
     generate = writer(GenerateRollout, model, max_new_tokens=6, stop_ids=[2, *range(5, 15)], batch_size=2)
     examples = ragged_examples(8, responses=False)
@@ -167,17 +167,17 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one_does(case, results, tmp_path):
-    alone, numbers = train(tmp_path, case, 1)
+    single, numbers = train(tmp_path, case, 1)
     ranks = [torch.load(results / f"{case}-{rank}.pt") for rank in range(2)]
     assert difference(*ranks) == 0, "the processes have drifted apart"
-    assert difference(alone, ranks[0]) < (1e-6 if case == "promptkd" else 1e-10)  # a prompt is kept in float32
-    assert difference(alone, weights(student().double())) > 1e-3
+    assert difference(single, ranks[0]) < (1e-6 if case == "promptkd" else 1e-10)  # a prompt is kept in float32
+    assert difference(single, weights(student().double())) > 1e-3
     together = json.loads((results / f"{case}.json").read_text())
     for name in NUMBERS:
         assert together[name] == pytest.approx(numbers[name], rel=1e-5), name
 
 
-def test_all_processes_end_at_the_step_at_which_the_first_one_s_seconds_are_up(results):
+def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(results):
     first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
     assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
@@ -191,7 +191,7 @@ def test_a_sharded_student_has_the_same_loss_and_gradients(tied, results):
         assert difference(plain, sharded) < 1e-5
 
 
-def test_a_sharded_student_writes_what_a_whole_one_would(results):
+def test_a_sharded_student_generates_the_responses_of_an_unsharded_one(results):
     """Also where one process has fewer rows to write, shorter ones, or none."""
     generate = writer(GenerateRollout, student(), max_new_tokens=6, stop_ids=[2, *range(5, 15)])
     examples = ragged_examples(8, responses=False)

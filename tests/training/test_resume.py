@@ -1,4 +1,4 @@
-"""A run that was killed, interrupted or half written goes on as if nothing had happened, to the bit.
+"""A run that was killed, interrupted or has an incomplete checkpoint resumes bit by bit.
 
 The uninterrupted run happens in this process, the others through the command line in processes of their own.
 """
@@ -105,19 +105,21 @@ def assert_the_same(folder, other):
     assert same(student, load_file(other / "student" / "model.safetensors"))
     losses, expected = ([line for line in lines(f) if "loss" in line] for f in (folder, other))
     assert [line["step"] for line in losses] == list(range(3, STEPS + 1, 3)), "a step twice, or none at all"
-    evaluated, wanted = ([(e["step"], e["eval_loss"]) for e in lines(f) if "eval_loss" in e] for f in (folder, other))
-    assert evaluated == wanted
+    evaluated, expected_evaluations = (
+        [(e["step"], e["eval_loss"]) for e in lines(f) if "eval_loss" in e] for f in (folder, other)
+    )
+    assert evaluated == expected_evaluations
     assert losses[-1]["loss"] == expected[-1]["loss"]
     assert lines(folder, "samples.jsonl") == lines(other, "samples.jsonl")
-    ours, theirs = (json.loads((f / "run.json").read_text()) for f in (folder, other))
-    for summary in (ours, theirs):
+    results, expected_results = (json.loads((f / "run.json").read_text()) for f in (folder, other))
+    for summary in (results, expected_results):
         summary["metrics"].pop("eval_tokens_per_second")
     for key in ("steps", "tokens", "student_samples", "metrics", "fingerprint"):
-        assert ours[key] == theirs[key], key
+        assert results[key] == expected_results[key], key
 
 
 def test_a_killed_run_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
-    """kill −9 in the middle; then the newest checkpoint is damaged as well, and the one before it serves."""
+    """kill −9 in the middle; then the newest checkpoint is damaged as well, and the run resumes from the one before."""
     folder = tmp_path / "run"
     code = stopped_at(recipe, folder, (folder / "checkpoint-8" / "trainer_state.json").exists, signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -135,38 +137,42 @@ def test_a_killed_run_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
     assert_the_same(folder, uninterrupted)
 
 
-def whole_and_killed(recipe, home, changed):
+def uninterrupted_and_killed(recipe, home, changed):
     """The folders of a run and of the same one killed after four steps and resumed, whose students are the same."""
-    whole, killed = home / "whole", home / "killed"
-    distill(load(recipe, [*changed, f"training.output_dir={whole}"]))
+    uninterrupted, killed = home / "whole", home / "killed"
+    distill(load(recipe, [*changed, f"training.output_dir={uninterrupted}"]))
     marks = (killed / "checkpoint-4" / "trainer_state.json").exists
     assert stopped_at(recipe, killed, marks, signal.SIGKILL, *changed) == -signal.SIGKILL
     assert not (killed / "run.json").exists(), "it was killed too late"
     distill(load(recipe, [*changed, f"training.output_dir={killed}"]))
-    assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, whole)))
-    return whole, killed
+    assert same(*(load_file(f / "student" / "model.safetensors") for f in (killed, uninterrupted)))
+    return uninterrupted, killed
 
 
 @pytest.mark.parametrize("method", ["{promptkd: {prompt_tokens: 3, prompt: w5}}", "{dpkd: {refresh: 3}}"])
 def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe, tmp_path):
-    """PromptKD's prompt and its optimizer; DPKD's answers of teacher and student."""
+    """PromptKD's prompt and its optimizer; DPKD's responses of teacher and student."""
     changed = [f"method={method}", "training.max_steps=12", "evaluate.dataset=null", "training.eval_strategy='no'"]
-    whole, killed = whole_and_killed(recipe, tmp_path, changed)
+    uninterrupted, killed = uninterrupted_and_killed(recipe, tmp_path, changed)
     if "promptkd" in method:
-        assert same(*(load_file(f / "soft_prompt" / "adapter_model.safetensors") for f in (killed, whole)))
+        assert same(*(load_file(f / "soft_prompt" / "adapter_model.safetensors") for f in (killed, uninterrupted)))
 
 
 def test_a_killed_run_with_a_budget_resumes_to_the_bit_and_spends_it_once(recipe, tmp_path):
     """With a warm-up, after whose end the learning rate falls with what is left of the budget."""
     changed = ["budget.tokens=250", "training.max_steps=1000", "training.warmup_steps=3", "training.logging_steps=1"]
     changed += ["evaluate.dataset=null", "training.eval_strategy='no'"]
-    whole, killed = whole_and_killed(recipe, tmp_path, changed)
-    rates, expected = ([line["learning_rate"] for line in lines(f) if "loss" in line] for f in (killed, whole))
+    uninterrupted, killed = uninterrupted_and_killed(recipe, tmp_path, changed)
+    rates, expected = ([line["learning_rate"] for line in lines(f) if "loss" in line] for f in (killed, uninterrupted))
     assert rates == expected
-    ours, theirs = (json.loads((f / "run.json").read_text()) for f in (killed, whole))
-    assert 8 < ours["steps"] == theirs["steps"] < 24
-    assert ours["budget"] == theirs["budget"] == {"tokens": 250, "spent": ours["tokens"], "ended_by": "budget"}
-    assert 250 <= ours["tokens"] < 290
+    summary, expected_summary = (json.loads((f / "run.json").read_text()) for f in (killed, uninterrupted))
+    assert 8 < summary["steps"] == expected_summary["steps"] < 24
+    assert (
+        summary["budget"]
+        == expected_summary["budget"]
+        == {"tokens": 250, "spent": summary["tokens"], "ended_by": "budget"}
+    )
+    assert 250 <= summary["tokens"] < 290
 
 
 def test_an_interrupted_run_saves_exits_with_130_and_resumes_to_the_bit(recipe, uninterrupted, tmp_path):
@@ -205,7 +211,7 @@ def test_a_run_killed_between_its_last_step_and_its_end_only_ends(recipe, uninte
 
 @dataclass
 class Ramp(Method):
-    """A schedule that depends on what happened before, not on the step's number alone, as TAID's does."""
+    """A schedule with state, which does not follow from the step's number alone, as TAID's."""
 
     share: float = 0.1
 
@@ -234,29 +240,29 @@ def dropping(kind="gpt2"):
 
 @pytest.mark.parametrize("make", [Ramp, KD, lambda: GKD(on_policy=0.5)], ids=["ramp", "kd", "gkd"])
 @pytest.mark.parametrize("stop", [2, 5], ids=["within an epoch", "within the second epoch"])
-def test_n_steps_and_the_rest_are_all_steps(make, stop, tmp_path):
+def test_training_in_two_parts_equals_training_at_once(make, stop, tmp_path):
     """With dropout; in a method of its own state; twice, the second time from a folder with more checkpoints."""
     common = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", "max_steps": 8}
-    whole = trainer(tmp_path / "whole", make(), dropping(), teacher("gpt2"), **common)
-    whole.train()
-    again = trainer(tmp_path / "part", make(), dropping(), teacher("gpt2"), **common)
+    uninterrupted = trainer(tmp_path / "whole", make(), dropping(), teacher("gpt2"), **common)
+    uninterrupted.train()
+    resumed = trainer(tmp_path / "part", make(), dropping(), teacher("gpt2"), **common)
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "part" / f"checkpoint-{stop}")
     (tmp_path / "part" / f"checkpoint-{stop + 1}").mkdir()
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 8
-    assert same(weights(whole.model), weights(again.model))
-    assert whole.method == again.method
-    assert whole.tokens_seen == again.tokens_seen
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert same(weights(uninterrupted.model), weights(resumed.model))
+    assert uninterrupted.method == resumed.method
+    assert uninterrupted.tokens_seen == resumed.tokens_seen
 
 
 def test_resuming_where_there_is_nothing_starts_from_the_beginning(tmp_path):
-    made = trainer(tmp_path, KD())
-    made.train(resume_from_checkpoint=True)
-    assert made.state.global_step == 4
+    run = trainer(tmp_path, KD())
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 4
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "a folder without files"])
-def test_a_half_written_checkpoint_is_passed_over(damage, tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))

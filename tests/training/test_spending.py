@@ -1,4 +1,4 @@
-"""A run with a budget is the run whose steps somebody had set to where the budget ends: same rates, same weights."""
+"""A run with a budget equals a run whose max_steps is where the budget ends: same rates, same weights."""
 
 import io
 import itertools
@@ -24,11 +24,11 @@ EVEN = [Example([4, 5, 6 + row], [7 + row, 8, 2], row=row) for row in range(20)]
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that says a second more every time it is asked: a step takes one, and what lies between steps as well."""
+    """A clock that advances by a second whenever it is read: a step takes one, and so does the time between steps."""
     monkeypatch.setattr("understudy.training.spending.perf_counter", itertools.count().__next__)
 
 
-def made(folder, budget=None, method=None, options=None, **changed):
+def new_run(folder, budget=None, method=None, options=None, **changed):
     defaults = {"max_steps": 40, "lr_scheduler_type": "linear"}
     return trainer(
         folder,
@@ -40,7 +40,7 @@ def made(folder, budget=None, method=None, options=None, **changed):
 
 
 def trained(folder, budget=None, method=None, options=None, **changed):
-    run = made(folder, budget, method, options, **changed)
+    run = new_run(folder, budget, method, options, **changed)
     run.train()
     return run
 
@@ -55,7 +55,7 @@ def trained(folder, budget=None, method=None, options=None, **changed):
     ids=str,
 )
 @pytest.mark.parametrize("warmup", [0, 2, 0.25], ids=["no warm-up", "steps of warm-up", "a share of warm-up"])
-def test_a_budget_trains_as_the_steps_do_that_it_is_enough_for(warmup, budget, schedule, tmp_path):
+def test_a_run_with_a_budget_equals_a_run_of_as_many_steps(warmup, budget, schedule, tmp_path):
     options = {"lr_scheduler_type": schedule, "warmup_steps": warmup}
     steps = trained(tmp_path, max_steps=STEPS, **options)
     run = trained(tmp_path, budget, **options)
@@ -73,14 +73,14 @@ def test_the_run_ends_with_the_first_step_that_reaches_the_budget_and_never_afte
     assert run.tokens_seen == 12 * steps
 
 
-def test_where_steps_end_the_run_its_schedule_is_theirs(tmp_path):
+def test_a_run_that_max_steps_ends_has_the_schedule_of_max_steps(tmp_path):
     plain, run = trained(tmp_path, max_steps=4), trained(tmp_path, {"tokens": 10_000}, max_steps=4)
     assert same(weights(plain.model), weights(run.model))
 
 
 @pytest.mark.usefixtures("clock")
 def test_evaluation_checkpoints_and_callbacks_cost_no_seconds(tmp_path):
-    """The clock would count them, as it counts whatever is asked in between."""
+    """The clock advances during them as well."""
 
     class Ask(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -108,7 +108,7 @@ def test_the_last_step_is_logged_evaluated_and_saved_as_the_last_of_max_steps_is
 
 
 class Total(Method):
-    """Remembers how long it was told that the run would be."""
+    """Records the expected number of steps of the run."""
 
     requires = frozenset()
 
@@ -126,7 +126,7 @@ class Total(Method):
         self.after.append((step.number, step.total))
 
 
-def test_a_method_s_own_schedule_is_told_where_the_run_will_end(tmp_path):
+def test_a_method_s_own_schedule_gets_the_expected_number_of_steps(tmp_path):
     method = Total()
     trained(tmp_path, {"tokens": 12 * 5 - 1}, method)
     assert method.before == [40, 5, 5, 5, 5]
@@ -136,29 +136,29 @@ def test_a_method_s_own_schedule_is_told_where_the_run_will_end(tmp_path):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("budget", [{"tokens": 12 * STEPS - 5}, {"seconds": STEPS - 0.5}], ids=["tokens", "seconds"])
 @pytest.mark.parametrize("stop", [1, 4, STEPS], ids=["in the warm-up", "after it", "at the end"])
-def test_a_resumed_run_gets_its_budget_once(budget, stop, tmp_path):
+def test_a_resumed_run_does_not_get_its_budget_again(budget, stop, tmp_path):
     common = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 2, "per_device_train_batch_size": 4}
-    whole = trained(tmp_path, budget, **common)
-    assert whole.state.global_step == STEPS
-    kept = load_file(tmp_path / f"checkpoint-{stop}" / "distillation.safetensors")["spent"]
-    assert kept[:2].tolist() == [12 * stop, stop]
-    again = made(tmp_path, budget, **common)
-    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert again.state.global_step == STEPS
-    assert same(weights(whole.model), weights(again.model))
-    assert (again.tokens_seen, again.spending.seconds) == (12 * STEPS, STEPS)
+    uninterrupted = trained(tmp_path, budget, **common)
+    assert uninterrupted.state.global_step == STEPS
+    saved = load_file(tmp_path / f"checkpoint-{stop}" / "distillation.safetensors")["spent"]
+    assert saved[:2].tolist() == [12 * stop, stop]
+    resumed = new_run(tmp_path, budget, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == STEPS
+    assert same(weights(uninterrupted.model), weights(resumed.model))
+    assert (resumed.tokens_seen, resumed.spending.seconds) == (12 * STEPS, STEPS)
 
 
 def test_a_run_resumed_at_its_last_step_has_no_more(tmp_path):
     common = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "lr_scheduler_type": "constant"}
-    whole, again = trained(tmp_path, **common), made(tmp_path, **common)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
-    assert same(weights(whole.model), weights(again.model))
+    uninterrupted, resumed = trained(tmp_path, **common), new_run(tmp_path, **common)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    assert same(weights(uninterrupted.model), weights(resumed.model))
 
 
 def test_a_second_training_has_the_whole_budget_again(tmp_path):
-    run = made(tmp_path, {"tokens": 24})
+    run = new_run(tmp_path, {"tokens": 24})
     for _ in range(2):
         run.train()
         assert (run.state.global_step, run.tokens_seen) == (2, 24)
@@ -197,9 +197,9 @@ def test_a_ragged_budget_s_rates_fall_with_the_tokens(tmp_path):
     run = trainer(tmp_path, KD(), examples=ragged_examples(16), options={"budget": Budget(tokens=80)},
                   max_steps=100, lr_scheduler_type="linear")  # fmt: skip
     run.train()
-    seen = list(itertools.accumulate(logged(run, "tokens"), initial=0.0))
-    expected = [1e-2 * (1 - tokens / 80) for tokens in seen[:-1]]
-    assert len({b - a for a, b in itertools.pairwise(seen)}) > 1
+    spent = list(itertools.accumulate(logged(run, "tokens"), initial=0.0))
+    expected = [1e-2 * (1 - tokens / 80) for tokens in spent[:-1]]
+    assert len({b - a for a, b in itertools.pairwise(spent)}) > 1
     assert logged(run, "learning_rate") == pytest.approx(expected)
-    assert seen[-2] < 80 <= seen[-1]
+    assert spent[-2] < 80 <= spent[-1]
     assert torch.isfinite(torch.tensor(expected)).all()

@@ -1,4 +1,4 @@
-"""One log line out of what every process measured."""
+"""Timers, counts and means, and the log line of all processes."""
 
 import time
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def test_a_timer_leaves_out_the_timers_inside_it(monkeypatch):
     assert (line["seconds_learn"], line["seconds_score"], line["seconds_generate"]) == (17, 3, 0)
 
 
-def test_a_timer_counts_what_failed(monkeypatch):
+def test_a_timer_counts_a_block_that_raises(monkeypatch):
     clock = iter([0.0, 2.0])
     metrics = StepMetrics()
     monkeypatch.setattr(step_metrics, "_now", lambda: next(clock))

@@ -1,4 +1,4 @@
-"""The loop: one loss however a step is cut, numbers that are what they say, and nothing trained that should not be.
+"""The trainer: a loss that does not depend on micro-batches, correct logs, and only the student is trained.
 
 Runs on several processes are in test_distributed.py, interrupted ones in test_resume.py.
 """
@@ -44,7 +44,7 @@ def cut(folder, method, size, parts, double, **changed):
     """Weights after three steps of eight examples, in `parts` micro-batches of `size`."""
     models = [student(), tiny("llama", width=24, seed=2)]
     student_model, local = [model.double() for model in models] if double else models
-    made = trainer(
+    run = trainer(
         folder,
         method,
         student_model,
@@ -57,37 +57,37 @@ def cut(folder, method, size, parts, double, **changed):
         gradient_accumulation_steps=parts,
         **changed,
     )
-    made.train()
-    assert len(logged(made)) == 3
-    return weights(made.model), logged(made)
+    run.train()
+    assert len(logged(run)) == 3
+    return weights(run.model), logged(run)
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_does_not_depend_on_how_it_is_accumulated(name, reduction, tmp_path):
     """With AdamW, in float64: Adam divides by gradients as small as rounding, which float32 turns into whole steps."""
-    whole, *others = [cut(tmp_path, METHODS[name](reduction), *sizes, double=True) for sizes in CUTS]
-    assert difference(whole[0], weights(student().double())) > 1e-3
-    for changed, losses in others:
-        assert difference(whole[0], changed) < 1e-10
-        assert losses == pytest.approx(whole[1], rel=1e-6)
+    reference, *variants = [cut(tmp_path, METHODS[name](reduction), *sizes, double=True) for sizes in CUTS]
+    assert difference(reference[0], weights(student().double())) > 1e-3
+    for changed, losses in variants:
+        assert difference(reference[0], changed) < 1e-10
+        assert losses == pytest.approx(reference[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sft", "gkd, its own responses"])
 def test_a_step_in_float32_does_not_depend_on_how_it_is_accumulated(name, tmp_path):
     """Plain gradient descent shows the gradients as they are."""
     sgd = {"double": False, "optim": "sgd", "learning_rate": 0.1}
-    whole, *others = [cut(tmp_path, METHODS[name]("token"), *sizes, **sgd)[0] for sizes in CUTS]
-    assert difference(whole, weights(student())) > 1e-3
-    assert max(difference(whole, changed) for changed in others) < 1e-6
+    reference, *variants = [cut(tmp_path, METHODS[name]("token"), *sizes, **sgd)[0] for sizes in CUTS]
+    assert difference(reference, weights(student())) > 1e-3
+    assert max(difference(reference, changed) for changed in variants) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
-def test_one_step_is_what_autograd_says_of_the_formula(reduction, tmp_path):
+def test_one_step_equals_autograd_of_the_formula(reduction, tmp_path):
     examples = ragged_examples(8)
-    made = trainer(tmp_path, KD(reduction=reduction), examples=examples, max_steps=1, per_device_train_batch_size=2,
+    run = trainer(tmp_path, KD(reduction=reduction), examples=examples, max_steps=1, per_device_train_batch_size=2,
                    gradient_accumulation_steps=4, optim="sgd", learning_rate=1.0, max_grad_norm=0)  # fmt: skip
-    made.train()
+    run.train()
     by_hand, local = student(), teacher().model
     divided = {"token": sum(len(e.response) for e in examples), "sequence": len(examples), "sum": len(examples)}
     total = torch.zeros(())
@@ -99,34 +99,34 @@ def test_one_step_is_what_autograd_says_of_the_formula(reduction, tmp_path):
         total = total + value / (len(example.response) if reduction == "sequence" else 1)
     total = total / divided[reduction]
     total.backward()
-    assert logged(made) == pytest.approx([float(total.detach())], rel=1e-5)
+    assert logged(run) == pytest.approx([float(total.detach())], rel=1e-5)
     expected = {name: p.detach() - p.grad for name, p in by_hand.named_parameters()}
-    assert difference(weights(made.model), expected) < 2e-6
+    assert difference(weights(run.model), expected) < 2e-6
 
 
 def test_an_epoch_s_last_incomplete_step_is_normalised_by_what_it_has(tmp_path):
     """Eleven examples, four to a step: the third step has two micro-batches, one of a single example."""
     runs = []
     for size, parts in ((2, 2), (4, 1)):
-        made = trainer(tmp_path, KD(), student().double(), LocalTeacher(tiny("llama", width=24, seed=2).double()),
+        run = trainer(tmp_path, KD(), student().double(), LocalTeacher(tiny("llama", width=24, seed=2).double()),
                        examples=ragged_examples(11), num_train_epochs=2, max_steps=-1,
                        per_device_train_batch_size=size, gradient_accumulation_steps=parts)  # fmt: skip
-        made.train()
-        assert made.state.global_step == 6
-        runs.append((weights(made.model), logged(made)))
+        run.train()
+        assert run.state.global_step == 6
+        runs.append((weights(run.model), logged(run)))
     assert difference(runs[0][0], runs[1][0]) < 1e-10
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
 
 
 def test_every_example_is_seen_once_in_an_epoch(tmp_path):
-    seen = []
+    collected = []
 
     @dataclass
     class Watched(Method):
         requires = frozenset()
 
         def collect(self, examples, writers, step):
-            seen.append((step, [e.row for e in examples]))
+            collected.append((step, [e.row for e in examples]))
             return examples
 
         def loss(self, teacher, student, batch):
@@ -134,34 +134,34 @@ def test_every_example_is_seen_once_in_an_epoch(tmp_path):
 
     trainer(tmp_path, Watched(), examples=ragged_examples(16), num_train_epochs=2, max_steps=-1, seed=5,
             gradient_accumulation_steps=2).train()  # fmt: skip
-    assert [step for step, _ in seen] == [Step(number, 5, 4) for number in range(4)]
-    rows = [row for _, rows in seen for row in rows]
+    assert [step for step, _ in collected] == [Step(number, 5, 4) for number in range(4)]
+    rows = [row for _, rows in collected for row in rows]
     assert sorted(rows[:16]) == sorted(rows[16:]) == list(range(16))
     assert rows[:16] != rows[16:]
 
 
 @pytest.mark.parametrize("method", [KD(), GKD()], ids=["kd", "gkd"])
-def test_logged_numbers_are_what_they_say(method, tmp_path):
+def test_logged_numbers_equal_their_definitions(method, tmp_path):
     examples = ragged_examples(8)
     sampling = short_sampling(stop_ids=[2, *range(5, 25)])
-    made = trainer(tmp_path, method, sampling=sampling, examples=examples, max_steps=1, per_device_train_batch_size=2,
+    run = trainer(tmp_path, method, sampling=sampling, examples=examples, max_steps=1, per_device_train_batch_size=2,
                    gradient_accumulation_steps=4)  # fmt: skip
     if isinstance(method, GKD):
         untrained = GenerateRollout().bind(student(), words())
-        examples = untrained.generate(examples, sampling, Step(0, made.args.seed))
+        examples = untrained.generate(examples, sampling, Step(0, run.args.seed))
         assert 0 < sum(e.truncated for e in examples) < 8
-    made.train()
-    line = made.state.log_history[0]
+    run.train()
+    line = run.state.log_history[0]
     tokens = sum(len(e.response) for e in examples)
     assert line["tokens"] == tokens
-    assert made.tokens_seen == tokens
+    assert run.tokens_seen == tokens
     assert line["response_length"] == tokens / 8
     assert line["truncated"] == sum(e.truncated for e in examples) / 8
     p, q = [], []
     for example in examples:
         rows, ids = slice(len(example.prompt) - 1, len(example) - 1), torch.tensor([example.prompt + example.response])
-        for model, said in ((teacher().model, p), (student(), q)):
-            said.append(model(ids).logits[0, rows].log_softmax(-1).detach())
+        for model, log_probs in ((teacher().model, p), (student(), q)):
+            log_probs.append(model(ids).logits[0, rows].log_softmax(-1).detach())
     p, q = torch.cat(p), torch.cat(q)
     expected = {
         "forward_kl": (p.exp() * (p - q)).sum(-1),
@@ -183,11 +183,11 @@ def test_a_log_line_counts_every_step_since_the_last(tmp_path):
 
 
 def test_seconds_add_up_to_the_time_that_passed(tmp_path):
-    made = trainer(tmp_path, GKD(), max_steps=6, logging_steps=6)
+    run = trainer(tmp_path, GKD(), max_steps=6, logging_steps=6)
     start = time.perf_counter()
-    made.train()
+    run.train()
     passed = time.perf_counter() - start
-    line = made.state.log_history[0]
+    line = run.state.log_history[0]
     seconds = [line[f"seconds_{activity}"] for activity in ("generate", "score", "learn", "other")]
     assert min(seconds) > 0
     assert 0.6 * passed < sum(seconds) <= passed
@@ -200,48 +200,48 @@ def test_models_are_compared_on_logged_steps_only(tmp_path, monkeypatch):
     compared = []
 
     def recorded(*scores):
-        compared.append(made.state.global_step)
+        compared.append(run.state.global_step)
         return divergence_metrics(*scores)
 
     monkeypatch.setattr(module, "divergence_metrics", recorded)
 
-    made = trainer(tmp_path, KD(), max_steps=7, logging_steps=3, logging_first_step=True)
-    made.train()
+    run = trainer(tmp_path, KD(), max_steps=7, logging_steps=3, logging_first_step=True)
+    run.train()
     assert compared == [0, 2, 5]
-    assert len(logged(made, "forward_kl")) == 3
+    assert len(logged(run, "forward_kl")) == 3
 
 
 def test_a_method_that_needs_no_distribution_is_not_compared(tmp_path):
-    made = trainer(tmp_path, SFT(), with_teacher=BigramTeacher())
-    made.train()
-    assert not logged(made, "forward_kl")
-    assert not any(logged(made, "seconds_score"))
+    run = trainer(tmp_path, SFT(), with_teacher=BigramTeacher())
+    run.train()
+    assert not logged(run, "forward_kl")
+    assert not any(logged(run, "seconds_score"))
 
 
 @pytest.mark.parametrize("method", [KD(), GKD()], ids=["kd", "gkd"])
 def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(method, tmp_path):
     examples = ragged_examples(7, seed=9)
-    made = trainer(tmp_path, method, options={"eval_dataset": examples})
-    first, second = made.evaluate(), made.evaluate()
+    run = trainer(tmp_path, method, options={"eval_dataset": examples})
+    first, second = run.evaluate(), run.evaluate()
     assert {k: v for k, v in first.items() if "second" not in k} == {
         k: v for k, v in second.items() if "second" not in k
     }
-    written = method.collect(examples, made.writers, Step(0, made.args.seed))
-    total, units = 0.0, 0
-    for example in written:
+    collected = method.collect(examples, run.writers, Step(0, run.args.seed))
+    total, normalizer = 0.0, 0
+    for example in collected:
         batch = Batch.from_examples([example], 0)
-        one = float(made._weighted_loss(made.model, batch, diagnose=False))
-        total, units = total + one, units + batch.normalizer(method.reduction)
-    assert first["eval_loss"] == pytest.approx(total / units, rel=1e-5)
-    assert first["eval_tokens"] == sum(len(e.response) for e in written)
+        value = float(run._weighted_loss(run.model, batch, diagnose=False))
+        total, normalizer = total + value, normalizer + batch.normalizer(method.reduction)
+    assert first["eval_loss"] == pytest.approx(total / normalizer, rel=1e-5)
+    assert first["eval_tokens"] == sum(len(e.response) for e in collected)
 
 
 def test_evaluation_draws_the_same_at_every_step(tmp_path):
-    """A student that does not change is worth the same all along."""
+    """A student that does not change has the same evaluation at every step."""
     often = {"eval_strategy": "steps", "eval_steps": 1}
-    made = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, **often)
-    made.train()
-    assert len(set(logged(made, "eval_loss"))) == 1
+    run = trainer(tmp_path, GKD(), options={"eval_dataset": ragged_examples(5)}, learning_rate=0.0, **often)
+    run.train()
+    assert len(set(logged(run, "eval_loss"))) == 1
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
@@ -257,26 +257,26 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
 class Hoarding(Method):
     """Trains on everything it ever collected, as methods with a replay buffer do."""
 
-    kept: list = field(default_factory=list)
+    examples: list = field(default_factory=list)
 
     def collect(self, examples, writers, step):
-        self.kept += examples
-        return self.kept[-6:]
+        self.examples += examples
+        return self.examples[-6:]
 
     def loss(self, teacher, student, batch):
         return teacher.divergence_to(student, ForwardKL())
 
     def state_dict(self):
-        return {"rows": torch.tensor([e.row for e in self.kept])}
+        return {"rows": torch.tensor([e.row for e in self.examples])}
 
     def load_state_dict(self, state):
-        by_row = {e.row: e for e in reversed(self.kept)}  # the first of a row is training's
-        self.kept = [by_row[row] for row in state["rows"].tolist()]
+        by_row = {e.row: e for e in reversed(self.examples)}  # the first of a row is training's
+        self.examples = [by_row[row] for row in state["rows"].tolist()]
 
 
 @pytest.mark.parametrize("make", [KD, GKD, Hoarding])
 def test_evaluation_does_not_disturb_training(make, tmp_path):
-    """Nor do its draws, its dropout mode, its counts, or what a method remembers."""
+    """Neither do its random numbers, its dropout mode, its counts, or a method's state."""
     runs = []
     for changed in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         model = student("gpt2")
@@ -284,88 +284,88 @@ def test_evaluation_does_not_disturb_training(make, tmp_path):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
         options = {"eval_dataset": ragged_examples(5, seed=9)} if changed else {}
-        made = trainer(tmp_path, make(), model, options=options, logging_steps=2, **changed)
-        made.train()
-        runs.append((weights(made.model), logged(made), logged(made, "tokens"), made.tokens_seen))
-    assert len(logged(made, "eval_loss")) == 4
+        run = trainer(tmp_path, make(), model, options=options, logging_steps=2, **changed)
+        run.train()
+        runs.append((weights(run.model), logged(run), logged(run, "tokens"), run.tokens_seen))
+    assert len(logged(run, "eval_loss")) == 4
     assert same(runs[0][0], runs[1][0])
     assert runs[0][1:] == runs[1][1:]
 
 
-def test_evaluation_without_a_set_says_what_to_do(tmp_path):
+def test_evaluation_without_a_dataset_has_an_error_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer(tmp_path, KD()).evaluate()
 
 
 @dataclass
 class Broken(Method):
-    """A loss that stops being a number at the third micro-batch."""
+    """A loss that is not finite at the third micro-batch."""
 
     value: float = math.nan
-    seen: int = 0
+    micro_batches: int = 0
 
     def loss(self, teacher, student, batch):
-        self.seen += 1
-        return -student.chosen * (self.value if self.seen == 3 else 1.0)
+        self.micro_batches += 1
+        return -student.chosen * (self.value if self.micro_batches == 3 else 1.0)
 
 
 @pytest.mark.parametrize(("value", "remedy"), [(math.nan, "a lower learning_rate$"), (math.inf, "jensen_shannon$")])
 def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(value, remedy, tmp_path):
-    made = trainer(tmp_path, Broken(value), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    run = trainer(tmp_path, Broken(value), per_device_train_batch_size=2, gradient_accumulation_steps=2)
     after = []
 
     class Remember(TrainerCallback):
         def on_step_end(self, *_, **__):
-            after.append(weights(made.model))
+            after.append(weights(run.model))
 
-    made.add_callback(Remember())
+    run.add_callback(Remember())
     with pytest.raises(
         FloatingPointError, match=rf"the loss became (nan|inf) at step 1; nothing was updated.*{remedy}"
     ):
-        made.train()
+        run.train()
     assert len(after) == 1
-    assert same(after[0], weights(made.model))
+    assert same(after[0], weights(run.model))
 
 
 @dataclass
 class Steep(Method):
-    """A loss that is a number with a gradient that is none."""
+    """A finite loss with a gradient that is NaN."""
 
     def loss(self, teacher, student, batch):
         return (student.chosen - student.chosen.detach()).abs().sqrt() + 0 * student.chosen
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_weights_change(tmp_path):
-    made = trainer(tmp_path, Steep())
+    run = trainer(tmp_path, Steep())
     with pytest.raises(FloatingPointError, match="the gradient became nan at step 0"):
-        made.train()
-    assert same(weights(made.model), weights(student()))
+        run.train()
+    assert same(weights(run.model), weights(student()))
 
 
 def test_several_gpus_without_a_process_each_are_refused(tmp_path):
-    given = arguments(tmp_path)
-    given._n_gpu = 2
+    args = arguments(tmp_path)
+    args._n_gpu = 2
     with pytest.raises(ValueError, match="one process each: start with torchrun or accelerate launch"):
-        StudentTrainer(student(), None, SFT(), processing_class=words(), args=given)
+        StudentTrainer(student(), None, SFT(), processing_class=words(), args=args)
 
 
 def test_gradients_are_clipped_as_a_whole_step(tmp_path):
     """Plain gradient descent with rate 1: the step is as long as the clipped gradient."""
-    made = trainer(tmp_path, SFT(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    run = trainer(tmp_path, SFT(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
                    optim="sgd", learning_rate=1.0, max_grad_norm=0.05)  # fmt: skip
-    before = weights(made.model)
-    made.train()
-    after = weights(made.model)
+    before = weights(run.model)
+    run.train()
+    after = weights(run.model)
     step = math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in before))
     assert step == pytest.approx(0.05, rel=1e-3)
-    assert logged(made, "grad_norm")[0] > 0.05
+    assert logged(run, "grad_norm")[0] > 0.05
 
 
 def test_bfloat16_autocast_trains(tmp_path):
-    made = trainer(tmp_path, KD(), max_steps=6, learning_rate=3e-2, bf16=True)
-    made.train()
-    losses = logged(made)
-    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    run = trainer(tmp_path, KD(), max_steps=6, learning_rate=3e-2, bf16=True)
+    run.train()
+    losses = logged(run)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert losses[-1] < 0.8 * losses[0]
     plain = trainer(tmp_path, KD(), max_steps=1)
     plain.train()
@@ -380,9 +380,9 @@ def test_gradient_checkpointing_trains_the_same(kind, tmp_path):
     """Also with dropout, which GPT-2 has; a trainer sets its seed when it is made."""
     runs = []
     for checkpointing in (False, True):
-        made = trainer(tmp_path, GKD(), student(kind), gradient_checkpointing=checkpointing)
-        made.train()
-        runs.append(weights(made.model))
+        run = trainer(tmp_path, GKD(), student(kind), gradient_checkpointing=checkpointing)
+        run.train()
+        runs.append(weights(run.model))
     assert difference(*runs) < 1e-6
     assert difference(runs[0], weights(student(kind))) > 1e-3
 
@@ -394,12 +394,12 @@ def test_only_adapters_are_trained_and_load_back(tmp_path):
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, task_type="CAUSAL_LM"))
     before = weights(model)
-    made = trainer(tmp_path / "run", GKD(), model, max_steps=3)
-    made.train()
+    run = trainer(tmp_path / "run", GKD(), model, max_steps=3)
+    run.train()
     after = weights(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "lora_" in name}
-    made.save_model(str(tmp_path / "adapters"))
+    run.save_model(str(tmp_path / "adapters"))
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "adapters")
     ids = torch.tensor([[4, 5, 6]])
     torch.testing.assert_close(back(ids).logits, model.eval()(ids).logits)
@@ -407,43 +407,43 @@ def test_only_adapters_are_trained_and_load_back(tmp_path):
 
 
 def test_tied_embeddings_stay_tied_and_learn_from_both_ends(tmp_path):
-    made = trainer(tmp_path, KD(), student(tied=True), max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0)
-    made.train()
-    assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
+    run = trainer(tmp_path, KD(), student(tied=True), max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0)
+    run.train()
+    assert run.model.lm_head.weight is run.model.model.embed_tokens.weight
     by_hand, local = student(tied=True), teacher().model
     batch = ragged_examples()
-    drawn = [batch[row] for row in rows_of_the_first_step(tmp_path)]
+    first_step = [batch[row] for row in rows_of_the_first_step(tmp_path)]
     total = torch.zeros(())
-    for example in drawn:
+    for example in first_step:
         rows, ids = slice(len(example.prompt) - 1, len(example) - 1), torch.tensor([example.prompt + example.response])
         log_p, log_q = (model(ids).logits[0, rows].log_softmax(-1) for model in (local, by_hand))
         total = total + (log_p.exp() * (log_p - log_q)).sum()
-    (total / sum(len(e.response) for e in drawn)).backward()
+    (total / sum(len(e.response) for e in first_step)).backward()
     expected = {name: p.detach() - p.grad for name, p in by_hand.named_parameters()}
-    assert difference(weights(made.model), expected) < 2e-6
+    assert difference(weights(run.model), expected) < 2e-6
 
 
 def rows_of_the_first_step(folder):
-    seen = []
+    rows = []
 
     class Watched(Method):
         requires = frozenset()
 
         def collect(self, examples, writers, step):
-            seen.extend(e.row for e in examples)
+            rows.extend(e.row for e in examples)
             return examples
 
         def loss(self, teacher, student, batch):
             return -student.chosen
 
     trainer(folder, Watched(), max_steps=1).train()
-    return seen
+    return rows
 
 
 @pytest.mark.parametrize("sizes", [(53, 64), (64, 53), (56, 64), (64, 56)])
 def test_vocabularies_padded_differently_train_as_unpadded_ones_would(sizes, tmp_path):
-    ours, theirs = sizes
-    padded = trainer(tmp_path, GKD(), widened(student(), ours), LocalTeacher(widened(teacher().model, theirs)))
+    size, teacher_size = sizes
+    padded = trainer(tmp_path, GKD(), widened(student(), size), LocalTeacher(widened(teacher().model, teacher_size)))
     plain = trainer(tmp_path, GKD())
     padded.train()
     plain.train()
@@ -451,7 +451,7 @@ def test_vocabularies_padded_differently_train_as_unpadded_ones_would(sizes, tmp
     assert logged(padded, "forward_kl") == pytest.approx(logged(plain, "forward_kl"), rel=1e-4)
     cut_head = padded.model.lm_head.weight[:53]
     assert (cut_head - plain.model.lm_head.weight).abs().max() < 1e-4
-    assert torch.equal(padded.model.lm_head.weight[53:], widened(student(), ours).lm_head.weight[53:])
+    assert torch.equal(padded.model.lm_head.weight[53:], widened(student(), size).lm_head.weight[53:])
 
 
 def widened(model, vocabulary):
@@ -491,10 +491,10 @@ class Preferring(Method):
 
 
 def test_pairs_stay_together_however_a_step_is_cut(tmp_path):
-    whole, *others = [cut(tmp_path, Preferring(), *sizes, double=True) for sizes in CUTS]
-    for changed, losses in others:
-        assert difference(whole[0], changed) < 1e-10
-        assert losses == pytest.approx(whole[1], rel=1e-6)
+    reference, *variants = [cut(tmp_path, Preferring(), *sizes, double=True) for sizes in CUTS]
+    for changed, losses in variants:
+        assert difference(reference[0], changed) < 1e-10
+        assert losses == pytest.approx(reference[1], rel=1e-6)
 
 
 def test_examples_may_come_from_an_iterable_dataset(tmp_path):
@@ -502,10 +502,10 @@ def test_examples_may_come_from_an_iterable_dataset(tmp_path):
         def __iter__(self):
             return iter(ragged_examples(16))
 
-    made = trainer(tmp_path, KD(), examples=Stream())
-    made.train()
-    assert len(logged(made)) == 4
-    assert made.tokens_seen == sum(len(e.response) for e in ragged_examples(16))
+    run = trainer(tmp_path, KD(), examples=Stream())
+    run.train()
+    assert len(logged(run)) == 4
+    assert run.tokens_seen == sum(len(e.response) for e in ragged_examples(16))
 
 
 def test_a_method_s_schedule_moves_once_per_optimizer_step(tmp_path):
@@ -525,26 +525,26 @@ def test_a_method_s_schedule_moves_once_per_optimizer_step(tmp_path):
 
 
 def test_a_method_may_train_something_of_its_own_first(tmp_path):
-    seen = []
+    calls = []
 
     class Prompting(Method):
         def before_step(self, batches, teacher, student, step):
-            seen.append((step.number, len(batches), sum(len(b.examples) for b in batches), student, teacher))
+            calls.append((step.number, len(batches), sum(len(b.examples) for b in batches), student, teacher))
 
         def loss(self, teacher, student, batch):
             return teacher.divergence_to(student, ReverseKL())
 
-    made = trainer(tmp_path, Prompting(), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    made.train()
-    assert seen == [(0, 3, 6, made.model, made.teacher), (1, 3, 6, made.model, made.teacher)]
+    run = trainer(tmp_path, Prompting(), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    run.train()
+    assert calls == [(0, 3, 6, run.model, run.teacher), (1, 3, 6, run.model, run.teacher)]
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
-    made = trainer(tmp_path, GKD(), student(), LocalTeacher(student()), optim="sgd")
-    made.train()
-    assert logged(made) == pytest.approx([0] * 4, abs=1e-6)
-    assert max(logged(made, "forward_kl")) < 1e-5
-    assert difference(weights(made.model), weights(student())) < 1e-5
+    run = trainer(tmp_path, GKD(), student(), LocalTeacher(student()), optim="sgd")
+    run.train()
+    assert logged(run) == pytest.approx([0] * 4, abs=1e-6)
+    assert max(logged(run, "forward_kl")) < 1e-5
+    assert difference(weights(run.model), weights(student())) < 1e-5
 
 
 def test_a_teacher_that_is_the_student_itself_is_refused(tmp_path):
@@ -555,22 +555,22 @@ def test_a_teacher_that_is_the_student_itself_is_refused(tmp_path):
 
 def test_training_arguments_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = StudentTrainer(student(), None, SFT(), processing_class=words(), train_dataset=ragged_examples())
-    assert isinstance(made.args, TrainingArguments)
-    assert made.writers == type(made.writers)()
+    run = StudentTrainer(student(), None, SFT(), processing_class=words(), train_dataset=ragged_examples())
+    assert isinstance(run.args, TrainingArguments)
+    assert run.writers == type(run.writers)()
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(temperature=2.0)])
 def test_a_teacher_without_a_model_teaches(divergence: Divergence, tmp_path):
-    made = trainer(tmp_path, KD(divergence), with_teacher=BigramTeacher(), max_steps=25, learning_rate=3e-2)
-    made.train()
-    assert logged(made)[-1] < 0.7 * logged(made)[0]
+    run = trainer(tmp_path, KD(divergence), with_teacher=BigramTeacher(), max_steps=25, learning_rate=3e-2)
+    run.train()
+    assert logged(run)[-1] < 0.7 * logged(run)[0]
 
 
 def test_log_lines_are_in_order_and_carry_the_step(tmp_path):
-    made = trainer(tmp_path, KD(), options={"eval_dataset": ragged_examples(3)}, eval_strategy="steps", eval_steps=2)
-    made.train()
-    steps = [line["step"] for line in made.state.log_history]
+    run = trainer(tmp_path, KD(), options={"eval_dataset": ragged_examples(3)}, eval_strategy="steps", eval_steps=2)
+    run.train()
+    steps = [line["step"] for line in run.state.log_history]
     assert all(a <= b for a, b in pairwise(steps))
-    assert [line["step"] for line in made.state.log_history if "eval_loss" in line] == [2, 4]
-    assert SimpleNamespace(**made.state.log_history[0]).step == 1
+    assert [line["step"] for line in run.state.log_history if "eval_loss" in line] == [2, 4]
+    assert SimpleNamespace(**run.state.log_history[0]).step == 1

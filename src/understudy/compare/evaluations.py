@@ -1,7 +1,8 @@
-"""Evaluate models with the same settings, keep the evaluation in a folder, and read it back as a result.
+"""Evaluate models with the same settings, save the evaluation in a folder, and read it back as a result.
 
-`evaluation.json` holds the settings and the results by name: greedy, T=1, exposure. Every file of responses is named
-after all that they depend on, so that those of other settings or other weights stay, and the same ones are resumed.
+`evaluation.json` contains the settings and the results by name: greedy, T=1, exposure. The name of a file of responses
+contains a digest of everything that they depend on, so that responses of the same settings and weights are resumed and
+those of others are not overwritten.
 """
 
 import hashlib
@@ -40,13 +41,13 @@ def named_settings(
 
 
 def with_format_of(settings: NamedSettings, recipe: Recipe) -> dict[str, EvalSettings]:
-    """The settings with the recipe's own way of reading a row: columns, templates, and what is done with bad rows."""
+    """The settings with the recipe's own options for reading a row: columns, templates, handling of bad rows."""
     fields = {name: getattr(recipe.data, name) for name in _FORMAT if name in recipe.data.model_fields_set}
     return {name: replace(each, data=each.data.model_copy(update=fields)) for name, each in settings.items()}
 
 
 def reference_folder(output: Path, model: str) -> RunFolder:
-    """Where a comparison keeps the evaluation of a model that it did not train."""
+    """The folder in which a comparison saves the evaluation of a model that it did not train."""
     return RunFolder(output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8])
 
 
@@ -56,7 +57,7 @@ def evaluate_into(folder: RunFolder, model: str, settings: NamedSettings) -> Non
     Exposure bias of a teacher against itself is left out.
 
     Raises:
-        ValueError: for a folder with an evaluation.json that was not written here; and as `evaluate_model`.
+        ValueError: for a folder with an evaluation.json that understudy did not write; and as `evaluate_model`.
     """
     claim(folder)
     results: dict[str, Any] = {}
@@ -72,7 +73,7 @@ def evaluate_into(folder: RunFolder, model: str, settings: NamedSettings) -> Non
 
 
 def claim(folder: RunFolder) -> None:
-    """Mark a folder, made where there is none, as one that holds an evaluation."""
+    """Create a folder if it is missing, and mark it as one with an evaluation."""
     marker.check(folder.path, EVALUATION, "give another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
     marker.mark(folder.path, EVALUATION)
@@ -88,7 +89,7 @@ def read_result(folder: RunFolder, settings: NamedSettings) -> Result | str:
 
 
 def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Result:
-    """A result from what evaluation.json and run.json hold."""
+    """A Result from the content of evaluation.json and run.json."""
     return Result(
         metrics={name: dict(part["metrics"]) for name, part in results.items()},
         scores={name: part["scores"] for name, part in results.items() if part.get("scores") is not None},
@@ -104,7 +105,7 @@ def _content(evaluation: Evaluation, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _digest(loaded: LoadedModel, settings: EvalSettings) -> str:
-    """8 hexadecimal digits that change with whatever the responses of model and teacher depend on."""
+    """A hash of everything that the responses of model and teacher depend on: 8 hexadecimal digits."""
     models = [loaded.model, *([loaded.teacher.model] if settings.exposure_bias and loaded.teacher else [])]
     identities = [identity(model, loaded.rollout, loaded.sampling, "student") for model in models]
     prompts = [example.prompt for example in loaded.examples.examples]

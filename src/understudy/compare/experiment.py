@@ -4,8 +4,8 @@
     OUTPUT/reference/               evaluations of the teacher and the warm start
     OUTPUT/comparison.json, .md     every result, and the table
 
-Every run has a process of its own, so that one that fails leaves the others alone. The same command again resumes the
-comparison: runs and evaluations that are finished stay.
+Every run has a process of its own, so that a failed run does not affect the others. The same command again resumes the
+comparison: finished runs and evaluations are not repeated.
 """
 
 import json
@@ -46,7 +46,7 @@ COMPARISON = marker.Kind("comparison", (RECORD, TABLE))
 
 @dataclass(frozen=True)
 class VariantRun:
-    """Train one variant with one seed and evaluate its student; what goes wrong is written to failed.txt."""
+    """Train one variant with one seed and evaluate its student; an error is written to failed.txt."""
 
     variant: Variant
     seed: int
@@ -89,14 +89,14 @@ def compare(
     baseline: str | None = None,
     console: Console | None = None,
 ) -> str:
-    """Run every variant with the seeds 0 … seeds − 1, evaluate all students alike, and return the table in Markdown.
+    """Run variants with the seeds 0 … seeds − 1, evaluate all students with the same settings, return a Markdown table.
 
-    The teacher and the student that the runs begin with are evaluated as well, where all variants share them.
+    The teacher and the warm start are evaluated as well, where all variants share them.
 
     Args:
-        settings: of the evaluation; how a row is read (columns, templates) is each recipe's own.
-        temperatures: an evaluation for each.
-        exposure: measure exposure bias on the first so many prompts.
+        settings: of the evaluation; options for reading a row (columns, templates) are taken from each recipe.
+        temperatures: each model is evaluated at each of these.
+        exposure: measure exposure bias on this many prompts, the first ones; 0: do not measure it.
         baseline: the variant from which the others' differences are computed.
 
     Raises:
@@ -106,7 +106,8 @@ def compare(
     models = reference_models(recipes)
     if exposure and "teacher" not in models:
         raise RecipeError(
-            "exposure bias needs one teacher for all recipes that name one, and there are several or none"
+            "exposure bias needs one teacher for all recipes that name one, and there are several or none: compare "
+            "recipes of one teacher, or leave --exposure-bias out"
         )
     named = named_settings(settings, temperatures, exposure, models.get("teacher"))
     runs = [
@@ -134,14 +135,14 @@ def _check(variants: Sequence[Variant], baseline: str | None) -> list[Recipe]:
         recipe.check("rollout", ROLLOUTS)
     names = [variant.name for variant in variants]
     if baseline is not None and baseline not in names:
-        raise RecipeError(f'the baseline "{baseline}" is none of {", ".join(names)}')
+        raise RecipeError(f'there is no recipe "{baseline}" for the baseline: choose one of {", ".join(names)}')
     return recipes
 
 
 def _check_folders(output: Path, runs: Sequence[VariantRun], references: Sequence[ReferenceRun]) -> None:
-    """Refuse folders with files that were not written here, or with finished runs of other settings; changes nothing.
+    """Refuse folders with files of the user, or with finished runs of other settings; changes nothing.
 
-    Finished runs stay, so that those of another budget, say, would be shown as what is asked for now.
+    Finished runs are not repeated, so those of another budget, say, would appear in the table of this one.
     """
     remedy = "give another --output"
     marker.check(output, COMPARISON, remedy)
@@ -171,10 +172,10 @@ def _write(
     for run in runs:
         results[run.variant.name][run.seed] = read_result(run.folder, run.settings)
     reference_results = {name: read_result(run.folder, run.settings) for name, run in references.items()}
-    measured = {name: result for name, result in reference_results.items() if isinstance(result, Result)}
-    rows = statistics.table_rows(results, baseline, measured.get("teacher"), measured.get("warm start"))
+    evaluated = {name: result for name, result in reference_results.items() if isinstance(result, Result)}
+    rows = statistics.table_rows(results, baseline, evaluated.get("teacher"), evaluated.get("warm start"))
     settings = runs[0].settings
-    text = statistics.markdown(rows, _columns(rows, settings), measured)
+    text = statistics.markdown(rows, _columns(rows, settings), evaluated)
     content: dict[str, Any] = {
         "settings": {name: each.as_dict() for name, each in settings.items()},
         "baseline": baseline,
@@ -195,7 +196,7 @@ def _columns(rows: Sequence[statistics.TableRow], settings: NamedSettings) -> li
     """The table's columns, (settings' name, metric) each."""
     names = [name for name in settings if name != EXPOSURE]
     metrics = ["accuracy", *dict.fromkeys(metric for each in settings.values() for metric in each.metrics)]
-    known = [metric for metric in metrics if any(metric in part for row in rows for part in row.metrics.values())]
-    columns = [(name, metric) for name in names for metric in known]
+    metrics = [metric for metric in metrics if any(metric in part for row in rows for part in row.metrics.values())]
+    columns = [(name, metric) for name in names for metric in metrics]
     columns += [(name, "response_length") for name in names]
     return columns + ([(EXPOSURE, "exposure_bias")] if EXPOSURE in settings else [])

@@ -1,4 +1,4 @@
-"""Run tasks in processes of their own, some at a time, with a progress bar."""
+"""Run tasks in separate processes, a few at a time, with a progress bar."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
     bar = Progress(TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     try:
         with bar as progress:
-            shown = progress.add_task("", total=len(tasks))
+            bar_task = progress.add_task("", total=len(tasks))
             while waiting or running:
                 while waiting and len(running) < parallel:
                     process = context.Process(target=_run, args=(waiting.pop(0), threads))
@@ -28,7 +28,7 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
                     running.append(process)
                 time.sleep(0.2)
                 alive = [process for process in running if process.is_alive()]
-                progress.advance(shown, len(running) - len(alive))
+                progress.advance(bar_task, len(running) - len(alive))
                 running = alive
     finally:
         for process in running:

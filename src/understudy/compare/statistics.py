@@ -1,8 +1,8 @@
 """Statistics over runs: means over seeds, confidence intervals, paired differences, costs; the table of a comparison.
 
-The table is computed from plain results, so that it can be computed again at any time. A result is one model's metrics
-under every protocol ("greedy", "T=1") and, where responses are correct or wrong one by one, the score of every
-response, by which two models are compared on the same prompts.
+The table is computed from saved results, so that it can be computed again at any time. A result has one model's metrics
+under every protocol ("greedy", "T=1") and, where each response is correct or wrong, the score of every response, by
+which two models are compared on the same prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds. `low` and `high` are the ends of Student's 95 % interval; equal to the mean for one seed."""
+    """A mean over seeds with its standard deviation and the ends of Student's 95 % interval (one seed: the mean)."""
 
     mean: float
     deviation: float
@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant's mean score less the baseline's, with a paired bootstrap's 95 % interval and p value."""
+    """A variant's mean score minus the baseline's, with a paired bootstrap's 95 % interval and p value."""
 
     mean: float
     low: float
@@ -65,8 +65,8 @@ def paired_difference(
 ) -> Difference:
     """The paired bootstrap of two (S, A) tables of scores, S seeds and responses to the same A prompts in each.
 
-    Seeds and prompts are both resampled, with replacement, `RESAMPLES` times. p is twice the share of the resamples
-    that lie on the other side of 0 than the mean, at least 1/RESAMPLES.
+    Seeds and prompts are both resampled, with replacement, `RESAMPLES` times. p is twice the share of resampled means
+    on the other side of 0, at least 1/RESAMPLES.
     """
     delta = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     runs, responses = delta.shape
@@ -159,7 +159,11 @@ def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
 
 def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | str]) -> dict[str, Difference]:
     """The differences from the baseline over the seeds that both have."""
-    pairs = [(result, other) for seed, result in results.items() if isinstance(other := baseline.get(seed), Result)]
+    pairs = [
+        (result, baseline_result)
+        for seed, result in results.items()
+        if isinstance(baseline_result := baseline.get(seed), Result)
+    ]
     if not pairs:
         return {}
     protocols = [p for p in pairs[0][0].scores if p in pairs[0][1].scores]
@@ -187,7 +191,7 @@ def _cost(results: list[Result], name: str) -> Spread | None:
 
 
 def _student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
 

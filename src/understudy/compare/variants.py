@@ -14,7 +14,7 @@ from ..teachers import TEACHERS
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe with overrides; `name` is also that of its folder."""
+    """A recipe with overrides; its folder has the same name."""
 
     name: str
     recipe: Path
@@ -44,7 +44,7 @@ def variants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str 
     plain = [Variant(path.stem, path, tuple(overrides)) for path in recipes]
     variants = plain if sweep is None else _swept(plain, sweep)
     if len({variant.name for variant in variants}) < len(variants):
-        raise RecipeError("two of the recipes have the same file name, by which runs are told apart: rename one")
+        raise RecipeError("two of the recipes have the same file name, which names their runs: rename one")
     return variants
 
 
@@ -75,7 +75,7 @@ def budget_override(text: str) -> str:
 
 
 def sweep_record(variants: Sequence[Variant]) -> dict[str, Any] | None:
-    """The option that a sweep set, and each variant's recipe and value, which is as YAML reads it."""
+    """The option of a sweep, and each variant's recipe and value, as parsed by YAML and as written."""
     points = {
         variant.name: {"recipe": variant.recipe.stem, "value": value_of(variant.swept[1]), "written": variant.swept[1]}
         for variant in variants
@@ -99,8 +99,8 @@ def common_dataset(variants: Sequence[Variant]) -> str:
 
 
 def reference_models(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """The models that students are compared with: the teacher and the warm start, where all recipes share one."""
+    """The names of the models that students are compared with: teacher and warm start, where all recipes share one."""
     teachers = {recipe.build("teacher", TEACHERS).model_name for recipe in recipes if recipe.teacher} - {None}
     starts = {recipe.student.model for recipe in recipes}
     models = {"teacher": teachers, "warm start": starts}
-    return {name: str(next(iter(of))) for name, of in models.items() if len(of) == 1 and None not in of}
+    return {name: str(next(iter(paths))) for name, paths in models.items() if len(paths) == 1 and None not in paths}

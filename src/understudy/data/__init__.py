@@ -1,1 +1,1 @@
-"""Datasets: from rows of files and hub datasets through formats and chat templates to examples of token ids."""
+"""Datasets: rows of files and hub datasets, rendered by formats and chat templates, as examples of token ids."""

@@ -15,7 +15,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResponseEnd:
-    """What a chat template writes behind a response (`suffix`), and how much of it belongs to the response (`end`).
+    """What a chat template renders after a response (`suffix`), and the part that belongs to the response (`end`).
 
     Qwen's suffix is "<|im_end|>\\n", its end "<|im_end|>": the student stops there and never generates the newline.
     Phi's suffix holds two tokens, "<|end|>\\n<|endoftext|>"; the first one ends the response.
@@ -27,7 +27,7 @@ class ResponseEnd:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ResponseEnd":
-        """Render a short conversation and look behind its response; empty if there is no template or it fails."""
+        """Render a short conversation and read what follows its response; empty without a template or if it fails."""
         if not tokenizer.chat_template:
             return cls()
         response = "understudy"
@@ -62,7 +62,7 @@ class ChatTemplate:
         self.tokenizer, self.arguments = tokenizer, dict(arguments)
 
     def render_prompt(self, where: str, messages: list[Message]) -> str:
-        """The messages with the template's generation prompt behind them.
+        """The messages followed by the template's generation prompt.
 
         Raises:
             DataError: if the tokenizer has no chat template.
@@ -71,18 +71,18 @@ class ChatTemplate:
         return self._render(where, messages, add_generation_prompt=True)
 
     def render_pair(self, where: str, messages: list[Message], response: Message) -> tuple[str, str]:
-        """Prompt and response: the response is what the template writes behind its own generation prompt.
+        """Prompt and response: the response is what the template renders after its own generation prompt.
 
         Raises:
             DataError: as `render_prompt`.
-            BadRow: as `render_prompt`; and if the template writes the prompt differently where a response follows.
+            BadRow: as `render_prompt`; and if the template renders the prompt differently when a response follows.
         """
         prompt = self.render_prompt(where, messages)
         conversation = self._render(where, [*messages, response])
         if not conversation.startswith(prompt):
             raise BadRow(
-                f"{where}: the chat template writes the conversation with its answer otherwise than without, so where "
-                "the answer begins is unknown; give such rows as prompt and completion strings, or another template"
+                f"{where}: the chat template renders the prompt differently when the answer follows, so it is unknown "
+                "where the answer begins; give such rows as prompt and completion strings, or another template"
             )
         text = conversation.removeprefix(prompt)
         if text.endswith(self.response_end.suffix):
@@ -114,12 +114,12 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
 
 
 def is_conversation(value: Any) -> bool:
-    """Is it a list of messages rather than a text or a list of texts?"""
+    """Is the value a list of messages, rather than a text or a list of texts?"""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def check_messages(where: str, name: str, value: Any, last: str | None = None) -> list[Message]:
-    """Check a conversation: an optional system message, then user and assistant in turn, each with text.
+    """Check a conversation: an optional system message, then user and assistant alternating, each with text.
 
     Args:
         name: the column's; for errors.
@@ -134,8 +134,7 @@ def check_messages(where: str, name: str, value: Any, last: str | None = None) -
         which = f"message {index + 1} of the {name}"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "developer", "user", "assistant"):
-            known = "system, user and assistant are understood"
-            raise BadRow(f"{where}: {which} has the role {describe(role)}; {known}")
+            raise BadRow(f"{where}: {which} has the role {describe(role)}; use system, user or assistant")
         previous = value[index - 1]["role"] if index else None
         if role in ("system", "developer"):
             in_order = previous is None

@@ -1,7 +1,7 @@
 """Load a dataset as examples of token ids, for a Trainer or a DataLoader.
 
-`rows.py` reads the rows, `formats.py` and `chat.py` make them text, `tokenize.py` makes the text ids of bounded length.
-Whatever is cut or skipped on the way is counted and logged.
+`rows.py` reads the rows, `formats.py` and `chat.py` render them as text, and `tokenize.py` turns the text into ids of
+bounded length. Prompts and responses that are cut, and rows that are skipped, are counted and logged.
 """
 
 import hashlib
@@ -115,18 +115,19 @@ def examples_from_rows(
     """Tokenize rows, which may be plain dictionaries, into examples.
 
     Args:
-        source: what errors call the rows' origin.
-        columns: from our column names to the dataset's, such as {"prompt": "en", "completion": "de"}.
-        template: a format string over the dataset's columns that makes the prompt.
+        source: the rows' origin, for errors.
+        columns: from the column names of a format to the dataset's, such as {"prompt": "en", "completion": "de"}.
+        template: a format string over the dataset's columns that gives the prompt.
         chat_template_kwargs: arguments of the tokenizer's chat template.
         max_length: of prompt and response together, in tokens; longer responses lose their end.
         max_prompt_length: in tokens; longer prompts keep a BOS and their end. Default: `max_length - reserve`.
-        reserve: tokens that stay free for a response behind every prompt, such as a rollout's max_new_tokens.
-        text_prompt: how many tokens of each chunk of plain text (column `text`) are its prompt. A chunk has up to
-            `max_length` tokens of whole lines; only a longer line is cut. No stop token follows it inside a document.
+        reserve: tokens reserved for a response after every prompt, such as a rollout's max_new_tokens.
+        text_prompt: the number of tokens of each chunk of plain text (column `text`) that are its prompt. A chunk has
+            up to `max_length` tokens of whole lines; only a longer line is cut. Inside a document chunks end without a
+            stop token.
         on_bad_row: stop at a malformed row, or skip and count it.
         on_long_prompt: cut, skip or refuse a prompt that is too long.
-        limit: take only so many examples from the beginning.
+        limit: take only the first `limit` examples.
 
     Raises:
         DataError: for a malformed row, lengths that leave no room, and a dataset without any example.
@@ -146,13 +147,13 @@ def examples_from_rows(
 
 
 def _longest_prompt(max_length: int, max_prompt_length: int | None, reserve: int) -> int:
-    """The tokens that a prompt may have, so that `reserve` tokens of response fit behind it."""
+    """The largest number of tokens of a prompt, such that `reserve` tokens of response fit after it."""
     room = max_length - reserve if max_prompt_length is None else max_prompt_length
     if reserve < 1 or room < 1 or room + reserve > max_length:
         prompt = "a prompt" if max_prompt_length is None else f"a prompt of max_prompt_length {max_prompt_length}"
         raise DataError(
             f"max_length {max_length} has no room for {prompt} and {reserve} tokens of response; raise max_length, or "
-            "lower what has to fit into it"
+            "lower the others"
         )
     return room
 
@@ -195,5 +196,5 @@ def _tokenize(texts: Iterator[Row | Document], builder: ExampleBuilder, limit: i
 
 def _why_empty(source: str, skipped: Sequence[BadRow]) -> str:
     if not skipped:
-        return f"{source} holds no rows"
-    return f"{source} holds no usable row: {len(skipped)} skipped, the first because {skipped[0]}"
+        return f"{source} has no rows: give another dataset or split"
+    return f"{source} has no usable row: {len(skipped)} skipped, the first because {skipped[0]}"

@@ -1,7 +1,7 @@
 """Dataset formats: from a row's columns to a prompt, the references and the response, as text.
 
 A row may be a pair, a conversation, an instruction, a question or columns for a template. Each becomes a `Row`, whose
-prompt is what the student reads and whose response is what it is trained to generate. Column names are known only here.
+prompt the student reads and whose response it is trained to generate. This is the only file that knows column names.
 """
 
 import string
@@ -17,7 +17,7 @@ from .rows import BadRow, DataError, SourceRow, check_text, describe
 
 PAIRS = {"prompt": "completion", "instruction": "output", "question": "answer"}  # prompt column: answer column
 COLUMNS = ["messages", "prompt", "completion", "instruction", "input", "output", "question", "answer", "text"]
-UNDERSTOOD = "messages, prompt (+ completion), instruction (+ input, output), question (+ answer), text"
+FORMATS = "messages, prompt (+ completion), instruction (+ input, output), question (+ answer), text"
 
 # The prompts of Stanford Alpaca as the distillation papers use them (MiniLLM, DPKD, PromptKD), last newline included.
 ALPACA = (
@@ -33,9 +33,10 @@ ALPACA_WITH_INPUT = (
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt as the model reads it, with the dataset's references; without any it is a prompt to respond to.
+    """A prompt as the model reads it, with the dataset's references, if there are any.
 
-    `response` is what the student is trained to generate: the first reference, in a chat with the template's end token.
+    `response` is the text that the student is trained to generate: the first reference, in a chat followed by the
+    template's end token.
     """
 
     where: str
@@ -59,11 +60,11 @@ class Format:
 
     Args:
         columns: from the format's column names to the dataset's, such as {"prompt": "en", "completion": "de"}.
-        template: a format string over the dataset's columns, which makes the prompt whatever the format.
+        template: a format string over the dataset's columns, which gives the prompt, whatever the format.
         chat_template_kwargs: arguments of the tokenizer's chat template, such as enable_thinking.
 
     Raises:
-        DataError: for an unknown name in `columns`, and for a template that is no format string or names no column.
+        DataError: for an unknown name in `columns`, and for a template that is not a format string or has no columns.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Format:
         self.chat_template = ChatTemplate(tokenizer, chat_template_kwargs or {})
         for name in self.columns:
             if name not in COLUMNS:
-                known = ", ".join(COLUMNS)
-                raise DataError(f'columns names "{name}", which is none of {known}{did_you_mean(name, COLUMNS)}')
-        # Formats that `columns` names a column of go before formats whose columns happen to be there.
+                names = ", ".join(COLUMNS)
+                raise DataError(f'columns names "{name}", which is none of {names}{did_you_mean(name, COLUMNS)}')
+        # Formats with a column in `columns` take precedence over formats whose columns happen to be there.
         kinds = ["messages", *PAIRS, "text"]
         self.kinds = [kind for kind in kinds if not self.columns.keys().isdisjoint(_columns_of(kind))] or kinds
         self.fields = [] if template is None else _fields(template)
@@ -101,7 +102,7 @@ class Format:
     def _text(self, row: SourceRow) -> Row | Document:
         where = row.where
         if self.template is not None:
-            return _pair(where, self._fill(row), self._references(row, self._answer_beside_template(row)))
+            return _pair(where, self._fill(row), self._references(row, self._answer_column(row)))
         kind = self._kind(row)
         if kind == "messages":
             return self._conversation(where, row.columns["messages"])
@@ -124,19 +125,19 @@ class Format:
 
     def _kind(self, row: SourceRow) -> str:
         present = [kind for kind in self.kinds if kind in row.columns]
-        for kind in present:  # a prompt with an answer goes before one without
+        for kind in present:  # a prompt with an answer takes precedence over one without
             if kind == "messages" or PAIRS.get(kind) in row.columns:
                 return kind
         if present:
             return present[0]
-        known = [column for kind in self.kinds for column in _columns_of(kind)]
-        guesses = [guess for column in row.columns if (guess := did_you_mean(column, known))]
+        names = [column for kind in self.kinds for column in _columns_of(kind)]
+        guesses = [guess for column in row.columns if (guess := did_you_mean(column, names))]
         raise BadRow(
-            f"{row.where}: no kind of row that is understood ({UNDERSTOOD}) has the columns "
-            f"{_quoted(row.columns)}; name yours with columns or template{guesses[0] if guesses else ''}"
+            f"{row.where}: no supported format ({FORMATS}) has the columns {_quoted(row.columns)}; "
+            f"name yours with columns or template{guesses[0] if guesses else ''}"
         )
 
-    def _answer_beside_template(self, row: SourceRow) -> str:
+    def _answer_column(self, row: SourceRow) -> str:
         answers = list(PAIRS.values())
         renamed = [answer for answer in answers if answer in self.columns]
         return next((answer for answer in [*renamed, *answers] if answer in row.columns), "completion")
@@ -159,7 +160,7 @@ class Format:
         return check_text(row.where, "template's prompt", prompt)
 
     def _references(self, row: SourceRow, column: str) -> tuple[str, ...]:
-        """From a string, a list of strings (several references) or a list of one assistant message; () without."""
+        """The references: a string, a list of strings, or a list of one assistant message; () without the column."""
         if column not in row.columns:
             return ()
         value = row.columns[column]

@@ -11,7 +11,7 @@ def load_data(data: Data, tokenizer: Any, context_length: int | None, reserve: i
     """The examples of a data block, cut to the models' context length, with room for `reserve` new tokens.
 
     Raises:
-        RecipeError: if the block asks for more than the context length; and DataError as `load_examples`.
+        RecipeError: if the block's max_length exceeds the context length; and DataError as `load_examples`.
     """
     options = data.model_dump(exclude={"dataset", "split", "name", "seed"})
     if context_length is not None and data.max_length > context_length:

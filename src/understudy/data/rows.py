@@ -1,7 +1,7 @@
 """Read dataset rows from files, folders and the Hugging Face hub, as dictionaries of columns.
 
-Every row carries its place ("my.jsonl:17"), so that later errors, about its columns or its tokens, name file and line.
-A line that is no row comes as a `BadRow` in its place; the caller decides whether to stop or to skip it.
+Every row has its place ("my.jsonl:17"), so that later errors about its columns or tokens name file and line. A line
+that is not a row is yielded as a `BadRow`; the caller decides whether to stop or to skip it.
 """
 
 import csv
@@ -20,11 +20,11 @@ SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # file names th
 
 
 class DataError(ValueError):
-    """A problem of a dataset that its owner has to fix, in one sentence."""
+    """An error in a dataset, in one sentence with the remedy."""
 
 
 class BadRow(DataError):
-    """A problem of one row; it may be skipped."""
+    """An error in one row, which may be skipped."""
 
 
 class SourceRow(NamedTuple):
@@ -37,12 +37,12 @@ class SourceRow(NamedTuple):
 def read_rows(dataset: str | Path, split: str = "train", name: str | None = None) -> Iterator[SourceRow | BadRow]:
     """Read the rows of a file, of a folder's files in the order of their names, or of a dataset of the hub.
 
-    Files are .jsonl, .json, .csv and .txt (also with .gz behind), and .parquet. A .txt file's rows are its documents,
-    in the column `text`. Where a folder's files are named after splits (train.jsonl, test-00000-of-00002.parquet),
-    only those of `split` are read; a single file is read whatever its name. `name` is the hub's configuration name.
+    Files are .jsonl, .json, .csv and .txt (also followed by .gz), and .parquet. A .txt file's rows are its documents,
+    in the column `text`. If a folder's files are named after splits (train.jsonl, test-00000-of-00002.parquet), only
+    those of `split` are read; a single file is read whatever its name. `name` is the hub's configuration name.
 
     Raises:
-        DataError: if the dataset is missing, a file cannot be read, or a folder holds no such files.
+        DataError: if the dataset is missing, a file cannot be read, or a folder has no such files.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -62,7 +62,7 @@ def _kind(path: Path) -> str:
 
 
 def _looks_like_a_path(dataset: str) -> bool:
-    # A hub id is "name" or "owner/name", and has none of our endings.
+    # A hub id is "name" or "owner/name", without the ending of a data file.
     path_like = dataset.startswith(("/", ".", "~")) or dataset.endswith("/")
     return path_like or "\\" in dataset or dataset.count("/") > 1 or _kind(Path(dataset)) in {*READERS, ".gz"}
 
@@ -71,20 +71,20 @@ def _files(folder: Path, split: str) -> list[Path]:
     files = [file for file in sorted(folder.iterdir()) if _kind(file) in READERS and not file.name.startswith(".")]
     if not files:
         kinds = ", ".join(READERS)
-        raise DataError(f'the folder "{folder}" holds no file that is read here ({kinds}); subfolders are not searched')
+        raise DataError(f'the folder "{folder}" has no data files ({kinds}); subfolders are not searched')
     splits = {file: file.name.split(".")[0].split("-")[0] for file in files}
     if SPLITS.isdisjoint(splits.values()):
         return files
-    chosen = [file for file in files if splits[file] == split]
-    if not chosen:
-        known = ", ".join(sorted(SPLITS.intersection(splits.values())))
-        raise DataError(f'the folder "{folder}" has files of the splits {known}, and none of the split {split}')
-    return chosen
+    files_of_split = [file for file in files if splits[file] == split]
+    if not files_of_split:
+        names = ", ".join(sorted(SPLITS.intersection(splits.values())))
+        raise DataError(f'the folder "{folder}" has files of the splits {names}, and none of the split {split}')
+    return files_of_split
 
 
 def _read_file(path: Path) -> Iterator[SourceRow | BadRow]:
     if _kind(path) not in READERS:
-        raise DataError(f'"{path}" is no kind of file that is read here; these are: {", ".join(READERS)}')
+        raise DataError(f'"{path}" is not a supported kind of file; use one of {", ".join(READERS)}')
     try:
         yield from READERS[_kind(path)](path)
     except (OSError, EOFError, zlib.error) as error:
@@ -92,7 +92,7 @@ def _read_file(path: Path) -> Iterator[SourceRow | BadRow]:
 
 
 def _open(path: Path) -> TextIO:
-    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that contain them are bad.
     raw = gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
     return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
@@ -111,7 +111,7 @@ def _read_json_lines(path: Path) -> Iterator[SourceRow | BadRow]:
 def _read_json(path: Path) -> Iterator[SourceRow | BadRow]:
     with _open(path) as file:
         text = file.read()
-    if not text.lstrip().startswith("["):  # many a .json file holds lines of JSON
+    if not text.lstrip().startswith("["):  # some .json files are JSON lines
         yield from _read_json_lines(path)
         return
     try:
@@ -150,7 +150,7 @@ def check_text(where: str, name: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f'{where}: the "{name}" is not valid UTF-8 behind {value[: error.start][-20:]!r}') from error
+        raise BadRow(f'{where}: the "{name}" is not valid UTF-8 after {value[: error.start][-20:]!r}') from error
     return value
 
 
@@ -162,7 +162,7 @@ def _read_csv(path: Path) -> Iterator[SourceRow | BadRow]:
         except csv.Error as error:
             raise DataError(f"{path}:1: the header is not valid CSV: {error}") from error
         while header is not None:
-            number = reader.line_num + 1  # a quoted field may go on over several lines: name the first
+            number = reader.line_num + 1  # a quoted field may span several lines: name the first
             try:
                 fields = next(reader, None)
             except csv.Error as error:
@@ -172,7 +172,7 @@ def _read_csv(path: Path) -> Iterator[SourceRow | BadRow]:
                 return
             if len(fields) == len(header):
                 yield SourceRow(f"{path}:{number}", dict(zip(header, fields, strict=True)))
-            elif fields:  # a blank line is no row
+            elif fields:  # blank lines are ignored
                 yield BadRow(f"{path}:{number}: has {len(fields)} fields where the header has {len(header)}")
 
 
@@ -187,8 +187,8 @@ def _read_text(path: Path) -> Iterator[SourceRow]:
     number = 1
     for document in text.split(END_OF_TEXT):
         if document.strip():
-            begins = len(document) - len(document.lstrip())
-            yield SourceRow(f"{path}:{number + document.count(chr(10), 0, begins)}", {"text": document})
+            indent = len(document) - len(document.lstrip())
+            yield SourceRow(f"{path}:{number + document.count(chr(10), 0, indent)}", {"text": document})
         number += document.count("\n")
 
 

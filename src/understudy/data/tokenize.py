@@ -16,11 +16,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ExampleBuilder:
-    """Makes examples of token ids from rows and documents, and counts what is cut and skipped.
+    """Builds examples of token ids from rows and documents, and counts what is cut and skipped.
 
     Prompt and response are tokenized separately and joined as ids, so the response begins exactly where generation
-    begins. It ends with a stop token unless it is cut. Plain prompts begin with what the tokenizer puts before a text
-    (Llama's BOS) and never end with what some put behind it. `examples_from_rows` documents the options.
+    begins. It ends with a stop token unless it is cut. Plain prompts begin with the tokens that the tokenizer adds
+    before a text (Llama's BOS), and never end with an end-of-sequence token, which some tokenizers add.
+    `examples_from_rows` documents the options.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,13 +39,13 @@ class ExampleBuilder:
             if getattr(self, option) not in choices:
                 raise DataError(f'{option} is "{getattr(self, option)}", and can be {" or ".join(choices)}')
         self.stop_ids = end_of_response_ids(self.tokenizer)
-        # What the tokenizer's own post-processor puts before a text. Looking once, instead of letting it process every
-        # text, keeps it from putting an end-of-sequence token behind prompts.
+        # The tokens that the tokenizer's post-processor adds before a text. They are looked up once, because applied to
+        # every text the post-processor could add an end-of-sequence token after prompts.
         text, newline, both = self.encode(["a", "\n", "\na"])
         processed = self.tokenizer("a")["input_ids"]
         starts = (i for i in range(len(processed)) if processed[i : i + len(text)] == text)
         self.prefix: list[int] = list(processed[: next(starts, 0)])
-        # SentencePiece tokenizers put a space before the first word of a text. A response does not begin a text.
+        # SentencePiece tokenizers add a space before the first word of a text, which a response is not.
         self.newline = newline if both[: len(newline)] == newline and both[len(newline) :] != text else []
 
     def report_bad_row(self, error: BadRow) -> None:
@@ -60,7 +61,7 @@ class ExampleBuilder:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text behind another one: without the space that some tokenizers put before a text."""
+        """The ids of each text as the continuation of another: without the space that some tokenizers add before it."""
         if not self.newline:
             return self.encode(texts)
         after_newline, separate = self.encode([f"\n{text}" if text else "" for text in texts]), self.encode(texts)
@@ -69,7 +70,7 @@ class ExampleBuilder:
         return [after[size:] if after[:size] == self.newline else ids for ids, after in pairs]
 
     def examples(self, texts: list[Row | Document]) -> Iterator[tuple[Example, Row]]:
-        """Examples with the texts that they are made of: those of the rows, then those of the documents."""
+        """Examples, each with its texts: those of the rows, then those of the documents."""
         yield from self._from_rows([text for text in texts if isinstance(text, Row)])
         yield from self._from_documents([text for text in texts if isinstance(text, Document)])
 
@@ -83,7 +84,7 @@ class ExampleBuilder:
             if not row.chat and prompt[: len(self.prefix)] != self.prefix:
                 prompt = self.prefix + prompt
             if len(prompt) > self.max_prompt_length:
-                too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} have room"
+                too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} fit"
                 if self.on_long_prompt == "error":
                     raise DataError(f"{too_long}; raise max_length, or let on_long_prompt cut or skip it")
                 if self.on_long_prompt == "skip":
@@ -99,7 +100,7 @@ class ExampleBuilder:
             yield Example(prompt, response[:room], truncated=truncated, columns=row.columns), row
 
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
-        """The end of a prompt, behind the BOS: many models have never seen a text without one."""
+        """The end of a prompt, after the BOS, since many models have never seen a text without it."""
         prefix = self.prefix if prompt[: len(self.prefix)] == self.prefix else []
         prefix = prefix[: self.max_prompt_length - 1]
         return prefix + prompt[len(prompt) - self.max_prompt_length + len(prefix) :]
@@ -133,7 +134,7 @@ class ExampleBuilder:
         chunks, places = [], []
         for document, document_texts in zip(documents, texts, strict=True):
             for _ in document_texts:
-                text_ids = next(ids)  # may be a little longer than its lines together, so it is cut once more
+                text_ids = next(ids)  # may be a little longer than the sum of its lines, so it is cut once more
                 chunks += [self.prefix + text_ids[start : start + room] for start in range(0, len(text_ids), room)]
             places += [document.where] * (len(chunks) - len(places))
             if len(chunks[-1]) < self.max_length:
@@ -159,7 +160,7 @@ class ExampleBuilder:
 
 
 def _join_lines(lines: list[tuple[str, int]], room: int) -> list[str]:
-    """Join lines, given with their sizes, into texts of up to `room` tokens; a longer line is a text by itself."""
+    """Join lines, as pairs (line, tokens), into texts of up to `room` tokens; a longer line is a text by itself."""
     texts: list[str] = []
     text, used = "", 0
     for line, size in lines:

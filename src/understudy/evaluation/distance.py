@@ -58,7 +58,7 @@ def distances(
     """The distance of model and teacher on the examples' responses, summed by position.
 
     Args:
-        vocabulary: the number of real tokens; what a padded vocabulary has beyond them is ignored.
+        vocabulary: the number of real tokens; the padding of a vocabulary beyond them is ignored.
         batch_size: sequences scored at once.
         on_progress: called after every batch with its number of examples.
     """
@@ -68,9 +68,9 @@ def distances(
     for batch, values in compared(model, teacher, examples, vocabulary, batch_size):
         position = positions(batch).cpu()
         alive.index_add_(0, position, torch.ones(len(position), dtype=torch.float64))
-        for name, each in values.items():
+        for name, per_token in values.items():
             total = sums.setdefault(name, torch.zeros(length, dtype=torch.float64))
-            total.index_add_(0, position, each.double().cpu())
+            total.index_add_(0, position, per_token.double().cpu())
         on_progress(len(batch.examples))
     return Distances(sums, alive)
 
@@ -79,9 +79,9 @@ def distances(
 def compared(
     model: Any, teacher: Teacher, examples: Sequence[Example], vocabulary: int, batch_size: int = 32
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Batches of the examples, shortest first, each with the `differences` of its N response tokens."""
+    """Score batches of the examples, shortest first, by both models; yields each with its tokens' `differences`."""
     device = model.get_input_embeddings().weight.device
-    projects = can_fuse(model)
+    fused = can_fuse(model)
     was_training = model.training
     model.eval()
     try:
@@ -97,7 +97,7 @@ def compared(
                 results.append(differences(teacher, student))
                 return student.tokens.float()
 
-            score(model, batch, compare_with, vocabulary=vocabulary, fused=projects)
+            score(model, batch, compare_with, vocabulary=vocabulary, fused=fused)
             yield batch, results[0]
     finally:
         model.train(was_training)
@@ -105,13 +105,13 @@ def compared(
 
 @torch.no_grad()
 def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
-    """The numbers of `scores.compare` at every response token, and further, each (N,):
+    """`scores.divergence_metrics` of every response token, and further metrics, each (N,):
 
         teacher_surprise   −log p(token), in nats
         agreement          1 where the likeliest token is the same, else 0
-        top_10_overlap     the share of the teacher's ten likeliest tokens that are among the student's
+        top_10_overlap     the share of the teacher's ten likeliest tokens that are among the student's ten
 
-    Where only a teacher's top tokens are known, the latter three are missing.
+    The latter three are missing for a teacher that provides only its top tokens.
     """
     if isinstance(teacher.distribution, TopK) or isinstance(student.distribution, TopK):
         return divergence_metrics(teacher, student)

@@ -1,13 +1,13 @@
 """Evaluate a model: generate responses to prompts, measure accuracy, text metrics and the distance to a teacher.
 
-Every response is generated with given sampling settings and a seed. A response is correct if it matches a reference
-exactly (after normalisation), or, where every reference has a final answer behind `####`, if it ends in that. The
-distance to a teacher is measured on the model's own responses. The metrics are
+Every response has given sampling parameters and a seed. A response is correct if it matches a reference exactly (after
+normalisation), or, where every reference has a final answer after `####`, if it ends in the same. The distance to a
+teacher is measured on the model's own responses. The metrics are
 
     accuracy                        share of correct responses, where there are references
     examples                        the number of prompts
     response_length, truncated      tokens; share of responses without an end
-    seconds, tokens_per_second      of what was generated now, and not resumed from a file
+    seconds, tokens_per_second      of the responses generated in this call, not of those resumed from a file
     forward_kl, reverse_kl, student_entropy, teacher_entropy, agreement, top_10_overlap, teacher_perplexity
                                     with a teacher: means over tokens, in nats or shares (`distance.differences`)
     exposure_bias                   percent, over whole responses
@@ -67,21 +67,21 @@ def evaluate(
     first_batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Generate a response of `model` to every example's prompt by `rollout`, and measure.
+    """Evaluate `model`: generate a response to every example's prompt by `rollout`, and compute the metrics.
 
     Args:
         sampling: sampling parameters, with one response per prompt and seed.
-        seed: of sampling; each of several gives a response to every prompt.
-        batch_size: sequences that model and teacher read at once when they are compared.
+        seed: of sampling; every prompt gets one response for each seed.
+        batch_size: sequences scored at once by model and teacher, for their distance.
         metrics: further ones of the folder metrics/, out of 100, over the rows that have references.
-        exposure_bias: let the teacher respond, too, and measure `exposure_bias`.
+        exposure_bias: generate responses of the teacher as well, and measure `exposure_bias`.
         output: a JSONL file of responses, from which an interrupted evaluation is resumed; the teacher's go beside it.
         first_batch_size: where `responses.BatchSizeSearch` begins; by default the rollout's own batch size stays.
-        progress: a display for how much is done.
+        progress: a progress display.
 
     Raises:
         ValueError: before anything is generated, for an unknown metric, for metrics whose references are missing, for
-            seeds that would all give the same responses, and for exposure bias without what it needs.
+            seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     _check(examples, sampling, teacher, seeds, metrics, exposure_bias)
@@ -96,20 +96,20 @@ def evaluate(
     generated = generate("student", model, output)
     numbers, signatures = _response_metrics(generated, len(examples), metrics)
     curves: dict[str, Curve] = {}
-    own = [response.example for response in generated.responses]
+    samples = [response.example for response in generated.responses]
     if teacher is not None:
-        on_progress = _task(progress, "distance to the teacher", len(own))
-        parts = [own[start : start + len(examples)] for start in range(0, len(own), len(examples))]
+        on_progress = _task(progress, "distance to the teacher", len(samples))
+        parts = [samples[start : start + len(examples)] for start in range(0, len(samples), len(examples))]
         by_seed = [distances(model, teacher, part, len(tokenizer), batch_size, on_progress) for part in parts]
         numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
     if exposure_bias:
-        live: Any = teacher
+        live_teacher: Any = teacher
         path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
-        teachers = [response.example for response in generate("teacher", live.model, path).responses]
-        measured = bias.exposure_bias(model, live, own, teachers, len(tokenizer), batch_size)
-        numbers["exposure_bias"] = float(measured.percent[-1])
-        curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(measured).items()}
+        teacher_samples = [response.example for response in generate("teacher", live_teacher.model, path).responses]
+        exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, len(tokenizer), batch_size)
+        numbers["exposure_bias"] = float(exposure.percent[-1])
+        curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}
     return Evaluation([response.line for response in generated.responses], numbers, signatures, curves)
 
 
@@ -129,7 +129,7 @@ def _check(
     metrics: Sequence[str],
     exposure_bias: bool,
 ) -> None:
-    """Refuse what would turn out to be impossible, or to mean nothing, after all responses are generated."""
+    """Refuse settings that would fail or be meaningless, before any response is generated."""
     text_metrics.check(metrics)
     diversity = [name for name in metrics if text_metrics.compares_responses(name)]
     quality = [name for name in metrics if name not in diversity]
@@ -153,7 +153,7 @@ def _check(
 
 
 def _correctness(examples: Examples) -> Callable[[str, Row], bool | None]:
-    """How a response is checked: by its final answer where all references have one, else by the whole text."""
+    """The check of a response: by its final answer where all references have one, else by exact match."""
     by_final_answer = all(final_answer(r) is not None for row in examples.rows for r in row.references)
     check = is_correct if by_final_answer else exact_match
     return lambda text, row: check(text, row.references) if row.references else None
@@ -194,15 +194,15 @@ def _text_metrics(
         texts, references = [line["response"] for line in lines], [line["references"] for line in lines]
         scores.append(text_metrics.score(quality, texts, references))
     prompts = [[response.line["response"] for response in prompt] for prompt in zip(*by_seed, strict=True)]
-    others = [texts[:i] + texts[i + 1 :] for texts in prompts for i in range(len(texts))]
-    over_all = text_metrics.score(diversity, [text for texts in prompts for text in texts], others)
+    other_responses = [texts[:i] + texts[i + 1 :] for texts in prompts for i in range(len(texts))]
+    across_seeds = text_metrics.score(diversity, [text for texts in prompts for text in texts], other_responses)
     numbers = _over_seeds([{name: score.value for name, score in part.items()} for part in scores])
-    numbers |= {name: score.value for name, score in over_all.items()}
-    return numbers, {name: score.signature for name, score in (scores[0] | over_all).items()}
+    numbers |= {name: score.value for name, score in across_seeds.items()}
+    return numbers, {name: score.signature for name, score in (scores[0] | across_seeds).items()}
 
 
 def _over_seeds(by_seed: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One seed's numbers as they are; of several the means and, as `<name>_std`, the sample standard deviations."""
+    """The numbers of a single seed; of several, their means and, as `<name>_std`, their sample standard deviations."""
     if len(by_seed) == 1:
         return by_seed[0]
     numbers = {}

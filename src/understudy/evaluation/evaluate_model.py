@@ -1,4 +1,4 @@
-"""Load a model, data and a teacher by name and evaluate the model: the same for every command that evaluates."""
+"""Load a model, data and a teacher by name and evaluate the model; used by every command that evaluates."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,14 +37,14 @@ class LoadedModel:
 def evaluate_model(
     model_name: str, settings: EvalSettings, output: Path | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """Load what is named and evaluate it, on the accelerator if there is one.
+    """Load a model, the data and the teacher by name and evaluate the model, on the accelerator if there is one.
 
     Args:
-        output, progress: as of `evaluate`.
+        output, progress: see `evaluate`.
 
     Raises:
-        ValueError: in one sentence, for what is not there, does not fit together or has no room; before weights are
-            loaded where that can be known.
+        ValueError: in one sentence, if something is missing, does not fit together or exceeds the context length;
+            before weights are loaded where possible.
     """
     return evaluate_loaded(load_for_evaluation(model_name, settings), settings, output, progress)
 
@@ -52,7 +52,7 @@ def evaluate_model(
 def evaluate_loaded(
     loaded: LoadedModel, settings: EvalSettings, output: Path | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """The evaluation of a model that is loaded already, by the settings that it was loaded for."""
+    """Evaluate a model that is already loaded, with the settings that it was loaded for."""
     device: torch.device = loaded.model.device
     search = (64 if device.type == "cpu" else 256) if settings.batch_size is None else None
     return evaluate(
@@ -118,7 +118,7 @@ def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
 
 
 def _prompts(settings: EvalSettings, tokenizer: Any, context_length: int | None) -> Examples:
-    """The examples whose prompts get responses, with room behind every prompt for a response."""
+    """The prompts of the settings' data as examples, with room for a response after every prompt."""
     longest = settings.max_new_tokens or MAX_NEW_TOKENS
     lengths = {
         "max_length": context_length or DEFAULT_CONTEXT_LENGTH + longest,

@@ -4,8 +4,9 @@
     lε(l) = Σ_{t≤l} E_{y_<t ~ p} KL(p(·|y_<t, x) ‖ q(·|y_<t, x))       on the teacher's
     ExAccErr(l) = (R(l) − lε(l)) / lε(l) · 100 %
 
-as in MiniLLM and PromptKD (https://arxiv.org/abs/2306.08543). Forward KL, whatever the training loss. Every response
-token counts, from the first (whose prefix is the prompt alone, so that l = 1 has no excess) to the end-of-sequence one.
+as in MiniLLM and PromptKD (https://arxiv.org/abs/2306.08543). The divergence is the forward KL, whatever the training
+loss. Every response token counts, from the first (after the prompt alone, so that ExAccErr(1) = 0) to the
+end-of-sequence token.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from .distance import compared, positions
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """The curves over l = 1 … L, each (L,) in float64."""
+    """Exposure bias by position, l = 1 … L, and what it is computed from; each (L,) in float64."""
 
     percent: Tensor  # ExAccErr(l); NaN where the teacher's side is 0
     standard_error: Tensor  # of `percent`, over prompts; NaN for a single prompt

@@ -18,7 +18,7 @@ def run_tasks(model: str, tasks: Sequence[str], limit: int | None = None, batch_
 
     Args:
         tasks: lm_eval's tasks, groups and tags by name (mmlu, bbh), or YAML files that describe further ones.
-        limit: evaluate the first so many rows of each task.
+        limit: evaluate only the first `limit` rows of each task.
 
     Raises:
         ValueError: where lm_eval is not installed, and for an unknown task; before weights are loaded.

@@ -1,7 +1,7 @@
 """Generate a response to every prompt of a dataset for each seed, in a file from which an interrupted run is resumed.
 
-Responses are appended to the file a batch at a time; those that are there already are not generated again. A line that
-belongs to something else is refused, and so is a second process that would add to the same file.
+Responses are appended to the file a batch at a time; those that are there already are not generated again. A line of
+another model, prompt or sampling is refused, and so is a second process that would append to the same file.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ IsCorrect = Callable[[str, Row], bool | None]
 
 @dataclass(frozen=True)
 class Response:
-    """One response: its ids behind its prompt's, and its line in the file."""
+    """One response: the example with its token ids, and its line in the file."""
 
     example: Example
     line: dict[str, Any]  # seed, row, prompt, response, references, correct, truncated, tokens, id
@@ -34,7 +34,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Responses:
-    """All responses, seed after seed in the order of the rows, and what it took to generate the new ones."""
+    """All responses, seed after seed in the order of the rows, and tokens and seconds of those that were generated."""
 
     responses: list[Response]
     tokens: int
@@ -42,15 +42,15 @@ class Responses:
 
 
 class BatchSizeSearch:
-    """The number of responses generated at once: doubled as long as that gives more tokens per second."""
+    """Search for the fastest number of responses generated at once: doubled while tokens per second increase."""
 
     def __init__(self, size: int = 64) -> None:
         self.size = size
         self._growing = True
-        self._fastest = (0.0, size)  # tokens per second, and with which size
+        self._fastest = (0.0, size)  # (tokens per second, size)
 
     def record(self, count: int, tokens: int, seconds: float) -> None:
-        """Learn from `count` responses generated at once; fewer than the size (the last ones) tell nothing."""
+        """Record the speed of `count` responses generated at once; fewer than `size`, the last ones, are ignored."""
         if self._growing and count >= self.size:
             speed = tokens / max(seconds, 1e-9)
             self._growing = speed > 1.1 * self._fastest[0]
@@ -82,17 +82,17 @@ def generate_responses(
     """Generate a response of `model` to every prompt by `rollout`, once for each seed; longest prompts first.
 
     Args:
-        is_correct: says whether a text is a correct response to a row, or None where that is unknown.
-        path: a JSONL file of responses. Those that it has already are not generated again.
-        search: finds out how many responses to generate at once; without it the rollout's own `batch_size` stays.
+        is_correct: from a text and its row to whether it is a correct response, None where that is unknown.
+        path: a JSONL file of responses; those that it already contains are not generated again.
+        search: for the number of responses generated at once; None: the rollout's own `batch_size`.
         on_progress: called with the number of further responses, those from the file first.
 
     Raises:
-        ValueError: for a sampling that gives several responses a prompt, for a file with responses of something else,
-            and for one that another process is adding to.
+        ValueError: for a sampling with several responses per prompt, for a file with responses of another model, prompt
+            or sampling, and for one that another process is appending to.
     """
     if sampling.n != 1:
-        raise ValueError("several responses to a prompt are asked for by several seeds: leave the sampling's n at 1")
+        raise ValueError("for several responses to a prompt give several seeds, and leave the sampling's n at 1")
     rollout = rollout.bind(model, tokenizer, author)
     file = ResponseFile(path, {} if path is None else identity(model, rollout, sampling, author))
     prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
@@ -104,7 +104,7 @@ def generate_responses(
 
     tokens, seconds = 0, 0.0
     if not file.has_lock:
-        _resumed(file, seeds, prompts, author)  # before a lock is put beside a file that may be somebody else's
+        _resumed(file, seeds, prompts, author)  # check the file before a lock is created beside it
     with file.locked():
         resumed = _resumed(file, seeds, prompts, author)
         responses = {key: response(key[0], *value) for key, value in resumed.items()}
@@ -112,23 +112,23 @@ def generate_responses(
         on_progress(len(responses))
         for seed in seeds:
             missing = [prompt for prompt in prompts if (seed, prompt.row) not in responses]
-            for generated, took in _generate(missing, rollout, sampling, search, Step(0, seed)):
+            for generated, batch_seconds in _generate(missing, rollout, sampling, search, Step(0, seed)):
                 texts = tokenizer.batch_decode([example.response for example in generated], skip_special_tokens=True)
-                new = [response(seed, example, text) for example, text in zip(generated, texts, strict=True)]
-                file.append([each.line for each in new])
-                responses |= {(seed, each.example.row): each for each in new}
-                tokens, seconds = tokens + _tokens(generated), seconds + took
+                batch = [response(seed, example, text) for example, text in zip(generated, texts, strict=True)]
+                file.append([item.line for item in batch])
+                responses |= {(seed, item.example.row): item for item in batch}
+                tokens, seconds = tokens + _tokens(generated), seconds + batch_seconds
                 on_progress(len(generated))
     return Responses([responses[seed, prompt.row] for seed in seeds for prompt in prompts], tokens, seconds)
 
 
 def identity(model: Any, rollout: Rollout, sampling: Sampling, author: Author) -> dict[str, Any]:
-    """What a response depends on beside its seed and its prompt: the weights, and how they are sampled from."""
+    """Everything that a response depends on besides seed and prompt: weights, author, rollout and sampling."""
     return {"author": author, "weights": fingerprint(model), "rollout": type(rollout).__name__, **asdict(sampling)}
 
 
 def fingerprint(model: Any) -> str:
-    """16 hexadecimal digits that change with a model's weights, of which up to 1024 of each tensor are looked at."""
+    """A hash of a model's weights, of up to 1024 elements of each tensor: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
@@ -140,17 +140,17 @@ def fingerprint(model: Any) -> str:
 def _resumed(
     file: ResponseFile, seeds: Sequence[int], prompts: Sequence[Example], author: Author
 ) -> Mapping[tuple[int, int], tuple[Example, str]]:
-    """The file's responses and their texts for these seeds and prompts, by seed and row; it may have further ones.
+    """The file's responses to these seeds and prompts, with their texts, by seed and row; others are left out.
 
     Raises:
-        ValueError: as `ResponseFile.load`, and for a response of another model, to another prompt or sampled otherwise.
+        ValueError: as `ResponseFile.load`, and for a response of another model, to another prompt or of other sampling.
     """
     resumed = {}
     for number, line in enumerate(file.load(), 1):
         if line["seed"] in seeds and line["row"] in range(len(prompts)):
             prompt = replace(prompts[line["row"]], author=author)
             if line["id"] != file.id(line["seed"], prompt):
-                raise file.error(number, "a response of another model, to another prompt or sampled otherwise")
+                raise file.error(number, "a response of another model, to another prompt or of other sampling")
             example = replace(prompt, response=line["tokens"], truncated=line["truncated"])
             resumed[line["seed"], line["row"]] = example, str(line.get("response", ""))
     return resumed

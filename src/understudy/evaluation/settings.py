@@ -10,20 +10,20 @@ from ..registry import nearest
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Everything that the numbers of an evaluation depend on beside the model; so that equal settings compare models.
+    """Everything besides the model that an evaluation's metrics depend on; equal settings make models comparable.
 
-    Lengths that are None follow from the models' context length.
+    By default lengths are derived from the models' context length.
     """
 
     data: Data  # the rows; its lengths are not used
     temperature: float = 0.0  # 0 is greedy
-    seeds: tuple[int, ...] = (0,)  # each of several gives a response to every prompt
+    seeds: tuple[int, ...] = (0,)  # every prompt gets one response for each
     max_new_tokens: int | None = None
-    max_prompt_length: int | None = None  # longer prompts keep their end
-    metrics: tuple[str, ...] = ()  # of the folder metrics/, beside accuracy, lengths and truncation
+    max_prompt_length: int | None = None  # longer prompts lose their beginning
+    metrics: tuple[str, ...] = ()  # of the folder metrics/, besides accuracy, lengths and truncation
     teacher: str | None = None  # a name or folder; the distance to it is measured
-    exposure_bias: bool = False  # let the teacher respond, too
-    batch_size: int | None = None  # responses generated at once; None finds out what is fastest
+    exposure_bias: bool = False  # generate responses of the teacher as well
+    batch_size: int | None = None  # responses generated at once; None: search for the fastest number
     dtype: str = "auto"  # of the model; auto is that of its weights
 
     def changed(self, **changes: Any) -> "EvalSettings":
@@ -31,7 +31,7 @@ class EvalSettings:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it, without what follows from the machine."""
+        """The settings as JSON, without `batch_size`, which depends on the machine."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("data", "batch_size")}
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {"data": self.data.model_dump(exclude_defaults=True), **fields}

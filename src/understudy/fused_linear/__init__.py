@@ -1,1 +1,1 @@
-"""Losses on hidden rows and a language-model head, computed in tiles: the (N, V) logits are never held."""
+"""Losses on hidden rows and a language-model head, computed in tiles: the (N, V) logits are never stored."""

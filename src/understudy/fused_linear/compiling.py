@@ -1,4 +1,4 @@
-"""torch.compile for hot functions: when it pays off, and a wrapper that falls back and says so."""
+"""torch.compile for hot functions: when it pays off, and a wrapper that falls back to eager code with a warning."""
 
 import logging
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-_LONG_RUN = 1e10  # elements (rows × V); runs that compare more of them win back the compile time several times over
+_LONG_RUN = 1e10  # elements (rows × V); runs of more elements save several times the compile time
 _log = logging.getLogger(__name__)
 
 
 def compiling_pays_off(rows: float, vocabulary: int, device: str = "cpu") -> bool:
-    """Is a run of `rows` rows long enough to win back the compile time, on a machine that has a compiler?"""
+    """Is a run of `rows` rows long enough to save the compile time, and does the machine have a compiler?"""
     off = os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1" or os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"
     compiler = find_spec("triton") if device == "cuda" else shutil.which(os.environ.get("CXX", "g++"))
     return not off and compiler is not None and rows * vocabulary > _LONG_RUN

@@ -1,6 +1,6 @@
 """The next-token distributions of N rows: from hidden rows and a head, from dense log-probabilities, or from the top K.
 
-Code that compares two models does not need to know which of them it has.
+Code that compares two models does not depend on which kind it has.
 
 Shapes: N rows, C rows of a tile, V vocabulary, K tokens of a top-K distribution, D width.
 """
@@ -16,7 +16,7 @@ from .head import Head, softmax_dtype
 
 @dataclass(frozen=True)
 class Projected:
-    """Distributions of a live model, projected from its hidden rows when they are used."""
+    """Distributions of a live model, projected from its hidden rows lazily."""
 
     hidden: Tensor  # (N, D)
     head: Head
@@ -32,7 +32,7 @@ class Projected:
         return replace(self, head=self.head.cut(vocabulary))
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
-        """(C, V) of some rows, differentiable by autograd."""
+        """(C, V) log-probabilities of the rows `rows`, differentiable by autograd."""
         return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
 
     def chosen(self, tokens: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ class TopK:
 
     values: Tensor  # (N, K)
     support: Tensor  # (N, K) token ids, no id twice in a row
-    chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, where the teacher tells it
+    chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, if the teacher reports it
 
     def rows(self, rows: slice) -> "TopK":
         chosen = None if self.chosen_values is None else self.chosen_values[rows]
         return TopK(self.values[rows], self.support[rows], chosen)
 
     def cut(self, vocabulary: int) -> "TopK":
-        """Itself: whoever reported the top K has normalised over the real tokens."""
+        """Unchanged: the top K are already normalised over the real tokens."""
         return self
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
@@ -108,15 +108,15 @@ class TopK:
         if self.chosen_values is None:
             raise ValueError(
                 "this teacher reports its top tokens only, and not the log-probability of the chosen token: choose a "
-                "method that needs no more, or a teacher that provides it"
+                "method that does not need it, or a teacher that provides it"
             )
         return self.chosen_values
 
     def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Another model's (C, V) as the same (C, K+1) events.
+        """Another model's log-probabilities (C, V) as those of the same K+1 events, (C, K+1).
 
-        Neither model's last event falls to probability 0 by rounding, or where the support is the whole vocabulary:
-        the teacher's is at least the dtype's resolution, and an empty one of the other model takes that value.
+        The last event never has probability 0, by rounding or where the support is the whole vocabulary: the teacher's
+        is at least the dtype's resolution, and an empty one of the other model gets that value.
         """
         support = self.support[rows].to(log_q.device)
         rest = log_q.scatter(-1, support, -torch.inf)
@@ -135,7 +135,7 @@ Distribution = Projected | Dense | TopK
 
 
 def over_shared_vocabulary(teacher: Distribution, student: Distribution) -> tuple[Distribution, Distribution]:
-    """Teacher and student over the tokens that both vocabularies have; a top-K teacher names its tokens itself."""
+    """Teacher and student over the tokens that both vocabularies have; a top-K teacher is left unchanged."""
     if isinstance(teacher, TopK) or isinstance(student, TopK) or teacher.vocabulary == student.vocabulary:
         return teacher, student
     vocabulary = min(teacher.vocabulary, student.vocabulary)

@@ -14,7 +14,7 @@ from .compiling import CompiledFunction
 from .tiles import row_blocks
 
 NOT_COMPILED = "the loss cannot be compiled here, which makes it slower"
-COMPILE_WHOLE = {"fullgraph": True, "dynamic": True}  # a function in several graphs would hold several more tiles
+COMPILE_WHOLE = {"fullgraph": True, "dynamic": True}  # a function in several graphs would need several more tiles
 
 
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,7 +53,7 @@ class Head:
         return self.weight.shape[0]
 
     def cut(self, vocabulary: int) -> "Head":
-        """The head over the first `vocabulary` tokens only: padding of a vocabulary takes no part in a softmax."""
+        """The head over the first `vocabulary` tokens only: the padding of a vocabulary is left out of the softmax."""
         if vocabulary >= self.vocabulary:
             return self
         return replace(

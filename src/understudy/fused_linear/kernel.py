@@ -1,8 +1,8 @@
 """Chunked loss kernel: log-softmax, loss and logit gradient of a tile, in place.
 
-Between the matrix products everything is elementwise along a row, so that intermediate results never leave the
-processor's cache: compiled, the kernel works on one row at a time; otherwise on a block of rows, and the gradient is
-written where the products were.
+Between the matrix products everything is elementwise along a row, so that intermediate results stay in the processor's
+cache: compiled, the kernel works on one row at a time; otherwise on a block of rows, and the gradient is written over
+the products.
 
 Shapes: C rows of a tile, V vocabulary.
 """
@@ -25,7 +25,7 @@ class RowLoss(Protocol):
         ...
 
     def normalized(self) -> "RowLoss":
-        """The same with the normalizer of the teacher's logits, where it compares with such."""
+        """The same with the normalizer of the teacher's logits, if the loss uses any."""
         ...
 
     def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
@@ -43,9 +43,7 @@ def tile_loss(
     """
     if not current_tiling().compiled:
         return _block_by_block(student, row_loss, weights, temperature, grad_product)
-    weights = (
-        weights.clone()
-    )  # not a view: code compiled for the whole of a tensor's memory is compiled anew for a part
+    weights = weights.clone()  # not a view: code compiled for all of a tensor's memory is compiled again for a part
     return _compiled_kernel(student.normalized(temperature), row_loss.normalized(), weights, temperature, grad_product)
 
 

@@ -1,9 +1,9 @@
-"""Fused linear losses: a value per row from hidden rows and a head, with gradients, without ever holding (N, V).
+"""Fused linear losses: a value per row from hidden rows and a head, with gradients, without ever storing (N, V).
 
-The vocabulary is projected, softmaxed, compared and differentiated a tile of rows at a time. For each tile the head's
-products are computed, a `RowLoss` gives each row's value and derivative, and the tile's gradient is carried to hidden
-rows and head at once: four matrix products in all, two projections and two gradients. What is stored is ∂/∂hidden
-(N, D) and ∂/∂weight (V, D), whatever N.
+Projection, softmax, divergence and gradient are computed a tile of rows at a time. For each tile the head's products
+are computed, a `RowLoss` returns each row's value and derivative, and the tile's gradient is added to those of hidden
+rows and head at once: four matrix products in all, two projections and two gradients. Only ∂/∂hidden (N, D) and
+∂/∂weight (V, D) are stored.
 
 Shapes: N rows, C rows of a tile, V vocabulary, D width.
 """
@@ -23,7 +23,7 @@ from .kernel import RowLoss, tile_loss
 from .row_losses import ChosenLogProb, DivergenceLoss
 from .tiles import current_tiling, product_and_gradient_tiles, rows_per_tile, tiling, zero_tile
 
-# From the number of rows of a tile to a function that gives, tile after tile, the loss of its rows.
+# From the number of rows of a tile to a function from a tile's rows to their loss, called tile after tile.
 RowLosses = Callable[[int], Callable[[slice], RowLoss]]
 
 
@@ -58,10 +58,10 @@ def row_values(
     """The value of every row, (N,), differentiable with respect to hidden rows, head weight and bias.
 
     Args:
-        weights: (N,) what the caller will weigh the rows with before summing. Gradients are computed in the forward
-            pass under these weights; if the upstream gradient turns out to be a multiple of them it is applied as a
-            factor, and otherwise the pass is repeated with the true one. None: they are known in the backward pass
-            only, and gradients are computed there. Right in all cases; what differs is the cost, 3, 6 or 4 products.
+        weights: (N,) the weights with which the caller will sum the rows. Gradients are computed in the forward pass
+            with these weights; in the backward pass they are multiplied by a factor if the upstream gradient is a
+            multiple of the weights, and otherwise the pass is repeated with the upstream gradient. None: gradients are
+            computed in the backward pass. The result is the same; the cost is 3, 6 or 4 products respectively.
         temperature: the logits are divided by it before the softmax.
     """
     return _project(student, row_losses, weights, temperature, summed=False)
@@ -80,7 +80,7 @@ def fused_divergence(
     temperature: float = 1.0,
     memory_mb: float = 256.0,
 ) -> Tensor:
-    """Σ_n w_n D(p_n, q_n) of a teacher p and a student q given by hidden rows and heads; never holds (N, V).
+    """Σ_n w_n D(p_n, q_n) of a teacher p and a student q given by hidden rows and heads; never stores (N, V).
 
         hidden = student.model(ids).last_hidden_state[predicts]
         with torch.no_grad():
@@ -102,10 +102,10 @@ def fused_divergence(
         hidden, weight, bias: the student's (N, D), (V, D) and (V,).
         row_weights: (N,) default 1. Rows of weight 0 are left out, whatever they hold.
         temperature: of both softmaxes.
-        memory_mb: for (C, V)-shaped tiles, which decides how many rows C are worked on at once.
+        memory_mb: for (C, V)-shaped tiles, from which the number of rows C of a tile follows.
 
     Raises:
-        ValueError: for shapes that do not belong together, and for two temperatures.
+        ValueError: for shapes that do not match, and for two temperatures.
     """
     _check_shapes(teacher_hidden, teacher_weight, hidden, weight, row_weights)
     divergence = _with_temperature(divergence, temperature)
@@ -132,8 +132,11 @@ def _check_shapes(
                 f"the {name}'s hidden rows {tuple(rows.shape)} and head {tuple(head.shape)} must be (N, D) and (V, D)"
             )
     if len(hidden) != len(teacher_hidden) or (row_weights is not None and row_weights.shape != hidden.shape[:1]):
-        given = "" if row_weights is None else f" and {tuple(row_weights.shape)} row weights"
-        raise ValueError(f"{len(hidden)} rows of the student meet {len(teacher_hidden)} of the teacher{given}")
+        weights = "" if row_weights is None else f", and row_weights has the shape {tuple(row_weights.shape)}"
+        raise ValueError(
+            f"the student has {len(hidden)} hidden rows and the teacher {len(teacher_hidden)}{weights}: give all of "
+            "them for the same rows"
+        )
 
 
 def _with_temperature(divergence: Divergence, temperature: float) -> Divergence:
@@ -145,7 +148,7 @@ def _with_temperature(divergence: Divergence, temperature: float) -> Divergence:
 
 
 def _autocast(tensor: Any) -> Any:
-    """A tensor (or None) in the dtype of the autocast that is enabled, if one is."""
+    """A tensor (or None) in autocast's dtype, if autocast is enabled."""
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
@@ -155,13 +158,13 @@ def _project(
     student: Projected, row_losses: RowLosses, weights: Tensor | None, temperature: float, summed: bool
 ) -> Tensor:
     hidden, head = student.hidden, student.head
-    weight: Tensor = _autocast(head.weight)  # as the model's own head would have it
+    weight: Tensor = _autocast(head.weight)  # as in the model's own forward
     bias: Tensor | None = _autocast(head.bias)
     hidden = hidden.to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if not torch.is_grad_enabled():
             head, no_gradients = replace(head, weight=weight, bias=bias), (False, False, False)
-            values = _walk(hidden, head, row_losses, _or_ones(weights, hidden), temperature, no_gradients)[0]
+            values = _run_tiles(hidden, head, row_losses, _or_ones(weights, hidden), temperature, no_gradients)[0]
             return (values * weights).sum() if summed and weights is not None else values
         return _Project.apply(hidden, weight, bias, head.transform, row_losses, weights, temperature, summed)
 
@@ -185,35 +188,37 @@ class _Project(torch.autograd.Function):
     ) -> Tensor:
         ctx.transform, ctx.row_losses, ctx.temperature = transform, row_losses, temperature
         ctx.tiling = astuple(current_tiling())
-        head, needs_grad, announced = Head(weight, bias, transform), ctx.needs_input_grad[:3], weights
+        head, needs_grad, expected_weights = Head(weight, bias, transform), ctx.needs_input_grad[:3], weights
         if weights is None:
             needs_grad = (False, False, False)
         elif weight.dtype == torch.float16:
-            # gradients are computed before any loss scale is known: use the little range that float16 has
-            announced = weights / weights.abs().amax().clamp(min=torch.finfo(weights.dtype).tiny)
-        values, ctx.grads = _walk(hidden, head, row_losses, _or_ones(announced, hidden), temperature, needs_grad)
-        ctx.save_for_backward(hidden, weight, bias, weights, announced)
+            # gradients are computed before the loss scale is known: use the range of float16
+            expected_weights = weights / weights.abs().amax().clamp(min=torch.finfo(weights.dtype).tiny)
+        values, ctx.grads = _run_tiles(
+            hidden, head, row_losses, _or_ones(expected_weights, hidden), temperature, needs_grad
+        )
+        ctx.save_for_backward(hidden, weight, bias, weights, expected_weights)
         return (values * weights).sum() if summed and weights is not None else values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, weights, announced = ctx.saved_tensors
+        hidden, weight, bias, weights, expected_weights = ctx.saved_tensors
         upstream = upstream * weights if upstream.dim() == 0 else upstream
         grads, ctx.grads = ctx.grads, None  # released, so that they can be scaled in place
-        factor = _common_factor(upstream, announced) if grads and announced is not None else None
+        factor = _common_factor(upstream, expected_weights) if grads and expected_weights is not None else None
         if factor is not None:
-            # the factor stays a float32 scalar: rounded to half precision it would bend every gradient's length
+            # the factor stays a float32 scalar: rounding it to half precision would change every gradient's norm
             grads = [None if grad is None else grad.mul_(factor) for grad in grads]
         else:
             needs_grad, head = ctx.needs_input_grad[:3], Head(weight, bias, ctx.transform)
             with tiling(*ctx.tiling):
-                _, grads = _walk(hidden, head, ctx.row_losses, upstream, ctx.temperature, needs_grad)
+                _, grads = _run_tiles(hidden, head, ctx.row_losses, upstream, ctx.temperature, needs_grad)
         grads = [None if grad is None else grad.to(weight.dtype) for grad in grads]
         return *grads, None, None, None, None, None
 
 
-def _walk(
+def _run_tiles(
     hidden: Tensor,
     head: Head,
     row_losses: RowLosses,
@@ -221,7 +226,7 @@ def _walk(
     temperature: float,
     needs_grad: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """One pass over all rows: values (N,), and those gradients of Σ weights · values that are needed."""
+    """One pass over all tiles: values (N,), and those gradients of Σ weights · values that are needed."""
     weight, bias, count = head.weight, head.bias, len(hidden)
     values = torch.empty(count, dtype=softmax_dtype(weight.dtype), device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None

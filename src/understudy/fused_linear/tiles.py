@@ -1,4 +1,4 @@
-"""Tiles: how many rows of (rows, V) are worked on at once, and the memory for them.
+"""Tiles of (rows, V): the number of rows that are computed at once, and the memory for them.
 
 Shapes: V vocabulary.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_BLOCK = 2**18  # elements that a CPU works on at once, so that intermediate arrays stay in its cache
+_BLOCK = 2**18  # elements that a CPU processes at once, so that intermediate arrays stay in its cache
 
 
 @dataclass(frozen=True)
 class Tiling:
     """The memory for tiles, and whether the kernel between the matrix products is compiled."""
 
-    memory_mb: float = 256.0  # for a tile of the student, one of the teacher, one of gradients, and some room
+    memory_mb: float = 256.0  # for a tile of the student, one of the teacher, one of gradients, and a half to spare
     compiled: bool = False
 
 
@@ -26,13 +26,13 @@ _tiling: ContextVar[Tiling] = ContextVar("tiling", default=Tiling())  # noqa: B0
 
 
 def current_tiling() -> Tiling:
-    """The tiling that is in force in this context."""
+    """The tiling of the current context."""
     return _tiling.get()
 
 
 @contextmanager
 def tiling(memory_mb: float | None = None, compiled: bool | None = None) -> Iterator[None]:
-    """Set the tiles' memory and whether the kernel is compiled, within this block; None keeps the present value."""
+    """Set the tiles' memory and whether the kernel is compiled, within this block; None: unchanged."""
     changes = {"memory_mb": memory_mb, "compiled": compiled}
     token = _tiling.set(replace(current_tiling(), **{name: x for name, x in changes.items() if x is not None}))
     try:
@@ -42,9 +42,9 @@ def tiling(memory_mb: float | None = None, compiled: bool | None = None) -> Iter
 
 
 def rows_per_tile(vocabulary: int) -> int:
-    """How many rows a tile may have so that three and a half tiles of float32 fit into the memory.
+    """The number of rows of a tile, such that three and a half tiles of float32 fit into the memory.
 
-    From 16 to 1024: with more rows the matrix products gain nothing.
+    From 16 to 1024: more rows do not make the matrix products faster.
     """
     return min(1024, max(16, int(current_tiling().memory_mb * 2**20 / (4 * 3.5 * vocabulary))))
 
@@ -52,9 +52,9 @@ def rows_per_tile(vocabulary: int) -> int:
 def zero_tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
     """(rows, V) of zeros; rows begin at multiples of 16 elements, a cache line of float32.
 
-    All of the memory is initialised, padding included: a matrix product may read what lies behind a row (oneDNN does
-    with AMX) and multiply it by 0, and 0 times an uninitialised NaN is NaN. One row more is behind the tile, because
-    code that is compiled for the whole of a tensor's memory is compiled again for a part of it.
+    All of the memory is initialised, padding included: a matrix product may read beyond the end of a row (oneDNN does
+    with AMX) and multiply it by 0, and 0 times an uninitialised NaN is NaN. The memory has one row more than the tile,
+    because code that is compiled for all of a tensor's memory is compiled again for a part of it.
     """
     return torch.zeros(rows + 1, -(-vocabulary // 16) * 16, dtype=like.dtype, device=like.device)[:rows, :vocabulary]
 

@@ -1,7 +1,7 @@
-"""Next-token logits of a batch that grows by one token per row at a time.
+"""Decode token by token with a key-value cache: the next-token logits of a batch of sequences.
 
-A decoder holds what reading one more token takes (cache, mask, positions), and can drop rows. `CompiledDecoder` does
-the same faster, once its ten seconds of compiling are won back.
+A decoder holds the state between tokens (cache, mask, positions), and can drop finished rows. `CompiledDecoder` is
+faster per token, after about ten seconds of compiling.
 
 Shapes: R rows, T positions read so far (padding on the left), V vocabulary.
 """
@@ -19,21 +19,21 @@ from ..fused_linear.compiling import CompiledFunction
 from ..models.adapters import without_adapters
 from .kv_cache import FixedLayer, PreallocatedLayer, can_drop_rows, preallocated_cache
 
-_STEP = 32  # a compiled forward attends to a multiple of so many positions
+_STEP = 32  # the number of positions that a compiled forward attends to is a multiple of this
 
 
 class Decoder:
-    """Reads prompts, and then one more token of every row again and again."""
+    """Runs a model on prompts, and then on one more token of every row at a time."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], longest: int) -> None:
-        """`longest`: how many tokens will be read after the prompts, at the most."""
+        """`longest`: the largest number of tokens that will be read after the prompts."""
         width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
         padding = [[0] * (width - len(prompt)) for prompt in prompts]
         self._model = model
         self._prompts = torch.tensor([[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)])
         room = longest + _STEP
         self._mask = torch.tensor([pad + [1] * (width - len(pad) + room) for pad in padding], device=device)
-        self._positions = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # in their row, padding not counted
+        self._positions = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # position ids, padding not counted
         self._read = 0  # T
         self._cache: Any = preallocated_cache(without_adapters(model))
         self._can_drop: bool | None = None
@@ -51,7 +51,7 @@ class Decoder:
         return self._next(tokens[:, None])
 
     def drop(self, keep: Tensor) -> bool:
-        """Go on with the rows `keep` only, if the cache can drop the others."""
+        """Continue with the rows `keep` only, if the cache can drop the others; returns whether it can."""
         if self._can_drop is None:
             self._can_drop = can_drop_rows(self._cache)
         if self._can_drop:
@@ -65,7 +65,8 @@ class Decoder:
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
             raise ValueError(
-                f"{type(without_adapters(self._model)).__name__} has no key-value cache; rollout generate needs one"
+                f"{type(without_adapters(self._model)).__name__} has no key-value cache; rollout generate needs a "
+                "model that returns past_key_values"
             )
         return output.logits[:, -1]
 
@@ -75,12 +76,12 @@ class Decoder:
 
 
 class CompiledDecoder(Decoder):
-    """The same with a compiled forward for the tokens after the prompts, one for all numbers of rows and positions."""
+    """A Decoder with a compiled forward for the tokens after the prompts, one for all numbers of rows and positions."""
 
     def tokens(self, tokens: Tensor) -> Tensor:
         if not all(type(layer) is PreallocatedLayer for layer in getattr(self._cache, "layers", [None])):
-            return super().tokens(tokens)  # sliding windows and states, whose memory is not laid out by position
-        at = torch.tensor([self._read], device=tokens.device)
+            return super().tokens(tokens)  # sliding windows and recurrent states are not stored by position
+        position = torch.tensor([self._read], device=tokens.device)
         self._read, self._positions = self._read + 1, self._positions[:, -1:] + 1
         visible = -(-self._read // _STEP) * _STEP
         inputs = self._inputs(tokens[:, None], visible)
@@ -89,11 +90,11 @@ class CompiledDecoder(Decoder):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         for tensor in (inputs["attention_mask"], *chain(*memory)):
             torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() // 2)
-        return _compiled(self._model, inputs, memory, at)
+        return _compiled(self._model, inputs, memory, position)
 
 
-def _forward(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
-    cache = Cache(layers=[FixedLayer(keys, values, at) for keys, values in memory])
+def _forward(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]], position: Tensor) -> Tensor:
+    cache = Cache(layers=[FixedLayer(keys, values, position) for keys, values in memory])
     return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
 

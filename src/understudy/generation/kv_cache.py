@@ -1,7 +1,7 @@
 """A preallocated key-value cache, for generating token by token.
 
-transformers' own cache is copied, one token longer, at every token, so that generating T of them moves T² / 2. This one
-writes into memory that it allocated ahead.
+transformers' DynamicCache is copied at every token, so that generating T tokens copies T²/2 positions. This cache
+writes into memory that it has allocated ahead.
 """
 
 import logging
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values (R, heads, T, width), as views of the part in use of something longer."""
+    """One layer's keys and values (R, heads, T, width), as views of the used part of a longer buffer."""
 
     _memory: tuple[Tensor, Tensor] | None = None
 
@@ -29,7 +29,7 @@ class PreallocatedLayer(DynamicLayer):
         return self._use(end)
 
     def extend(self, length: int, visible: int) -> tuple[Tensor, Tensor]:
-        """Use the next positions, up to `length`, which the caller writes; returns views of the first `visible`."""
+        """Extend the used part to `length` positions, which the caller writes; returns views of the first `visible`."""
         keys, values = self._use(self.get_seq_length())
         self._reserve(keys, values, visible)
         self._use(length)
@@ -37,10 +37,10 @@ class PreallocatedLayer(DynamicLayer):
         return self._memory[0][:, :, :visible], self._memory[1][:, :, :visible]
 
     def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
-        """Allocate memory for `end` positions of states like these; the content stays."""
+        """Allocate memory for `end` positions of states like these; what is already written is copied."""
         before, used = self._memory, self.get_seq_length()
-        if before is None or end >= before[0].shape[-2]:  # never quite full: a view of all is another kind of memory
-            self._memory = (_with_room(keys, end), _with_room(values, end))
+        if before is None or end >= before[0].shape[-2]:  # never full: compiled code differs for a view of all of it
+            self._memory = (_allocate(keys, end), _allocate(values, end))
             if before is not None:
                 self._write(slice(0, used), before[0][:, :, :used], before[1][:, :, :used])
 
@@ -50,9 +50,9 @@ class PreallocatedLayer(DynamicLayer):
             self._memory = (self._memory[0][indices], self._memory[1][indices])
             self._use(used)
 
-    def _write(self, at: slice, keys: Tensor, values: Tensor) -> None:
+    def _write(self, positions: slice, keys: Tensor, values: Tensor) -> None:
         assert self._memory is not None
-        self._memory[0][:, :, at], self._memory[1][:, :, at] = keys, values
+        self._memory[0][:, :, positions], self._memory[1][:, :, positions] = keys, values
 
     def _use(self, end: int) -> tuple[Tensor, Tensor]:
         assert self._memory is not None
@@ -60,37 +60,38 @@ class PreallocatedLayer(DynamicLayer):
         return keys, values
 
 
-def _with_room(states: Tensor, length: int) -> Tensor:
+def _allocate(states: Tensor, length: int) -> Tensor:
     rows, heads, _, width = states.shape
     return states.new_zeros(rows, heads, length + length // 2 + 16, width)  # masked positions may be read
 
 
 class FixedLayer(CacheLayerMixin):
-    """Keys and values of which the positions before `at` (1,) are written, for a forward that writes the next one.
+    """Keys and values of a fixed length, filled up to `position` (1,), for one forward that writes the next position.
 
-    Its shapes stay while it is written to, which is what compiling needs. It never grows, and lives for one forward.
+    Its shapes do not change while it is written to, which compiling needs.
     """
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self._at, self.is_initialized = keys, values, at, True
+        self.keys, self.values, self._position, self.is_initialized = keys, values, position, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a layer of fixed size is given its memory")
+        raise NotImplementedError("the memory of a FixedLayer is passed to its constructor")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
         assert self.values is not None
-        return self.keys.index_copy_(2, self._at, key_states), self.values.index_copy_(2, self._at, value_states)
+        keys = self.keys.index_copy_(2, self._position, key_states)
+        return keys, self.values.index_copy_(2, self._position, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_max_length(), 0
 
     def get_seq_length(self) -> Any:
-        return self._at
+        return self._position
 
     def get_max_length(self) -> int:
         assert self.keys is not None
@@ -98,7 +99,7 @@ class FixedLayer(CacheLayerMixin):
 
 
 def preallocated_cache(model: Any) -> Any:
-    """An empty cache, preallocated in the layers that hold all positions; None lets the model make its own."""
+    """An empty cache, preallocated in the layers that store all positions; None: the model creates its own."""
     supported = getattr(model, "_supports_default_dynamic_cache", None)
     if supported is None or not supported():
         return None
@@ -110,7 +111,7 @@ def preallocated_cache(model: Any) -> Any:
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """Can some of the rows leave the cache? Logged where they cannot."""
+    """Can finished rows be dropped from the cache? Logs where they cannot."""
     layers = getattr(cache, "layers", None)
     can_drop = bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
     if not can_drop:

@@ -1,7 +1,7 @@
-"""A JSONL file of responses, each with the id of what it depends on, that is appended to and never rewritten.
+"""An append-only JSONL file of responses, each with an id of everything that it depends on.
 
-A response is a function of model, sampling, seed and prompt, so a line that carries a digest of these (`id`) stands for
-it: responses that are there already need not be generated again, and those of something else are recognised.
+A response is a function of model, sampling, seed and prompt, and its line carries a digest of these (`id`): a response
+in the file need not be generated again, and one of another model, sampling, seed or prompt is recognised.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from filelock import FileLock, Timeout
 from ..batch import Example
 from ..files import append_jsonl, split_lines
 
-_OPENING = b'{"seed": '  # of every line
+_LINE_START = b'{"seed": '  # of every line
 _REMEDY = "give another file for the responses, or delete this one to have them generated again"
 
 
 class ResponseFile:
-    """Responses in a file, as lines with `seed`, `row`, `tokens`, `truncated`, `id`, and whatever helps its readers.
+    """Responses in a file, as lines with `seed`, `row`, `tokens`, `truncated`, `id` and further columns.
 
     Args:
-        path: of the file; None keeps nothing.
-        depends_on: what a response depends on beside its seed and its prompt, such as weights and sampling.
+        path: of the file; None: nothing is saved.
+        depends_on: everything that a response depends on besides seed and prompt, such as weights and sampling.
     """
 
     def __init__(self, path: Path | None, depends_on: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class ResponseFile:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def line(self, seed: int, example: Example, **columns: Any) -> dict[str, Any]:
-        """The line of a response, with further columns for its readers."""
+        """The line of a response, with further `columns`."""
         head = {"seed": seed, "row": example.row}
         tail = {"truncated": example.truncated, "tokens": example.response, "id": self.id(seed, example)}
         return head | columns | tail
@@ -50,22 +50,22 @@ class ResponseFile:
             append_jsonl(self.path, *map(dict, lines))
 
     def load(self) -> list[dict[str, Any]]:
-        """The lines of the file; changes nothing. A last line that a killed process left torn is left out.
+        """The lines of the file, without a torn last line; does not change the file.
 
         Raises:
-            ValueError: for a file with anything but responses. A last line without its end is part of a response only
-                behind responses, and where it begins like one.
+            ValueError: for a file that contains anything but responses. A torn last line is taken for part of a
+                response only after complete responses, and if it begins like one.
         """
         if self.path is None or not self.path.is_file():
             return []
         lines, torn = split_lines(self.path.read_bytes())
         values = [self._parse(number, line) for number, line in enumerate(lines, 1)]
-        if torn and not (lines and (torn.startswith(_OPENING) or _OPENING.startswith(torn))):
-            raise self.error(len(lines) + 1, "no response that was generated here")
+        if torn and not (lines and (torn.startswith(_LINE_START) or _LINE_START.startswith(torn))):
+            raise self.error(len(lines) + 1, "not a response that understudy generated")
         return values
 
     def drop_torn_line(self) -> None:
-        """Cut off what a killed process left of a last line; only after `load` has found the file to be one of ours."""
+        """Remove a torn last line. Call it only after `load`, which checks that the file is one of responses."""
         if self.path is not None and self.path.exists():
             content = self.path.read_bytes()
             _, torn = split_lines(content)
@@ -84,14 +84,14 @@ class ResponseFile:
             line |= {name: kind(line[name]) for name, kind in types.items()}
             return line | {"tokens": [int(token) for token in line["tokens"]]}
         except (ValueError, KeyError, TypeError):
-            raise self.error(number, "no response that was generated here") from None
+            raise self.error(number, "not a response that understudy generated") from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process from adding to the file; the lock of a process that was killed is free again.
+        """Lock the file against other processes; the lock of a killed process is released.
 
         Raises:
-            ValueError: while another process holds the lock, and where the file or its lock is something else.
+            ValueError: while another process holds the lock, if `path` is a folder, or if the lock is not empty.
         """
         if self.path is None:
             yield
@@ -102,7 +102,7 @@ class ResponseFile:
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._lock.exists() and self._lock.stat().st_size:
-            raise ValueError(f"{self._lock} is no lock, which would be empty: give another file for the responses")
+            raise ValueError(f"{self._lock} is not a lock, which is empty: give another file for the responses")
         lock = FileLock(self._lock, timeout=0)
         try:
             lock.acquire()
@@ -116,7 +116,7 @@ class ResponseFile:
 
     @property
     def has_lock(self) -> bool:
-        """Does a lock lie beside the file, as every process that adds to it leaves one?"""
+        """Is there a lock beside the file? Every process that appends to the file leaves one."""
         return self.path is not None and self._lock.exists()
 
     @property

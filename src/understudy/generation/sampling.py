@@ -27,8 +27,8 @@ from ..sampling import Sampling
 from ..step import Step
 from .stop_tokens import stop_ids
 
-_COLUMN_MAJOR_LIMIT = 2**28  # weights, a gigabyte of them; more are not copied
-_GROUP = 128  # tokens that are summed together before those of one group are summed one by one
+_COLUMN_MAJOR_LIMIT = 2**28  # weights, 1 GiB in float32; larger models are not copied
+_GROUP = 128  # tokens per group; probabilities are summed by group, then within one group
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Response:
 
 @dataclass
 class SamplingRollout(Rollout):
-    """What rollouts of a model in this process share: streams of random numbers, stop tokens, the context window.
+    """Base class of rollouts that sample in this process: random streams, stop tokens, the context window.
 
-    A model's own `generation_config` is never inherited but for its stop tokens: on-policy means the student's
-    distribution as it is trained.
+    Of a model's own `generation_config` only the stop tokens are used: on-policy means the student's distribution as it
+    is trained.
     """
 
     name: ClassVar[str]  # in recipes
@@ -69,11 +69,11 @@ class SamplingRollout(Rollout):
             raise ValueError(f"{self.name} needs batch_size >= 1, not {self.batch_size}")
 
     def bind(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "SamplingRollout":
-        """As of `Rollout`."""
+        """See `Rollout`."""
         return self._bound_to(Binding(model, author, len(tokenizer), tuple(stop_ids(tokenizer, model))))
 
     def with_batch_size(self, batch_size: int) -> "SamplingRollout":
-        """As of `Rollout`."""
+        """See `Rollout`."""
         return self._bound_to(self._binding, batch_size=batch_size)
 
     def _bound_to(self, binding: Binding | None, **changes: Any) -> "SamplingRollout":
@@ -89,7 +89,7 @@ class SamplingRollout(Rollout):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Example], sampling: Sampling, step: Step) -> list[Example]:
-        """As of `Rollout`.
+        """See `Rollout`.
 
         Raises:
             ValueError: for prompts that leave no room in the context window, and for a model without stop tokens.
@@ -151,9 +151,9 @@ def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(R, V) with −inf outside the k likeliest tokens, then outside the smallest set of the likeliest with mass >= p.
+    """Top-k and top-p: (R, V) with −inf outside the k likeliest tokens, then outside the smallest set of mass >= p.
 
-    Tokens as likely as the k-th stay with it; of those as likely as the last of the mass p, the lowest ids stay.
+    All tokens as likely as the k-th stay; of tokens as likely as the last one of the top-p set, the lowest ids stay.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -167,10 +167,10 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """(R,) tokens: the first v with Σ_{u<=v} softmax(logits)_u > uniform, (R, V) and (R,) in [0, 1).
+    """Inverse transform sampling: (R,) tokens, the first v with Σ_{u<=v} softmax(logits)_u > uniform, (R,) in [0, 1).
 
-    Summed over groups of tokens first and then within the group that holds the token; sixteen numbers at a time in
-    float32, which rounds no more than the numbers themselves are rounded, and beyond that in float64.
+    Probabilities are summed over groups of tokens first, and then within the group of the sampled token; sixteen at a
+    time in float32, whose rounding is no larger than that of the probabilities, and beyond that in float64.
     """
     rows, vocabulary = logits.shape
     groups = -(-vocabulary // _GROUP)
@@ -187,16 +187,16 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """(R, 1) the first place whose sum exceeds the target, at the latest where the total is reached: never a zero."""
+    """(R, 1) the first index whose sum exceeds the target, at most the first with the total: never of probability 0."""
     reached = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(cumulative, target, right=True), reached)
 
 
 @contextmanager
 def generation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever the model does in training; a sharded model (FSDP2) with its weights gathered.
+    """Evaluation mode within this block, without dropout; a sharded model (FSDP2) with its weights gathered.
 
-    Gathered once and not at every token: that is faster, and each process may generate as many tokens as it needs to.
+    They are gathered once, not at every token: that is faster, and processes may generate different numbers of tokens.
     """
     was_training = model.training
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -216,9 +216,9 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _column_major_weights(model: nn.Module) -> Iterator[None]:
-    """Store the weights of linear layers column by column, which several threads of a CPU multiply faster.
+    """Store the weights of linear layers column-major within this block: faster with several threads of a CPU.
 
-    As they are stored otherwise, products of 5 to 48 rows took up to three times as long here; embeddings stay.
+    With row-major weights products of 5 to 48 rows took up to three times as long. Embeddings are left alone.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _can_be_column_major(layer)]
     if torch.get_num_threads() == 1 or sum(layer.weight.numel() for layer in layers) > _COLUMN_MAJOR_LIMIT:
@@ -235,5 +235,5 @@ def _column_major_weights(model: nn.Module) -> Iterator[None]:
 
 def _can_be_column_major(layer: nn.Module) -> bool:
     weight: Any = layer._parameters.get("weight")
-    unsharded = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # not FSDP's or ZeRO's part of one
+    unsharded = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # neither FSDP2's nor ZeRO-3's shard
     return unsharded and weight.device.type == "cpu" and weight.dtype == torch.float32

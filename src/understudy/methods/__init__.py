@@ -1,4 +1,4 @@
-"""One paper, one file; the file's name is the method's name."""
+"""Distillation methods, one file per paper; the file's name is the method's name in a recipe."""
 
 import dataclasses
 import inspect
@@ -10,7 +10,7 @@ METHODS: Registry[Method] = Registry("method", __name__, Method)
 
 
 def describe(name: str) -> str:
-    """A method's name, summary, paper and options with their defaults, as text to read."""
+    """A method's name, summary, paper and options with their defaults, as text."""
     method = METHODS.get(name)
     lines = [f"{name}: {inspect.getdoc(method)}"]
     if hasattr(method, "paper"):

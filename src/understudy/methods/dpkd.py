@@ -4,7 +4,7 @@ Stage one gives the student an implicit reward: max_q E_q[r(y|x)] − β KL(q‖
 
     r(x, y) = β log(q(y|x)/p(y|x)) + β log Z(x),                      the teacher being the reference.
 
-Stage two prefers the teacher's output y_t to the student's y_s (Bradley–Terry); Z cancels, and the two stages meet in
+Stage two prefers the teacher's output y_t to the student's y_s (Bradley–Terry); Z cancels, and both stages combine to
 
     L = −log σ( β log q(y_t)/p(y_t) − β log q(y_s)/p(y_s) )                                            (Eq. 8)
     u = β/|y_t| log q(y_t)/p(y_t) − β/|y_s| log q(y_s)/p(y_s),   L = −log σ(u)                          (Eq. 9, used)
@@ -48,19 +48,17 @@ class DPKD(Method):
     uses_corpus: ClassVar[bool] = True
 
     beta: float = 0.1
-    level: Literal["sequence", "token"] = (
-        "sequence"  # token: argmax pairs on the teacher's responses, the released script
-    )
+    level: Literal["sequence", "token"] = "sequence"  # token: argmax pairs on teacher responses, the released script
     length_normalized: bool = True  # Eq. 9; False is Eq. 8
     preference: Preference = "dpo"
     lm_weight: float = 0.5  # λ, of the corpus, if there is one
-    sft_weight: float = 0.0  # of −log q(y_t), in place of as much of L; 0.5 in the released script
+    sft_weight: float = 0.0  # of −log q(y_t); L has weight 1 − sft_weight; 0.5 in the released script
     reverse_kl_weight: float = 0.0  # of stage one's KL(q‖p), a mean over the tokens of the student's response
-    label_smoothing: float = 0.0  # the probability that a pair is the wrong way round
+    label_smoothing: float = 0.0  # ε, the probability that winner and loser of a pair are swapped
     reference_free: bool = False  # without the teacher's log-probabilities
     margin: float = 0.0  # γ of simpo
     penalty: float = 50.0  # λ of dpop
-    refresh: int = 1  # a row's student response is generated anew when older than this many steps; 0: never
+    refresh: int = 1  # steps after which a row's student response is generated again; 0: never
     reduction: ClassVar[Reduction] = "pair"
 
     def __post_init__(self) -> None:
@@ -88,13 +86,11 @@ class DPKD(Method):
         return context.teacher
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
-        of_teacher = [replace(e, pair=i) for i, e in enumerate(writers.teacher(examples, step))]
+        winners = [replace(e, pair=i) for i, e in enumerate(writers.teacher(examples, step))]
         if self.level == "token":
-            return of_teacher + self._texts(len(examples), step)
-        of_student = self._student_responses(examples, writers, step)
-        pairs = [
-            e for i, (t, s) in enumerate(zip(of_teacher, of_student, strict=True)) for e in (t, replace(s, pair=i))
-        ]
+            return winners + self._texts(len(examples), step)
+        losers = [replace(e, pair=i) for i, e in enumerate(self._student_responses(examples, writers, step))]
+        pairs = [e for pair in zip(winners, losers, strict=True) for e in pair]
         return pairs + self._texts(len(examples), step)
 
     def _student_responses(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
@@ -109,7 +105,7 @@ class DPKD(Method):
         return self.refresh > 0 and step.number - self._responses[_key(example)][0] >= self.refresh
 
     def _texts(self, count: int, step: Step) -> list[Example]:
-        """As many texts of the corpus as there are prompts, drawn by the step."""
+        """`count` random texts of the corpus, keyed by the step."""
         if not self._corpus or not self.lm_weight:
             return []
         indices = (step.stream(count, "corpus") * len(self._corpus)).long().tolist()
@@ -221,5 +217,5 @@ class DPKD(Method):
 
 
 def _key(example: Example) -> tuple[int, tuple[int, ...]]:
-    """The row and its prompt: held-out rows are numbered from 0, as those of the training set are."""
+    """A row and its prompt, because held-out rows are numbered from 0 like those of the training set."""
     return example.row, tuple(example.prompt)

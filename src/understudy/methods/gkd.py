@@ -10,8 +10,8 @@ With a reward r the same samples serve reinforcement learning as well (Eq. 5): m
 by −(1−α) (r − r̄) Σ_t log q(y_t) + α D per response: the reward is differentiated through the policy (score function, r̄
 the mean reward of the other responses to the prompt), the divergence is not differentiated through sampling.
 
-The student is trained on its own responses, where its mistakes are. Sampling is not differentiated: responses are ids.
-As in the paper the student must generate sensible text already: warm it up with `sft` first.
+The student is trained on its own responses, which contain its own mistakes. Sampling is not differentiated. As in the
+paper the student must be able to generate sensible text: warm it up with `sft` first.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class GKD(Method):
     paper: ClassVar[str] = "Agarwal et al., ICLR 2024, https://arxiv.org/abs/2306.13649"
 
     on_policy: float = 1.0  # λ, the share of training on the student's own responses
-    mix: Literal["step", "example"] = "step"  # is λ's coin tossed for a whole step (the paper) or for each example?
+    mix: Literal["step", "example"] = "step"  # on-policy with probability λ: a whole step (the paper) or each example
     divergence: Divergence = field(default_factory=JensenShannon)
     reduction: Reduction = "sequence"
     distillation: float = 1.0  # α, of the divergence; 1 − α is the reward's
@@ -50,7 +50,7 @@ class GKD(Method):
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"gkd needs distillation between 0 and 1, not {self.distillation}")
         if self.distillation < 1 and self.reward is None:
-            raise ValueError("gkd with distillation below 1 leaves the rest to a reward: give one")
+            raise ValueError("gkd with distillation below 1 needs a reward for the rest: give one")
         if self.reward is not None and (self.on_policy < 1 or self.reduction != "sequence"):
             raise ValueError("gkd's reward is of the student's own responses: it needs on_policy 1, reduction sequence")
 
@@ -74,7 +74,7 @@ class GKD(Method):
 
         fixed = [e for e in examples if not is_on_policy(e)]
         prompts = [e for e in examples if is_on_policy(e)]
-        # Under a sharded student all processes generate together, also one that has no prompts at this step.
+        # With a sharded student all processes generate together, including one without prompts at this step.
         generates = prompts or (self.mix == "example" and self.on_policy > 0)
         responses = writers.student(prompts, step) if generates else []
         return fixed + (responses if self.reward is None else self.reward.score(responses, self._tokenizer))
@@ -87,11 +87,11 @@ class GKD(Method):
 
     @staticmethod
     def _policy_loss(student: Scores, batch: Batch) -> Tensor:
-        """(N,) −|y| (r − r̄) log q(y_t), whose means over tokens are −(r − r̄) log q(y)."""
+        """(N,) −|y| (r − r̄) log q(y_t), whose mean over the tokens of a response is −(r − r̄) log q(y)."""
         factor = batch.stream("advantage") * batch.lengths[batch.sequence_ids]
         return -factor * student.reweighted(factor).chosen
 
     def metrics(self, teacher: Scores, student: Scores, batch: Batch) -> dict[str, Tensor]:
-        """The rewards of the responses, whole and in parts."""
+        """The rewards of the responses, in total and by function."""
         names = () if self.reward is None else self.reward.names
         return {name: batch.per_sequence(batch.stream(name)) / batch.lengths for name in names}

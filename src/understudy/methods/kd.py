@@ -2,7 +2,7 @@
 
     L = E_{(x,y)~data} [ (1−ρ) D(p‖q)(y|x) − ρ log q(y|x) ]
 
-The student is trained on the teacher's whole distribution, but only at prefixes from the dataset, never at its own.
+The student is trained on the teacher's full distribution, but only on prefixes from the dataset, never on its own.
 """
 
 from dataclasses import dataclass, field

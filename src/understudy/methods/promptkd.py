@@ -5,10 +5,9 @@ A few soft prompt tokens P in front of the frozen teacher's input are trained. W
     updates P on   KL(p_P ‖ sg q) + c_k KL(p_P ‖ sg p),    c_k = c_0 (1 − k/K)             (p_P is the prompted teacher)
     updates q on   KL(q ‖ sg p_P)                           with the prompt just updated.
 
-The first term asks the teacher for knowledge that this student can follow, on the student's own writing; the second
-keeps a new prompt from distorting the teacher, and fades. Student and prompt are token means; at test time there is no
-prompt. In teacher–student words the prompt's terms are in the forward direction (the paper's code calls them "reverse":
-trained ‖ target).
+The first term adapts the teacher to the student, on the student's own responses. The second keeps the prompted teacher
+near the plain one at first, and decays to 0. Both losses are means over tokens. At test time there is no prompt. From
+teacher to student the prompt's terms are forward KLs (the paper's code calls them "reverse": trained ‖ target).
 """
 
 import logging
@@ -63,7 +62,7 @@ class PromptKD(Method):
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0:
             raise ValueError(f"promptkd needs prompt_tokens of at least 0, not {self.prompt_tokens}")
-        self._teacher: Any = None  # the PromptedTeacher, once there is one
+        self._teacher: Any = None  # the PromptedTeacher, after `setup`
         self._student_fused: bool | None = None
 
     @property
@@ -90,12 +89,12 @@ class PromptKD(Method):
         )
         self._rate = self._optimizer.param_groups[0]["lr"]
         self._tokenizer, self._vocabulary = context.tokenizer, context.vocabulary
-        added, size = self._teacher.prompt.numel(), sum(p.numel() for p in teacher.model.parameters())
-        logger.info("the soft prompt adds %s parameters, %.2g %% of the teacher's %s", added, 100 * added / size, size)
+        count, size = self._teacher.prompt.numel(), sum(p.numel() for p in teacher.model.parameters())
+        logger.info("the soft prompt adds %s parameters, %.2g %% of the teacher's %s", count, 100 * count / size, size)
         return self._teacher
 
     def _initial_prompt(self, embeddings: Tensor, tokenizer: Any) -> Tensor:
-        """(m, D) in float32."""
+        """The prompt before training, (m, D) in float32."""
         if self.initialize == "random":
             generator = torch.Generator().manual_seed(0)
             random = torch.randn(self.prompt_tokens, embeddings.shape[1], generator=generator)
@@ -135,7 +134,7 @@ class PromptKD(Method):
         self._optimizer.step()
 
     def _add_gradient(self, batch: Batch, student: Any, coefficient: float) -> Tensor:
-        """Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] over the batch's tokens; the prompt's gradient grows by its own."""
+        """Add the gradient of Σ weight · [KL(p_P‖q) + c KL(p_P‖p)] to the prompt's; returns the value."""
         student_scores = self._student_scores(student, batch)
         plain = self._teacher.plain.score(batch).cut(self._vocabulary) if coefficient else None
         weights = batch.weights(self.reduction)
@@ -198,17 +197,17 @@ class PromptKD(Method):
         )
         config.save_pretrained(str(target))
         save_file({"prompt_embeddings": prompt.detach().cpu().contiguous()}, target / "adapter_model.safetensors")
-        logger.info("the learned prompt reads most like %s", self.nearest_tokens())
+        logger.info("the tokens nearest to the learned prompt are %s", self.nearest_tokens())
 
     def nearest_tokens(self) -> list[str]:
-        """The vocabulary token whose embedding is most like each of the prompt's vectors, by cosine."""
+        """For each vector of the prompt, the token with the most similar embedding by cosine similarity."""
         words = nn.functional.normalize(self._teacher.model.get_input_embeddings().weight.detach().float(), dim=-1)
         nearest = (nn.functional.normalize(self._teacher.prompt.detach(), dim=-1) @ words.T).argmax(-1)
         return [self._tokenizer.decode([i]) for i in nearest.tolist()]
 
 
 class PromptedTeacher(Teacher):
-    """A frozen local teacher behind a soft prompt."""
+    """A frozen local teacher with a soft prompt before every sequence."""
 
     provides: ClassVar[frozenset[Capability]] = frozenset(Capability)
 
@@ -222,7 +221,7 @@ class PromptedTeacher(Teacher):
         return score_no_grad(self.model, batch, soft_prompt=self.prompt.detach(), fused=self.plain.fused)
 
     def backward(self, batch: Batch, then: Any, weights: Tensor, vocabulary: int, dropout: bool) -> Tensor:
-        """`then` of the prompted teacher's Scores, as a constant; its gradient is added to the prompt's."""
+        """Compute `then` of the prompted teacher's Scores and add its gradient to the prompt's; returns the value."""
         batch = self._checked(batch)
         weights = weights.to(batch.input_ids.device)
         self.model.train(dropout)  # until the backward pass is over, which may run layers again
@@ -235,26 +234,26 @@ class PromptedTeacher(Teacher):
             self.model.eval()
 
     def _checked(self, batch: Batch) -> Batch:
-        """The batch as the teacher reads it, on its device; refused where it does not fit behind the prompt."""
+        """The batch as read by the teacher, on its device; refused if it does not fit after the prompt."""
         batch = batch.as_read_by_teacher()
         limit = context_window(self.model.config)
         width = batch.input_ids.shape[1] + len(self.prompt)
         if limit is not None and width > limit:
             raise ValueError(
-                f"{batch.input_ids.shape[1]} tokens behind a soft prompt of {len(self.prompt)} do not fit into the "
+                f"{batch.input_ids.shape[1]} tokens after a soft prompt of {len(self.prompt)} do not fit into the "
                 f"teacher's context window of {limit}: lower data.max_length or rollout.generate.max_new_tokens"
             )
         return batch.to(self.model.device)
 
 
 def _recompute_layers(model: Any) -> None:
-    """Let every layer forget its activations and run again in the backward pass, whatever the model's mode is.
+    """Activation checkpointing of every layer, in training and in evaluation mode.
 
-    The switch that transformers has for this works in training mode only, in which a teacher would drop out.
+    transformers' own gradient_checkpointing_enable works in training mode only, in which a teacher would use dropout.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers that can run again: leave promptkd's checkpointing off")
+        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed: set checkpointing to false")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 

@@ -1,7 +1,7 @@
 """Metrics of responses against references: BLEU, chrF, ROUGE, exact match, final answer, self-BLEU.
 
-A metric is asked for by the name of its number (`rouge_l`), or as `my_module:MyMetric`, which gives all numbers of that
-class. One kind of metric is one file. All numbers are out of 100, as papers print them.
+A metric is selected by the name of one of its numbers (`rouge_l`), or as `my_module:MyMetric`, which selects all
+numbers of that class. There is one file per kind of metric. All numbers are out of 100, as in papers.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ METRICS: Registry[Metric] = Registry("metric", __name__, Metric)
 
 
 def names() -> list[str]:
-    """The name of every number that the metrics of this package and of entry points compute."""
+    """The names of all numbers that the metrics of this package and of entry points compute."""
     return sorted(number for name in METRICS.names() for number in METRICS.get(name).names)
 
 
 def check(metrics: Sequence[str]) -> None:
-    """Raise the error of the first of these metrics that cannot be computed.
+    """Check that there are such metrics.
 
     Raises:
-        UnknownName: for a name of no metric, with the nearest; and for two metrics that give a number the same name.
+        UnknownName: for an unknown name, with the nearest one; and for two metrics with a number of the same name.
     """
     numbers(metrics)
 
@@ -32,7 +32,7 @@ def compares_responses(metric: str) -> bool:
 
 
 def numbers(metrics: Sequence[str]) -> dict[str, type[Metric]]:
-    """The names of the numbers that these metrics give, in their order, each with the class that computes it.
+    """The names of the numbers of these metrics, in order, each with the class that computes it.
 
     Raises:
         UnknownName: as `check`.
@@ -42,7 +42,7 @@ def numbers(metrics: Sequence[str]) -> dict[str, type[Metric]]:
         cls = _class_of(metric)
         for name in cls.names if ":" in metric else (metric,):
             if classes.setdefault(name, cls) is not cls:
-                raise UnknownName(f'the metric {metric} gives a number "{name}", as another one does: rename one')
+                raise UnknownName(f'the metric {metric} has a number "{name}", and so has another one: rename one')
     return classes
 
 
@@ -66,7 +66,7 @@ def _class_of(metric: str) -> type[Metric]:
         cls = METRICS.get(metric)
         numbers = getattr(cls, "names", ())
         if not numbers or isinstance(numbers, str):
-            raise UnknownName(f'the metric {metric} names no number: give the class names, such as names = ("mine",)')
+            raise UnknownName(f'the metric {metric} has no names: add a class variable such as names = ("mine",)')
         return cls
     builtin = METRICS.builtin_names()
     for name in [*builtin, *(name for name in METRICS.names() if name not in builtin)]:

@@ -1,7 +1,7 @@
 """BLEU (Papineni et al., ACL 2002) and chrF (Popović, WMT 2015) of a corpus, by sacrebleu.
 
 BLEU counts words of sacrebleu's 13a tokenizer, is case-sensitive and smoothed exponentially; chrF counts sequences of
-up to six characters, β = 2. sacrebleu's signatures are passed on.
+up to six characters, β = 2. The signatures are sacrebleu's own.
 """
 
 from collections.abc import Sequence

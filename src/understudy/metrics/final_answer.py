@@ -1,8 +1,8 @@
 r"""Final-answer accuracy: does a response end in the same number as the reference?
 
-The final answer stands behind the last `####` (GSM8K) or in the last `\boxed{}` (MATH), whichever comes later; without
-either it is the last number of the text. Numbers are compared as numbers: 1,000 is 1000.00, $5 is 5, 50% is 50, and
-\frac{1}{2} is 0.5.
+The final answer is the number after the last `####` (GSM8K) or the content of the last `\boxed{}` (MATH), whichever
+comes later; without either it is the last number of the text. Numbers are compared by value: 1,000 is 1000.00, $5 is 5,
+50% is 50, and \frac{1}{2} is 0.5.
 """
 
 import re
@@ -25,13 +25,13 @@ class FinalAnswer(Metric):
 
 
 def final_answer(text: str) -> str | None:
-    """The number behind the last `####`, without thousands separators; None if there is none."""
+    """The number after the last `####`, without thousands separators; None if there is none."""
     numbers = re.findall(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
     return numbers[-1].replace(",", "") if numbers else None
 
 
 def is_correct(response: str, references: Sequence[str]) -> bool:
-    """Is the number behind the response's last `####` that of one of the references?"""
+    """Is the number after the response's last `####` that of one of the references?"""
     answer = final_answer(response)
     return answer is not None and answer in {final_answer(reference) for reference in references}
 
@@ -51,7 +51,7 @@ def parse_final_answer(text: str) -> Fraction | str | None:
     return _value(numbers[-1]) if numbers else None
 
 
-# A sign, unless it is a minus behind a digit, a letter or a bracket (10-3); a currency; digits, with or without
+# A sign, unless it is a minus after a digit, a letter or a bracket (10-3); a currency; digits, with or without
 # thousands separators and decimals, or decimals only; optionally a denominator.
 _NUMBER = (
     r"(?P<sign>(?<![\w)\]])-\s?)?[$€£¥]?\s?(?P<inner>(?<=[$€£¥])-)?"

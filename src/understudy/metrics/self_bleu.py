@@ -10,7 +10,7 @@ from ..metric import Metric, Score
 
 
 class SelfBleu(Metric):
-    """The mean BLEU of a response against the others to its prompt. Low is diverse, whether good or bad."""
+    """The mean BLEU of a response against the other responses to its prompt: low for diverse responses."""
 
     names = ("self_bleu",)
     compares_responses = True
@@ -19,5 +19,5 @@ class SelfBleu(Metric):
         from sacrebleu.metrics import BLEU
 
         bleu = BLEU(effective_order=True)
-        values = [bleu.sentence_score(text, rest).score for text, rest in zip(responses, references, strict=True)]
+        values = [bleu.sentence_score(text, texts).score for text, texts in zip(responses, references, strict=True)]
         return {"self_bleu": Score(sum(values) / len(values), str(bleu.get_signature()))}

@@ -1,1 +1,1 @@
-"""Everything that knows how transformers' models are loaded, changed and run."""
+"""Load, change and run models of transformers."""

@@ -1,4 +1,4 @@
-"""PEFT adapters: the model below them, and adding them to a student."""
+"""PEFT adapters: the base model below them, and adding them to a student."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ def without_adapters(model: Any) -> Any:
 
 
 def lora_config(recipe: Recipe, fields: dict[str, Any]) -> Any:
-    """The LoraConfig that a peft block is."""
+    """The LoraConfig of a recipe's peft block."""
     from peft import LoraConfig
 
-    known = LoraConfig.__dataclass_fields__
+    field_names = LoraConfig.__dataclass_fields__
     for name in fields:
-        if name not in known:
-            message = f'LoraConfig has no field "{name}"{did_you_mean(str(name), known)}'
+        if name not in field_names:
+            message = f'LoraConfig has no field "{name}"{did_you_mean(str(name), field_names)}'
             raise recipe.error(f"student.peft.{name}", message)
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
@@ -30,6 +30,11 @@ def lora_config(recipe: Recipe, fields: dict[str, Any]) -> Any:
 
 
 def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
+    """The model with PEFT adapters.
+
+    Raises:
+        RecipeError: if PEFT refuses the configuration for this model.
+    """
     from peft import get_peft_model
 
     try:

@@ -4,6 +4,6 @@ from typing import Any
 
 
 def context_window(*configs: Any) -> int | None:
-    """How many positions models of all these configurations have; None if no configuration limits them."""
+    """The shortest context window of models with these configurations; None if none of them has a limit."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
     return min((limit for limit in limits if limit), default=None)

@@ -1,8 +1,8 @@
-"""Run a model on a batch and compute a loss where the logits would have been.
+"""Score a batch with a model: compute a loss inside its forward, in place of the logits.
 
-For the duration of one forward, the loss replaces the output embedding's own forward: given the hidden states, it takes
-the rows that predict a response token, and what it returns takes the place of the logits. Prompts and padding never
-reach the vocabulary, and whatever wraps the model (DDP, FSDP2, DeepSpeed, PEFT) sees an ordinary forward.
+For the duration of one forward, the loss replaces the output embedding's own forward: from the hidden states it takes
+the rows that predict a response token, and its value is returned in place of the logits. So prompts and padding are
+never projected onto the vocabulary, and wrappers of the model (DDP, FSDP2, DeepSpeed, PEFT) see an ordinary forward.
 
 Shapes: N response tokens, V vocabulary, D width, m tokens of a soft prompt.
 """
@@ -41,14 +41,14 @@ def score(
         then: from Scores to the tensor that takes the logits' place, a loss for instance. It runs inside the model's
             forward, so that other models (the teacher) are best scored before.
         unwrapped: the model without its wrappers, which has the output embeddings (default: `model`).
-        vocabulary: the number of real tokens; what a padded vocabulary has beyond them takes no part.
+        vocabulary: the number of real tokens; the padding of a vocabulary beyond them is left out of the softmax.
         weights: (N,) row weights of the loss, for the Scores; None where they are known only after the loss.
-        fused: compute the loss from hidden rows and head. If False, or if the head is no plain linear layer, the model
-            computes its own logits and the loss is computed from them, which holds (B, T, V).
+        fused: compute the loss from hidden rows and head. If False, or if the head is not a plain linear layer, the
+            model computes its own logits (B, T, V) and the loss is computed from them.
         soft_prompt: (m, D) embeddings before every sequence. Scores are of the same N tokens as without.
 
     Raises:
-        RuntimeError: inside the `then` of a model with the same configuration object, while that is changed.
+        RuntimeError: if called inside the `then` of another model that shares this model's configuration object.
     """
     unwrapped = model if unwrapped is None else unwrapped
     inputs, predicts = model_inputs(unwrapped, batch, soft_prompt)
@@ -74,24 +74,24 @@ def score(
 def score_no_grad(model: Any, batch: Batch, **options: Any) -> Scores:
     """A model's Scores as constants: without gradients, and outside any autocast.
 
-    Takes the `options` of `score`. Dropout is the caller's to turn off.
+    Takes the `options` of `score`. The caller must turn off dropout.
     """
     results: list[Scores] = []
 
-    def keep(scores: Scores) -> Tensor:
-        distribution = scores.distribution  # its head would be differentiated where it is used, if it is trained
+    def store(scores: Scores) -> Tensor:
+        distribution = scores.distribution  # its head, if it is trained, would be differentiated where it is used
         constant = distribution.detach() if isinstance(distribution, Projected) else distribution
         results.append(replace(scores, distribution=constant))
         return batch.input_ids
 
     with torch.autocast(batch.input_ids.device.type, enabled=False):
-        score(model, batch, keep, **options)
+        score(model, batch, store, **options)
     return results[0]
 
 
 @contextmanager
 def _replaced_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the layer's forward, not the layer: hooks around it (a sharded weight's gathering) still run."""
+    """Replace the layer's forward, not the layer, so that hooks around it still run, such as gathering of weights."""
     previous = vars(layer).get("forward")
     layer.forward = forward
     try:

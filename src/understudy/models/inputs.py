@@ -1,4 +1,4 @@
-"""How a model reads a batch: padded, packed into one row, behind a soft prompt, with further inputs such as images.
+"""Model inputs of a batch: padded, packed into one row, after a soft prompt, with further inputs such as images.
 
 Shapes: B sequences, T positions, m tokens of a soft prompt, D width.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..batch import Batch, Example
 from .adapters import without_adapters
 
-# Not every model of transformers keeps the sequences of one row apart: states run on from one to the next, and position
-# ids may reach neither mask nor kernel (flex_attention in OPT and GPT-OSS, FlashAttention in GPT-BigCode). These do.
+# Families of models that keep packed sequences apart. In others recurrent states run on from one sequence to the next,
+# or position ids reach neither mask nor kernel (flex_attention in OPT and GPT-OSS, FlashAttention in GPT-BigCode).
 # fmt: off
 PACKABLE = {
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
@@ -28,7 +28,7 @@ def model_inputs(model: Any, batch: Batch, soft_prompt: Tensor | None = None) ->
     """The keyword arguments of the model's forward, and which of its positions predict a response token, (B, T) bool.
 
     Position ids follow the attention mask: a soft prompt has the first ones and padding none. Where `can_pack`, padding
-    is left out: all sequences in one row (1, ΣT), told apart by position ids that begin anew with each.
+    is left out: all sequences are in one row (1, ΣT), separated by position ids that restart with each.
 
     Args:
         soft_prompt: (m, D) embeddings before every sequence.
@@ -64,14 +64,14 @@ def further_inputs(examples: Sequence[Example], device: torch.device | str) -> d
         missing = [example.row for example in examples if name not in example.inputs]
         if missing:
             raise ValueError(
-                f'the example of row {missing[0]} has no input "{name}", which others of its batch have: give every '
-                "example the same inputs"
+                f'the example of row {missing[0]} has no input "{name}", which other examples of its batch have: give '
+                "every example the same inputs"
             )
     return {name: torch.cat([torch.as_tensor(e.inputs[name]) for e in examples]).to(device) for name in sorted(names)}
 
 
 def can_pack(model: Any) -> bool:
-    """Can sequences be packed into one row? Yes if the attention separates them, for model families that are known."""
+    """Can sequences be packed into one row? Only if the attention separates them, in the model families of PACKABLE."""
     inner = without_adapters(model)
     config: Any = getattr(inner, "config", None)
     if getattr(config, "model_type", None) not in PACKABLE:
@@ -79,6 +79,6 @@ def can_pack(model: Any) -> bool:
     from_transformers = any(kind.__module__.startswith("transformers.models.") for kind in type(inner).__mro__)
     attention = config._attn_implementation or ""
     separates = attention == "flex_attention" or ("flash" in attention and not attention.startswith("paged|"))
-    adapter = getattr(model, "active_peft_config", None)  # some of PEFT's drop position ids, or look for a row's tokens
+    adapter = getattr(model, "active_peft_config", None)  # some adapters drop position ids, or look up tokens by row
     needs_rows = any(getattr(adapter, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens"))
     return from_transformers and separates and not needs_rows

@@ -20,10 +20,10 @@ _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn what is raised while transformers loads something into a sentence that says what to do.
+    """Turn transformers' errors while loading into one sentence with a remedy.
 
     Raises:
-        RecipeError: naming what could not be loaded from where, and why.
+        RecipeError: with the name, the reason and the remedy.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     path = resolve(name)
     with loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if not len(tokenizer):  # what transformers makes of a folder with a model alone
+        if not len(tokenizer):  # transformers returns this for a folder with a model and no tokenizer
             raise ValueError("it has no tokens")
     return tokenizer
 
@@ -66,7 +66,7 @@ def load_model(name: str, **options: Any) -> Any:
     """
     path = resolve(name)
     with loading("model", name):
-        # A whole path, because adapters remember where the model below them lies.
+        # An absolute path, because adapters save the path of the model below them.
         return AutoModelForCausalLM.from_pretrained(Path(path).resolve() if Path(path).is_dir() else path, **options)
 
 
@@ -85,7 +85,7 @@ def load_config(name: str) -> Any:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
-    """Refuse a model with fewer embeddings than its tokenizer has tokens; more are padding.
+    """Refuse a model with fewer embeddings than its tokenizer has tokens; further embeddings are padding.
 
     Raises:
         RecipeError: with both numbers.
@@ -94,14 +94,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str
     if rows is not None and rows < len(tokenizer):
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens and {whose} embeddings for {rows} only: "
-            f"use the tokenizer that belongs to the model, or give a model that is made for this one"
+            f"use the tokenizer that belongs to the model, or a model that belongs to this tokenizer"
         )
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher that reads text differently from the student: its scores would belong to other tokens.
+    """Refuse a teacher whose tokenizer differs from the student's: its scores would be of other tokens.
 
-    Vocabularies may be padded differently; that is the models' business, not the tokenizers'.
+    The models' vocabularies may be padded differently.
 
     Raises:
         RecipeError: naming the first difference.
@@ -132,7 +132,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an exception says, or its name where it says nothing."""
+    """The first line of an exception's message, or its class's name if the message is empty."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".:")
 

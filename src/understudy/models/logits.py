@@ -1,4 +1,4 @@
-"""Scale and soft-cap of a model's logits, switched off while the loss takes the logits' place."""
+"""Scale and soft-cap of a model's logits, switched off while the loss is computed in place of the logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 from ..fused_linear.head import Transform
 from .adapters import without_adapters
 
-_changed_configs: set[int] = set()  # the ids of configurations that `without_logit_transform` has changed at present
+_changed_configs: set[int] = set()  # the ids of configurations inside `without_logit_transform`
 
 
 def is_linear_head(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -19,7 +19,7 @@ def is_linear_head(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 @contextmanager
 def without_logit_transform(model: Any) -> Iterator[Transform]:
-    """Keep the model from changing its head's output, and give the Transform that it would have applied.
+    """Switch off the model's scale and soft-cap within this block; yields the Transform that it would have applied.
 
     Models define this in different places: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA X
     multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).

@@ -1,4 +1,4 @@
-"""The parity check: does the fused path give a model's own logits?"""
+"""Parity check: does the fused path compute a model's own logits?"""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .logits import is_linear_head
 
 
 def can_fuse(model: Any) -> bool:
-    """Can the loss be computed from hidden rows and head? bfloat16 logits differ by rounding, others by far more."""
+    """Can the loss be computed from hidden rows and head? bfloat16 rounding stays below the threshold."""
     return logit_difference(model) < 1e-2
 
 
@@ -21,9 +21,9 @@ def can_fuse(model: Any) -> bool:
 def logit_difference(model: Any, token: int = 0) -> float:
     """The largest difference between the model's own logits and those of the fused path, relative to their size.
 
-    A model that transforms its logits in a way that is not known here shows a difference, and must take the plain path.
-    A soft-cap hardly changes the small logits of a new model, so numbers of a loss's size are passed through the
-    forward as well and must come back unchanged.
+    A model that transforms its logits in an unknown way shows a difference, and must take the plain path. A soft-cap
+    hardly changes the small logits of a new model, so numbers of the size of a loss are returned through the forward as
+    well, which must not change them.
     """
     if not is_linear_head(model.get_output_embeddings()):
         return float("inf")

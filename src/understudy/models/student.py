@@ -1,4 +1,4 @@
-"""The student that a recipe describes: a model by name, a fresh one, or one that keeps some of the teacher's layers."""
+"""The student of a recipe: a model by name, a new one with random weights, or some of the teacher's layers."""
 
 import copy
 from typing import Any
@@ -13,9 +13,9 @@ from .load import load_config, load_model, reason
 
 
 def student_config(recipe: Recipe, teacher: str | None) -> Any:
-    """The configuration that the recipe's student will have; refuses what is wrong with it before weights are loaded.
+    """The configuration of the recipe's student, checked before weights are loaded.
 
-    `teacher` is the teacher's name, for students made from it.
+    `teacher` is the teacher's name, for students derived from it.
     """
     student = recipe.student
     if student.peft is not None:
@@ -41,7 +41,7 @@ def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
 
 
 def tokenizer_name(recipe: Recipe, teacher: str | None) -> str:
-    """Name or folder of the student's tokenizer; `teacher` is the teacher's, for a student made from the teacher."""
+    """Name or folder of the student's tokenizer; `teacher` is that of the teacher's, for a student derived from it."""
     student = recipe.student
     name = student.tokenizer or student.model or teacher
     if name is None:
@@ -72,11 +72,11 @@ def _fresh_config(recipe: Recipe, fields: dict[str, Any], teacher: str | None) -
             config.update(changes)
             _update_dependent_fields(config, base, changes)
     except Exception as error:  # configurations check themselves in many ways
-        message = f"no configuration can be made with these fields: {reason(error)}"
+        message = f"these fields are not a valid configuration: {reason(error)}"
         raise recipe.error("student.fresh", message) from error
     config.dtype = None
     if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")  # of the teacher's weights, which are not taken
+        delattr(config, "quantization_config")  # it describes the teacher's weights, which are not used
     return config
 
 
@@ -86,20 +86,20 @@ def _new_model(recipe: Recipe, config: Any) -> Any:
     try:
         return AutoModelForCausalLM.from_config(config, dtype="float32" if dtype == "auto" else dtype)
     except Exception as error:  # models check their configurations in many ways
-        message = f"no model can be made with these fields: {reason(error)}"
+        message = f"these fields are not a valid model: {reason(error)}"
         raise recipe.error("student.fresh", message) from error
 
 
 def _check_fields(recipe: Recipe, config: Any, fields: dict[str, Any]) -> None:
-    known = {*config.to_dict(), *config.attribute_map}
+    field_names = {*config.to_dict(), *config.attribute_map}
     for name in fields:
-        if name not in known:
-            message = f'a {config.model_type} configuration has no field "{name}"{did_you_mean(str(name), known)}'
+        if name not in field_names:
+            message = f'a {config.model_type} configuration has no field "{name}"{did_you_mean(str(name), field_names)}'
             raise recipe.error(f"student.fresh.{name}", message)
 
 
 def _update_dependent_fields(config: Any, base: Any, fields: dict[str, Any]) -> None:
-    """Bring fields along that follow from changed ones: layer types from layers, a head's width from the model's."""
+    """Update fields that depend on changed ones: layer types on the number of layers, a head's width on the model's."""
     kinds = getattr(base, "layer_types", None)
     if kinds and "layer_types" not in fields:
         config.layer_types = (list(kinds) * config.num_hidden_layers)[: config.num_hidden_layers]
@@ -107,18 +107,18 @@ def _update_dependent_fields(config: Any, base: Any, fields: dict[str, Any]) -> 
     if derived and hasattr(config, "head_dim") and "head_dim" not in fields:
         config.head_dim = config.hidden_size // config.num_attention_heads
     heads = getattr(base, "num_key_value_heads", None)
-    one_each = heads == base.num_attention_heads
-    if heads and "num_key_value_heads" not in fields and (one_each or config.num_attention_heads % heads):
+    multi_head = heads == base.num_attention_heads
+    if heads and "num_key_value_heads" not in fields and (multi_head or config.num_attention_heads % heads):
         config.num_key_value_heads = config.num_attention_heads
 
 
 def _layers_config(recipe: Recipe, layers: list[int], teacher: str | None) -> Any:
     if teacher is None:
-        raise recipe.error("student.layers", "a student cut from the teacher needs a local teacher")
+        raise recipe.error("student.layers", "a student of the teacher's layers needs a local teacher: add one")
     config = copy.deepcopy(load_config(teacher))
     depth = config.num_hidden_layers
     if not layers or any(not 0 <= layer < depth for layer in layers):
-        message = f"the teacher's layers are numbered from 0 to {depth - 1}; keep some of these, not {layers}"
+        message = f"the teacher's layers are numbered from 0 to {depth - 1}; choose some of these, not {layers}"
         raise recipe.error("student.layers", message)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]
@@ -128,20 +128,22 @@ def _layers_config(recipe: Recipe, layers: list[int], teacher: str | None) -> An
 
 def _with_layers(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
     """The teacher with only some of its layers: a student that starts from the teacher's weights."""
-    source = load_model(teacher, dtype=recipe.student.dtype)
-    depth = source.config.get_text_config().num_hidden_layers
-    lists = [name for name, m in source.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    teacher_model = load_model(teacher, dtype=recipe.student.dtype)
+    depth = teacher_model.config.get_text_config().num_hidden_layers
+    lists = [name for name, m in teacher_model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     stacks = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    student = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
+    student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype)
     if len(stacks) != 1 or not hasattr(student, stacks[0].partition(".")[0]):
-        message = f"the layers of a {config.model_type} cannot be told apart; use a fresh student"
+        message = f"the list of layers of a {config.model_type} cannot be identified; use a fresh student"
         raise recipe.error("student.layers", message)
     prefix = stacks[0] + "."
-    weights = source.state_dict()
-    kept_weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
+    weights = teacher_model.state_dict()
+    student_weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
     for new, old in enumerate(layers):
         start = f"{prefix}{old}."
-        kept_weights |= {f"{prefix}{new}.{n.removeprefix(start)}": w for n, w in weights.items() if n.startswith(start)}
-    student.load_state_dict(kept_weights)
-    student.generation_config = copy.deepcopy(source.generation_config)
+        student_weights |= {
+            f"{prefix}{new}.{n.removeprefix(start)}": w for n, w in weights.items() if n.startswith(start)
+        }
+    student.load_state_dict(student_weights)
+    student.generation_config = copy.deepcopy(teacher_model.generation_config)
     return student

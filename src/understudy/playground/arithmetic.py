@@ -169,7 +169,7 @@ def story(rng: random.Random) -> tuple[str, str]:
 
 
 def fill(rng: random.Random, fragments: Sequence[Fragment], words: dict[str, str]) -> tuple[str, str] | None:
-    """Fill in the fragments' slots and compute the working; None if no numbers are drawn that fit the total so far."""
+    """Fill in the fragments' slots and compute the working; None if no random numbers fit the total so far."""
     texts, working, total = [], [], 0
     for fragment in fragments:
         for _ in range(8):

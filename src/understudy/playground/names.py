@@ -9,7 +9,7 @@ PROBLEMS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # without a l
 
 
 def is_playground(name: str) -> bool:
-    """Is it a name of the playground?
+    """Is this a name of the playground?
 
     Raises:
         ValueError: for an unknown task of the playground, with the known ones.

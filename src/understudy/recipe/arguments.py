@@ -12,13 +12,13 @@ from ..registry import Registry, UnknownName, nearest
 from .yaml_text import RecipeError
 
 
-def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **given: Any) -> Any:
+def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **extra: Any) -> Any:
     """Build an instance from a recipe's fields.
 
     Raises:
         RecipeError: as `arguments`, and for what the constructor refuses.
     """
-    values = arguments(cls, fields, where, other_fields, **given)
+    values = arguments(cls, fields, where, other_fields, **extra)
     try:
         return cls(**values)
     except RecipeError:
@@ -28,14 +28,14 @@ def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Se
 
 
 def arguments(
-    cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **given: Any
+    cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **extra: Any
 ) -> dict[str, Any]:
     """A recipe's fields as arguments of a constructor, checked against its signature.
 
     Args:
-        where: what errors call the fields, such as `method.gkd`.
-        other_fields: names of fields that belong to something else, and are left out.
-        given: arguments that no recipe sets, such as a method's reward.
+        where: the fields' place in the recipe, such as `method.gkd`; for errors.
+        other_fields: names of fields that are not for this constructor, and are left out.
+        extra: arguments that are not fields of a recipe, such as a method's reward.
 
     Raises:
         RecipeError: for an unknown field, a missing one or one of the wrong type.
@@ -43,16 +43,16 @@ def arguments(
     parameters = inspect.signature(cls).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    settable = [n for n in named if n not in given and not n.startswith("_")]
+    settable = [n for n in named if n not in extra and not n.startswith("_")]
     try:
         hints = typing.get_type_hints(cls.__init__)
     except NameError as error:
         message = f"{where}: an annotation of its constructor cannot be read: {error}; import that name at run time"
         raise RecipeError(message, where) from None
-    for name in given:
+    for name in extra:
         if name not in named and not open_ended:
             raise RecipeError(f"{where} takes no {name}", where)
-    values = dict(given)
+    values = dict(extra)
     for name, value in fields.items():
         if name in other_fields:
             continue
@@ -67,7 +67,7 @@ def arguments(
 
 
 def _convert_field(value: Any, hint: Any, where: str) -> Any:
-    """As `convert`, and a divergence from its name, and a model by its name where Python would take the model."""
+    """As `convert`; divergences are constructed by name, and where Python takes a model a recipe has its name."""
     from ..divergences import Divergence
 
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

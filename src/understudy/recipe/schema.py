@@ -2,9 +2,9 @@
 
     student, teacher, method, rollout, data, training, evaluate
 
-Nothing is declared twice: `name: {fields}` selects a class by its name in the registry, and the fields are its
-constructor's arguments; `training` is transformers' TrainingArguments, `peft` is LoraConfig. An unknown key is an error
-with its line and the nearest known one. Recipes are read and checked here and built in `run/`; torch is not imported.
+`name: {fields}` selects a class by its name in the registry, and the fields are its constructor's arguments; `training`
+is transformers' TrainingArguments, `peft` is LoraConfig. An unknown key is an error with its line and the nearest known
+one. Recipes are read and checked here and built in `run/`; torch is not imported.
 """
 
 import copy
@@ -53,14 +53,16 @@ class Student(_Block):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Student":
-        given = [name for name in ("model", "fresh", "layers") if getattr(self, name) is not None]
-        if len(given) != 1:
-            names = " and ".join(given) or "none of them"
+        origins = [name for name in ("model", "fresh", "layers") if getattr(self, name) is not None]
+        if len(origins) != 1:
+            names = " and ".join(origins) or "none of them"
             raise ValueError(f"a student comes from exactly one of model, fresh and layers, and this has {names}")
         if self.merge and self.peft is None:
             raise ValueError("merge is for adapters: give the student a peft block, or leave merge out")
         if self.peft is not None and self.model is None and not self.merge:
-            raise ValueError(f"adapters alone would be saved, without the {given[0]} model below them: add merge: true")
+            raise ValueError(
+                f"adapters alone would be saved, without the {origins[0]} model below them: add merge: true"
+            )
         return self
 
 
@@ -85,7 +87,7 @@ class Data(_Block):
 class Evaluate(_Block):
     """Evaluation while training: a held-out dataset, with `data`'s settings for all other fields, and sample responses.
 
-    How often, and which checkpoint is best, stands in `training`: eval_steps, metric_for_best_model and so on.
+    How often, and which checkpoint is best, is set in `training`: eval_steps, metric_for_best_model and so on.
     """
 
     dataset: str | None = None
@@ -93,7 +95,7 @@ class Evaluate(_Block):
     name: str | None = None
     limit: int | None = 500
     metrics: list[str] = []  # of greedy responses to the held-out prompts
-    patience: int | None = Field(default=None, gt=0)  # stop after so many evaluations without improvement
+    patience: int | None = Field(default=None, gt=0)  # evaluations without improvement after which training stops
     show: int = Field(default=3, ge=0)  # sample responses to print
     show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
 
@@ -112,7 +114,7 @@ class Reward(_Block):
 class Recipe(_Block):
     """A run's description: the seven keys, and optionally `corpus`, `reward` and `budget`.
 
-    `method`, `teacher` and `rollout` stay (name, fields) until `build` makes instances of them.
+    `method`, `teacher` and `rollout` are pairs (name, fields), from which `build` constructs instances.
     """
 
     student: Student
@@ -139,17 +141,17 @@ class Recipe(_Block):
     def _budget(cls, value: Any) -> Any:
         return construct(Budget, value, "budget") if isinstance(value, Mapping) else value
 
-    def check(self, word: str, registry: Registry[Any], **given: Any) -> None:
+    def check(self, word: str, registry: Registry[Any], **extra: Any) -> None:
         """Raise the errors that `build` would raise before it calls the constructor, which may load a model."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            arguments(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **given)
+            arguments(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **extra)
 
-    def build(self, word: str, registry: Registry[Any], **given: Any) -> Any:
-        """The instance that `method`, `teacher` or `rollout` describes; `given` is for a method's `reward`."""
+    def build(self, word: str, registry: Registry[Any], **extra: Any) -> Any:
+        """The instance that `method`, `teacher` or `rollout` describes; `extra` is for a method's `reward`."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            return construct(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **given)
+            return construct(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **extra)
 
     def sampling(self) -> Sampling:
         """The sampling parameters in the rollout block, whose other fields are the engine's options."""
@@ -169,7 +171,7 @@ class Recipe(_Block):
         return self.source.stem
 
     def error(self, key: str, message: str) -> RecipeError:
-        """An error about a dotted key, with the file and line of that key."""
+        """A RecipeError about a dotted key, with the file and line of that key."""
         return RecipeError(f"{place(self._source, self._places, key)}: {message}", key, located=True)
 
     @contextmanager
@@ -183,7 +185,7 @@ class Recipe(_Block):
             raise error if error.located else self.error(error.key or key, str(error)) from error.__cause__
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as a dictionary with every default filled in, from which `parse` makes the same recipe."""
+        """The recipe as a dictionary with every default filled in; `parse` reads it back as the same recipe."""
         content = _content(self)
         content |= {
             key: {content[key][0]: content[key][1]} for key in ("teacher", "method", "rollout") if key in content
@@ -212,7 +214,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(content: dict[str, Any], source: str = "recipe", places: Places | None = None) -> Recipe:
-    """Make a recipe from a dictionary and check it; `source` and `places` are for errors."""
+    """Build a recipe from a dictionary and check it; `source` and `places` are for errors."""
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -230,9 +232,11 @@ def _message(error: ValidationError, source: str, places: Places) -> str:
     where = place(source, places, key)
     blocks = {"student": Student, "data": Data, "corpus": Data, "reward": Reward, "evaluate": Evaluate}
     if first["type"] == "extra_forbidden":
-        known = (Recipe if len(path) == 1 else blocks[path[0]]).model_fields
-        owners = [name for name, block in blocks.items() if path[-1] in block.model_fields] if len(path) == 1 else []
-        hint = f"; it belongs into the block {owners[0]}" if owners else nearest(path[-1], known)
+        fields = (Recipe if len(path) == 1 else blocks[path[0]]).model_fields
+        blocks_with_key = (
+            [name for name, block in blocks.items() if path[-1] in block.model_fields] if len(path) == 1 else []
+        )
+        hint = f"; it belongs in the block {blocks_with_key[0]}" if blocks_with_key else nearest(path[-1], fields)
         return f'{where}: unknown key "{key}"{hint}'
     if first["type"] == "missing":
         block = "recipe" if len(path) == 1 else f"{path[0]} block"

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-CLASS_KEYS = ("method", "teacher", "rollout")  # the keys below which the name of a class stands
+CLASS_KEYS = ("method", "teacher", "rollout")  # the keys whose value names a class
 Places = dict[tuple[str, ...], str]  # from each key's path to where it is set: "gkd.yaml, line 3"
 
 
@@ -17,14 +17,14 @@ class RecipeError(ValueError):
     def __init__(self, message: str, key: str = "", located: bool = False) -> None:
         super().__init__(message)
         self.key = key  # dotted, if the error is about one
-        self.located = located  # does the message hold the file and line of the key?
+        self.located = located  # does the message contain the file and line of the key?
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
     """The content of a YAML file with dotted overrides, `key.key=value`, applied; and the place of each key.
 
     Raises:
-        RecipeError: if there is no such file, if it is no YAML mapping, and for an override that cannot be read.
+        RecipeError: if there is no such file, if it is not a YAML mapping, and for an override that cannot be read.
     """
     path = Path(path)
     try:
@@ -78,10 +78,11 @@ def _read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             here = (*path, str(key.value))
             if here in lines:
-                problem = f'the key "{key.value}" stands here for the second time, after line {lines[here]}; keep one'
+                problem = f'the key "{key.value}" is set twice, first in line {lines[here]}; keep one'
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if value is node or len(here) > 20:
-                raise yaml.MarkedYAMLError(problem="a block that is inside itself", problem_mark=key.start_mark)
+                problem = "a block contains itself; remove the alias"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[here] = key.start_mark.line + 1
             visit(value, here)
 
@@ -107,7 +108,7 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise RecipeError(f'"{override}" is no override; write key.key=value, such as training.max_steps=100')
+        raise RecipeError(f'"{override}" is not an override; write key.key=value, such as training.max_steps=100')
     value = value_of(text)
     path: tuple[str, ...] = ()
     block = content
@@ -124,7 +125,9 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
             places.setdefault(path, f'the override "{override}"')
         if not isinstance(below, dict):
             above = ".".join(path)
-            raise RecipeError(f'the override "{override}" goes below {above}, which is {below!r} and has no fields')
+            raise RecipeError(
+                f'the override "{override}" sets a field of {above}, which is {below!r} and has none: override {above}'
+            )
         block[path[-1]] = below
         block = below
     block[path[-1]] = value
@@ -136,9 +139,9 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
 def _key_size(parts: list[str], path: tuple[str, ...], block: dict[str, Any]) -> int:
     """How many of an override's dotted parts make up its next key, below the keys `path`.
 
-    A key that the block has already is matched as a whole, dots included. A new key is one part, except where the name
-    of a class or function stands, which reaches up to the part with its colon: `my.package.module:MyClass`. Names stand
-    directly below `method`, `teacher` and `rollout`, below their fields, and in reward.functions.
+    A key that the block has already is matched as a whole, dots included. A new key is one part, except the name of a
+    class or function, which extends to the part with its colon: `my.package.module:MyClass`. Such names are directly
+    below `method`, `teacher` and `rollout`, below their fields, and in reward.functions.
     """
     for size in range(len(parts), 0, -1):
         if ".".join(parts[:size]) in block:
@@ -148,16 +151,16 @@ def _key_size(parts: list[str], path: tuple[str, ...], block: dict[str, Any]) ->
     return colons[0] + 1 if is_name and colons else 1
 
 
-def _fields_of_class(chosen: Any, parts: list[str], override: str) -> Any:
+def _fields_of_class(block: Any, parts: list[str], override: str) -> Any:
     """The block of a teacher, method or rollout as a mapping, if the override is for the class that it names."""
-    if isinstance(chosen, str):
-        chosen = {chosen: {}}
-    if isinstance(chosen, dict) and chosen:
-        name = ".".join(parts[: _key_size(parts, (CLASS_KEYS[0],), chosen)])
-        if name not in chosen:
+    if isinstance(block, str):
+        block = {block: {}}
+    if isinstance(block, dict) and block:
+        name = ".".join(parts[: _key_size(parts, (CLASS_KEYS[0],), block)])
+        if name not in block:
             key = override.partition(".")[0]
             raise RecipeError(
-                f'the override "{override}" is for {name}, and the {key} is {next(iter(chosen))}; '
+                f'the override "{override}" is for {name}, and the {key} is {next(iter(block))}; '
                 f'to change the {key} put "{key}={name}" before it'
             )
-    return chosen
+    return block

@@ -1,4 +1,4 @@
-"""Write a report about runs or a comparison: one HTML page, charts as pictures, and all numbers as JSON.
+"""Write a report about runs or a comparison: an HTML page, charts as PNG files, and all numbers as JSON.
 
 folders.py              read the runs' folders          charts.py, positions.py, sweeps.py   which charts are drawn
 content.py, curves.py   all numbers in a dictionary     drawing.py, page.py, page.*          SVG and PNG, the HTML page
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-REFRESH = 10  # seconds between two reports in `watch`, at least
+REFRESH = 10  # the least number of seconds between two reports in `watch`
 
 
 def write_report(
@@ -23,11 +23,11 @@ def write_report(
     """Write report.html, report.json and png/ about the runs in `places`.
 
     Args:
-        places: folders of runs, or folders that hold some.
+        places: folders of runs, or folders that contain some.
         output: the report's folder; by default `report` in the place, and `runs/report` for several.
-        prompts: how many prompts are shown with their responses.
-        models: whether models may be loaded for it.
-        again: the page reloads itself after so many seconds, as long as a run is not finished.
+        prompts: the number of prompts whose responses are shown.
+        models: may models be loaded for it?
+        again: seconds after which the page reloads itself, while a run is not finished.
 
     Returns the page's path, and whether all runs have ended.
 
@@ -37,7 +37,7 @@ def write_report(
     from .folders import read_runs
 
     runs = read_runs(places)
-    # What takes seconds to import waits until the places are known to be right.
+    # Slow imports come after the places are checked.
     from ..files import write_atomic
     from ..run import marker
     from ..run.folder import REPORT
@@ -55,20 +55,20 @@ def write_report(
     order = {name: place for place, name in enumerate(ranking["names"])}
     ranked = sorted(runs, key=lambda run: order.get(run.name, len(order)))
     content["responses"] = side_by_side(ranked, places, prompts, _reason_to_skip(models, ended or again is None))
-    drawn = charts(content)
+    sections = charts(content)
     output.mkdir(parents=True, exist_ok=True)
     marker.mark(output, REPORT)
     (output / "png").mkdir(exist_ok=True)
-    for chart in (chart for section in drawn.values() for chart in section):
+    for chart in (chart for section in sections.values() for chart in section):
         png(chart, output / "png" / f"{chart.name}.png")
     write_atomic(output / "report.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    write_atomic(output / "report.html", page(content, drawn, None if ended else again))
+    write_atomic(output / "report.html", page(content, sections, None if ended else again))
     return output / "report.html", ended
 
 
 def _reason_to_skip(models: bool, ended: bool) -> str:
-    """Why no models are loaded, if they are not: by the caller's choice, or because the runs need the machine."""
-    return "--no-models was given" if not models else "" if ended else "they are, when all runs have ended"
+    """The reason why no models are loaded, empty if they are: the caller's choice, or runs that need the machine."""
+    return "--no-models was given" if not models else "" if ended else "runs are in progress"
 
 
 def watch(
@@ -78,7 +78,7 @@ def watch(
     models: bool = True,
     on_write: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write the report again and again until all runs have ended; models are loaded for the last one only."""
+    """Rewrite the report until all runs have ended; models are loaded for the last version only."""
     while True:
         start = time.monotonic()
         path, ended = write_report(places, output, prompts, models, again=REFRESH)

@@ -1,8 +1,8 @@
 """Charts of training curves, quality and time, from the report's content; further ones in positions.py and sweeps.py.
 
-They are small multiples: every panel shows one thing, the panels of a chart have the same axes, and lines are labelled
-where they end. One run has a panel for each quantity; of several runs, each has a panel for every quantity, with the
-others behind it in grey.
+They are small multiples: the panels of a chart have the same axes, and lines are labelled at their ends. A single run
+has a panel for each quantity; with several runs, there is a panel for each quantity and variant, with the other
+variants in grey.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,8 +41,8 @@ _GROUPS = (
     ("Gradient norm", ("grad_norm",)),
 )
 _ALWAYS_OPEN = ("loss", "reverse_kl")
-_ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}  # behind a text that lines run through
-_BEHIND = 60  # points of a grey line
+_ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}  # the background of a text that lines cross
+_GREY_POINTS = 60  # of a grey line
 _ACTIVITIES = {"generate": ACCENT, "score": SOFT, "learn": INK, "other": FAINT}
 
 
@@ -80,18 +80,18 @@ def _quantities(run: Mapping[str, Any]) -> Iterator[Chart]:
 def _curves(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Panel:
     def draw(axes: Axes) -> None:
         ends = []
-        for (name, one), colour in zip(lines, (ACCENT, INK, SOFT, *[FAINT] * len(lines)), strict=False):
-            points = _points(one)
+        for (name, series), colour in zip(lines, (ACCENT, INK, SOFT, *[FAINT] * len(lines)), strict=False):
+            points = _points(series)
             axes.plot(*zip(*points, strict=True), color=colour, marker="o" if len(points) == 1 else None, ms=2.5)
             ends.append((points[-1][1], label(name), SOFT if colour == FAINT else colour))
         plain(axes, shares=all(is_share(name) for name, _ in lines))
         label_ends(axes, ends if len(ends) > 1 else [(ends[0][0], _short(ends[0][0], lines[0][0]), ACCENT)])
 
-    return Panel(title, "; ".join(_description(name, one) for name, one in lines) + ".", draw)
+    return Panel(title, "; ".join(_description(name, series) for name, series in lines) + ".", draw)
 
 
 def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """For each quantity a panel for each variant: its runs, the others' first runs behind them."""
+    """For each quantity a panel for each variant: its runs, with the first runs of the others in grey."""
     variants: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         variants.setdefault(run["name"], []).append(run)
@@ -99,11 +99,11 @@ def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     title_of = {name: title for title, names in _GROUPS for name in names[:1]}
     order = [name for _, names in _GROUPS for name in names if name in logged]
     for name in [*order, *(n for n in logged if n not in order)]:
-        series = {variant: [r["series"][name] for r in of if name in r["series"]] for variant, of in variants.items()}
+        series = {v: [r["series"][name] for r in group if name in r["series"]] for v, group in variants.items()}
         series = {variant: lines for variant, lines in series.items() if lines}
-        if name == "truncated" and not any(v for lines in series.values() for one in lines for _, v in _points(one)):
+        if name == "truncated" and not any(v for lines in series.values() for line in lines for _, v in _points(line)):
             continue
-        methods = {variant: of[0]["method"] if name == "loss" else None for variant, of in variants.items()}
+        methods = {variant: group[0]["method"] if name == "loss" else None for variant, group in variants.items()}
         panels = []
         for variant in series:
             same_method = {other: lines for other, lines in series.items() if methods[other] == methods[variant]}
@@ -115,18 +115,18 @@ def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 
 
 def _variant(variant: str, name: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
-    """One variant's runs before the others, on the axes that they share."""
+    """One variant's runs in front of the others, on shared axes."""
     limits = limits_of([value for lines in series.values() for line in lines for _, value in _points(line)])
 
     def draw(axes: Axes) -> None:
         for other, lines in series.items():
             points = _points(lines[0]) if other != variant else []
             if points:
-                points = points[:: max(1, len(points) // _BEHIND)] + points[-1:]
+                points = points[:: max(1, len(points) // _GREY_POINTS)] + points[-1:]
                 axes.plot(*zip(*points, strict=True), color=FAINT, linewidth=0.7)
         last = None
-        for one in series[variant]:
-            if points := _points(one):
+        for run_series in series[variant]:
+            if points := _points(run_series):
                 axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.3)
                 last = points[-1][1] if last is None else last
         axes.set_ylim(limits)
@@ -134,7 +134,7 @@ def _variant(variant: str, name: str, series: Mapping[str, Sequence[Mapping[str,
         if last is not None:
             label_ends(axes, [(last, _short(last, name), ACCENT)])
 
-    about = "; ".join(_description(name, one) for one in series[variant]) + "; other recipes in grey."
+    about = "; ".join(_description(name, line) for line in series[variant]) + "; other recipes in grey."
     return Panel(variant, about, draw, right=0.86)
 
 
@@ -158,13 +158,13 @@ def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], references: 
     lines = {name: value for name, value in references.items() if value is not None}
 
     def draw(axes: Axes) -> None:
-        for at, (name, spread) in enumerate(rows):
-            colour = ACCENT if at == len(rows) - 1 else FAINT
-            axes.barh(at, spread["mean"], height=0.3, color=colour)
+        for y, (name, spread) in enumerate(rows):
+            colour = ACCENT if y == len(rows) - 1 else FAINT
+            axes.barh(y, spread["mean"], height=0.3, color=colour)
             if spread["low"] < spread["high"]:
-                axes.plot([spread["low"], spread["high"]], [at, at], color=INK, linewidth=1)
-            axes.text(0, at + 0.22, name, fontsize=7, va="bottom", color=INK, bbox=_ON_PAPER)
-            axes.text(1.02, at, number(spread["mean"], metric), transform=axes.get_yaxis_transform(), va="center")
+                axes.plot([spread["low"], spread["high"]], [y, y], color=INK, linewidth=1)
+            axes.text(0, y + 0.22, name, fontsize=7, va="bottom", color=INK, bbox=_ON_PAPER)
+            axes.text(1.02, y, number(spread["mean"], metric), transform=axes.get_yaxis_transform(), va="center")
         for name, value in lines.items():
             axes.axvline(value, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0.5)
             axes.text(value, len(rows) - 0.1, name, fontsize=7, color=SOFT, ha="center", va="bottom", bbox=_ON_PAPER)
@@ -217,12 +217,12 @@ def _scatter(
 def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
     """A single run's held-out numbers against seconds of training."""
     held_out = {
-        n: one for n, one in run["series"].items() if n.startswith("eval_") and len(_points(one, "seconds")) > 1
+        n: line for n, line in run["series"].items() if n.startswith("eval_") and len(_points(line, "seconds")) > 1
     }
     skipped = ("eval_response_length", "eval_truncated", "eval_tokens_per_second")
     panels = []
-    for name, one in held_out.items():
-        points = _points(one, "seconds")
+    for name, line in held_out.items():
+        points = _points(line, "seconds")
 
         def draw(axes: Axes, points: Any = points, name: str = name) -> None:
             axes.plot(*zip(*points, strict=True), color=ACCENT, marker="o", ms=2.5)
@@ -231,7 +231,7 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
             label_ends(axes, [(points[-1][1], _short(points[-1][1], name), ACCENT)])
 
         if name not in skipped:
-            panels.append(Panel(f"Held out: {label(name.removeprefix('eval_'))}", _description(name, one) + ".", draw))
+            panels.append(Panel(f"Held out: {label(name.removeprefix('eval_'))}", _description(name, line) + ".", draw))
     if panels:
         yield Chart("quality-time", "Quality against seconds of training", "on held-out data", panels)
 
@@ -245,16 +245,16 @@ def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     labels = [f"{r['name']}, seed {r['seed']}" if names.count(r["name"]) > 1 else r["name"] for r in timed]
 
     def draw(axes: Axes) -> None:
-        for at, (run, text) in enumerate(zip(reversed(timed), reversed(labels), strict=True)):
+        for row, (run, text) in enumerate(zip(reversed(timed), reversed(labels), strict=True)):
             left = 0.0
             for name, colour in _ACTIVITIES.items():
                 seconds = run["seconds_by_activity"][name]
-                axes.barh(at, seconds, left=left, height=0.34, color=colour)
+                axes.barh(row, seconds, left=left, height=0.34, color=colour)
                 left += seconds
-            axes.text(0, at + 0.26, text, fontsize=7, va="bottom", color=INK)
-            axes.text(left, at, f" {duration(left)}", fontsize=7, va="center", color=SOFT)
-        for at, (name, colour) in enumerate(_ACTIVITIES.items()):
-            place = 0.25 * at
+            axes.text(0, row + 0.26, text, fontsize=7, va="bottom", color=INK)
+            axes.text(left, row, f" {duration(left)}", fontsize=7, va="center", color=SOFT)
+        for index, (name, colour) in enumerate(_ACTIVITIES.items()):
+            place = 0.25 * index
             over = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "bottom"}
             axes.text(place, len(timed) - 0.1, "■", color=colour, **over)
             axes.text(place + 0.05, len(timed) - 0.1, name, color=SOFT, **over)
@@ -275,16 +275,16 @@ def _shares(split: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())
 
 
-def _points(one: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:
-    """A line's points, without those that are no numbers."""
-    if one is None:
+def _points(line: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:
+    """A line's points, without values that are None."""
+    if line is None:
         return []
-    return [(at, value) for at, value in zip(one[along], one["value"], strict=True) if value is not None]
+    return [(x, value) for x, value in zip(line[along], line["value"], strict=True) if value is not None]
 
 
-def _description(name: str, one: Mapping[str, Any]) -> str:
-    """A line as text."""
-    points = _points(one)
+def _description(name: str, line: Mapping[str, Any]) -> str:
+    """A line described as text."""
+    points = _points(line)
     if not points:
         return f"{label(name)}: no numbers"
     (first, start), (last, end) = points[0], points[-1]

@@ -1,7 +1,7 @@
 """Collect everything that a report shows in one dictionary: the content of report.json.
 
-Charts and page are drawn from this dictionary and from nothing else, so that no number is shown that is not in the
-file, and none is computed twice.
+Charts and page are drawn only from this dictionary, so that every number that is shown is in the file, and none is
+computed twice.
 """
 
 import math
@@ -27,10 +27,7 @@ _EXPOSURE_BIAS = (EXPOSURE, "exposure_bias")
 
 
 def content(records: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, Any]:
-    """The content of the report about runs in `places`.
-
-    The responses are missing still: they may need models (`responses.side_by_side`).
-    """
+    """The content of the report about runs in `places`, except the responses (`responses.side_by_side`)."""
     runs = [_run(record) for record in records]
     names = dict.fromkeys(run["name"] for run in runs)
     content: dict[str, Any] = {
@@ -81,7 +78,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
 
 
 def _facts(summary: Mapping[str, Any], run: RunRecord) -> dict[str, Any]:
-    """What is needed to repeat the run and to assess its cost: models, data, hardware, versions."""
+    """Facts for repeating the run and assessing its cost: models, data, hardware, versions."""
     names = {
         "student_parameters": "student parameters",
         "trained_parameters": "trained parameters",
@@ -119,17 +116,17 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[floa
     for line in lines:
         elapsed += sum(line.get(f"seconds_{name}", 0.0) for name in _ACTIVITIES)
         for name, value in line.items():
-            shown = name == "tokens_per_second" or not name.startswith(_TOTALS)
-            if shown and isinstance(value, int | float) and "step" in line:
-                one = series.setdefault(name, {"step": [], "seconds": [], "value": []})
-                one["step"].append(line["step"])
-                one["seconds"].append(elapsed)
-                one["value"].append(value)
+            is_curve = name == "tokens_per_second" or not name.startswith(_TOTALS)
+            if is_curve and isinstance(value, int | float) and "step" in line:
+                points = series.setdefault(name, {"step": [], "seconds": [], "value": []})
+                points["step"].append(line["step"])
+                points["seconds"].append(elapsed)
+                points["value"].append(value)
     return series
 
 
 def _positions(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """Curves by position in a response, by kind, of the first evaluation that has them."""
+    """Curves by position in the response, by kind, of the first evaluation that has them."""
     parts = [*run.measurements.values(), *(dig(run.evaluation, "results") or {}).values()]
     curves = {kind: next((c for part in parts if (c := dig(part, "curves", kind))), None) for kind in _CURVES}
     return {kind: curve for kind, curve in curves.items() if curve}
@@ -145,12 +142,13 @@ def _comparison(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, 
     for run in runs:
         if run.failed or run.evaluation:
             results.setdefault(run.name, {})[run.seed] = run.failed or _result(run, settings)
-    finished = [r for of in results.values() for r in of.values() if isinstance(r, Result)]
+    finished = [r for by_seed in results.values() for r in by_seed.values() if isinstance(r, Result)]
     if not finished:
         return None
     common = {p: set.intersection(*(set(r.metrics.get(p, {})) for r in finished)) for p in finished[0].metrics}
     results = {
-        n: {s: _only(r, common) if isinstance(r, Result) else r for s, r in of.items()} for n, of in results.items()
+        name: {seed: _only(r, common) if isinstance(r, Result) else r for seed, r in by_seed.items()}
+        for name, by_seed in results.items()
     }
     references = {name: _only(r, common) for name, r in _references(runs, places, settings).items()}
     record = next((record for place in places if (record := read_comparison(place))), {})
@@ -182,7 +180,7 @@ def _result(run: RunRecord, settings: Mapping[str, Any]) -> Result | str:
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without the way a row is read, which is each recipe's own."""
+    """The settings without the options for reading a row, which each recipe has of its own."""
     rows = ("dataset", "split", "limit", "seed")
     return {
         name: {**each, "data": {key: value for key, value in (dig(each, "data") or {}).items() if key in rows}}
@@ -191,13 +189,13 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _only(result: Result, common: Mapping[str, set[str]]) -> Result:
-    """With the metrics that all students have: responses that were resumed from a file have no speed, for instance."""
+    """The result with the metrics that all students have; responses resumed from a file have no speed, for instance."""
     metrics = result.metrics
     return replace(result, metrics={p: {n: v for n, v in metrics.get(p, {}).items() if n in common[p]} for p in common})
 
 
 def _references(runs: Sequence[RunRecord], places: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Result]:
-    """The teacher and the warm start, where all runs share them and a comparison has evaluated them alike."""
+    """The results of teacher and warm start, where all runs share them and they were evaluated with these settings."""
     evaluations = {name: folder.read_evaluation() or {} for name, folder in reference_folders(runs, places).items()}
     return {
         name: result_of(evaluation["results"], None)
@@ -207,12 +205,12 @@ def _references(runs: Sequence[RunRecord], places: Sequence[Path], settings: Map
 
 
 def reference_folders(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, RunFolder]:
-    """Where a comparison keeps the evaluations of teacher and warm start: in one of the places, or above a run."""
+    """The folders with a comparison's evaluations of teacher and warm start: in one of the places, or above a run."""
     homes = dict.fromkeys([*places, *(parent for run in runs for parent in run.folder.path.resolve().parents[:3])])
     folders = {}
     for name, model in reference_models(runs).items():
-        there = [folder for home in homes if (folder := reference_folder(home, model)).evaluation.is_file()]
-        folders |= {name: there[0]} if there else {}
+        existing = [folder for home in homes if (folder := reference_folder(home, model)).evaluation.is_file()]
+        folders |= {name: existing[0]} if existing else {}
     return folders
 
 
@@ -222,7 +220,7 @@ def reference_models(runs: Sequence[RunRecord]) -> dict[str, str]:
     teachers = {dig(fields, "model") for recipe in recipes for fields in (dig(recipe, "teacher") or {}).values()}
     starts = {dig(recipe, "student", "model") for recipe in recipes}
     models = {"teacher": teachers - {None}, "warm start": starts}
-    return {name: str(next(iter(of))) for name, of in models.items() if len(of) == 1 and None not in of}
+    return {name: str(next(iter(paths))) for name, paths in models.items() if len(paths) == 1 and None not in paths}
 
 
 def _ranking(
@@ -249,7 +247,7 @@ def _ranking(
 
 
 def finite(value: Any) -> Any:
-    """The same with None in place of NaN and infinities, which JSON does not have."""
+    """The value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""The numbers of curves over a sweep's values, and of exposure bias and distances by position in the response.
+"""The data of curves: over a sweep's values, and exposure bias and distances by position in the response.
 
-A point of a curve is a `Spread`, as a cell of the table is: a mean with an interval over seeds.
+A point of a curve is a `Spread`, like a cell of the table: a mean with an interval over seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from ..compare.statistics import Spread
 
 KLS = ("reverse_kl", "forward_kl")
-_DECADES = 30  # values that span more than this, and are all above 0, stand on a logarithmic axis
+_DECADES = 30  # positive values whose largest is more than this times the smallest get a logarithmic axis
 
 
 def sweep(record: Mapping[str, Any], evaluated: Sequence[str]) -> dict[str, Any] | None:
@@ -33,32 +33,35 @@ def sweep(record: Mapping[str, Any], evaluated: Sequence[str]) -> dict[str, Any]
             {"name": name, "value": point["value"], "written": point["written"]}
         )
     if numbers:
-        recipes = {recipe: sorted(of, key=lambda point: point["value"]) for recipe, of in recipes.items()}
+        recipes = {recipe: sorted(points, key=lambda point: point["value"]) for recipe, points in recipes.items()}
     return {"option": content["option"], "axis": axis, "recipes": recipes}
 
 
 def exposure_bias(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each variant whose runs measured it, in percent by position: `mean`, `low` and `high`, and the `seeds`.
+    """Exposure bias of each variant that measured it, in percent by position: `mean`, `low`, `high` and the `seeds`.
 
-    The ends are those of the 95 % interval over seeds; of two seeds, whose interval would hide everything, they are the
-    seeds' own values, and of a single one they are one standard error over prompts away. The curve ends with the last
-    position that the responses of all seeds reach.
+    `low` and `high` are the ends of the 95 % interval over seeds; of two seeds, whose interval is too wide, the seeds'
+    own values; of a single seed, ± one standard error over prompts. The curve ends with the last position that the
+    responses of all seeds reach.
     """
     curves = _by_variant(runs, "exposure_bias")
-    return {name: _of_one(of[0]) if len(of) == 1 else _of_several(of) for name, of in curves.items()}
+    return {
+        name: _single_seed(by_seed[0]) if len(by_seed) == 1 else _several_seeds(by_seed)
+        for name, by_seed in curves.items()
+    }
 
 
 def distance(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """For each variant whose runs measured them, both KLs by position: means over the tokens of all its runs.
+    """Both KLs by position for each variant that measured them: means over the tokens of all its runs.
 
     A curve ends where fewer than a twentieth of the responses are as long.
     """
     curves = _by_variant(runs, "distance")
-    return {name: {kind: _pooled(of, kind) for kind in KLS} for name, of in curves.items()}
+    return {name: {kind: _pooled(by_run, kind) for kind in KLS} for name, by_run in curves.items()}
 
 
 def _by_variant(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
-    """The curves of one kind over positions, of each variant's runs that have it."""
+    """The runs' curves of one kind by position, grouped by variant."""
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         if curve := run["positions"].get(kind):
@@ -77,7 +80,7 @@ def _pooled(curves: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
     return [sum(alive * value for alive, value in column) / count for column, count in zip(reached, long, strict=False)]
 
 
-def _of_one(curve: Mapping[str, Any]) -> dict[str, Any]:
+def _single_seed(curve: Mapping[str, Any]) -> dict[str, Any]:
     mean = curve["percent"]
     errors = [*(curve.get("standard_error") or []), *[None] * len(mean)]
     ends = {
@@ -87,7 +90,7 @@ def _of_one(curve: Mapping[str, Any]) -> dict[str, Any]:
     return {"seeds": 1, "mean": mean, **ends}
 
 
-def _of_several(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _several_seeds(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = zip(*(curve["percent"] for curve in curves), strict=False)
     spreads = [None if None in column else _spread(column) for column in columns]
     ends = {name: [s and getattr(s, name) for s in spreads] for name in ("mean", "low", "high")}

@@ -1,7 +1,7 @@
 """Draw charts with matplotlib: an SVG for each panel, in the page's colours, and one PNG of all panels.
 
-A figure is drawn once in the colours of paper, each of which stands for one of the page's CSS variables and is replaced
-by it in the SVG. So a chart is light or dark as the page is, and its text is text.
+A figure is drawn with the colours of the light page, which the SVG replaces by the page's CSS variables, so that charts
+follow the page's light or dark mode. Text stays text.
 """
 
 import io
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# CSS variable → its colour on paper; no two alike.
+# CSS variable → its colour on the light page; all colours are different.
 PALETTE = {
     "ink": "#1c1b1a",
     "soft": "#6c6a66",
@@ -71,7 +71,7 @@ class Chart:
     title: str
     about: str
     panels: Sequence[Panel]
-    open: bool = True  # or folded
+    open: bool = True  # False: folded
 
 
 def svg(panel: Panel, name: str) -> str:
@@ -84,7 +84,7 @@ def svg(panel: Panel, name: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # names that every figure has, and a page must have once
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids that every figure has, but must be unique in a page
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for variable, colour in PALETTE.items():
         text = re.sub(colour, f"var(--{variable})", text, flags=re.IGNORECASE)
@@ -129,7 +129,7 @@ def _fill(figure: Figure, panels: Sequence[Panel], columns: int, titled: bool = 
 
 
 def plain(axes: Axes, steps: bool = True, shares: bool = False) -> None:
-    """Few ticks and, for steps, at integers."""
+    """Few ticks; for steps, at integers."""
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=steps))
     if len(axes.get_yticks()):
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -145,7 +145,7 @@ def in_percent(axis: Any, shares: bool) -> None:
 
 
 def limits_of(values: Sequence[float | None]) -> tuple[float, float]:
-    """From the least to the greatest value, with a little room; always some height."""
+    """Limits of an axis: from the least to the greatest value, with a margin; never equal."""
     numbers = [value for value in values if value is not None] or [0.0]
     low, high = min(*numbers, 0.0) if min(numbers) < 0.4 * max(numbers) else min(numbers), max(numbers)
     room = 0.06 * (high - low) or abs(high) or 1.0
@@ -156,16 +156,16 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Label lines where they end, (height in data, label, colour) each, and keep the labels apart."""
     low, high = axes.get_ylim()
     gap = 0.8 * 7.5 / 72 * 1.3 / (axes.get_position().height * _figure(axes).get_figheight())
-    at = -1.0
+    height = -1.0
     for value, label, colour in sorted(ends):
-        at = max((value - low) / (high - low), at + gap)
-        axes.text(1.02, at, label, color=colour, transform=axes.transAxes, va="center", fontsize=7)
+        height = max((value - low) / (high - low), height + gap)
+        axes.text(1.02, height, label, color=colour, transform=axes.transAxes, va="center", fontsize=7)
 
 
 def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Label points inside the axes where there is room; what fits nowhere is left out.
+    """Label points inside the axes where there is room; labels that fit nowhere are left out.
 
-    The widths are guesses, as the page's own font is.
+    Widths of labels are estimates, since the page's font is unknown.
     """
     scale = 72 / _figure(axes).dpi
     frame = axes.get_window_extent()

@@ -1,7 +1,7 @@
-"""Find the folders of runs and read what they hold: of runs that are finished, in progress, interrupted or failed.
+"""Find the folders of runs and read their files: of runs that are finished, in progress, interrupted or failed.
 
-A folder may be read at any moment of a run, so only a sign of a run has to be there, and a line that is being written
-is left for the next time. Nothing heavy is imported: a mistake in a folder's name is reported at once.
+A folder may be read at any moment of a run, so files may be missing, and an incomplete last line is ignored. Nothing
+heavy is imported, so that an error in a folder's name is reported at once.
 """
 
 import os
@@ -24,21 +24,21 @@ _COMPARISON = "comparison.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that a run has written into its folder so far."""
+    """The content of a run's folder so far."""
 
     folder: RunFolder
-    name: str  # the variant's: runs of one name differ in their seeds
+    name: str  # of the variant: runs of the same name differ in their seeds
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
     samples: list[dict[str, Any]] = field(default_factory=list)  # samples.jsonl
-    before: dict[str, float] = field(default_factory=dict)  # the distance on student samples when the run began
+    before: dict[str, float] = field(default_factory=dict)  # the distance on student samples before training
     summary: dict[str, Any] | None = None  # run.json, once the run is finished
-    failed: str | None = None  # why, where a comparison's run has failed
+    failed: str | None = None  # the error of a failed run of a comparison
     evaluation: dict[str, Any] | None = None  # evaluation.json: {"settings": …, "results": …}
     measurements: dict[str, dict[str, Any]] = field(default_factory=dict)  # *.metrics.json of `understudy evaluate`
-    responses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # that were evaluated, by settings' name
-    changed: float = 0.0  # when anything was logged last, in seconds since 1970
+    responses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # evaluated ones, by the settings' name
+    changed: float = 0.0  # the time of the last log line, in seconds since 1970
 
     @property
     def seed(self) -> int:
@@ -59,29 +59,29 @@ class RunRecord:
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The runs' folders in `places`, each of which is a run's folder or holds some, as a comparison's output does.
+    """The runs' folders in `places`, each of which is a run's folder or contains some, as a comparison's output does.
 
     Raises:
-        ValueError: naming the first place that is none, and saying what is one.
+        ValueError: naming the first place that is neither, with the remedy.
     """
     paths: dict[Path, None] = {}
     for place in places:
         if not place.is_dir():
             raise ValueError(
-                f"there is no folder {place}: name a run's folder, such as runs/gkd, or one that holds runs"
+                f"there is no folder {place}: name a run's folder, such as runs/gkd, or one that contains runs"
             )
         nested = (path for depth in _DEPTHS for path in sorted(place.glob(depth)))
         here = [place] if _is_run(place) else [path for path in nested if _is_run(path)]
         if not here:
             raise ValueError(
-                f"{place} is no run's folder and holds none: `understudy distill` writes a recipe.yaml into a run's"
+                f"{place} is not a run's folder and contains none: name one with a recipe.yaml of `understudy distill`"
             )
         paths |= dict.fromkeys(here)
     return list(paths)
 
 
 def read_runs(places: Sequence[Path]) -> list[RunRecord]:
-    """Everything that the runs in `places` have written so far.
+    """Read the folders of the runs in `places`.
 
     Raises:
         ValueError: as `find_runs`, and for a file of a run that cannot be read, naming it.
@@ -89,14 +89,14 @@ def read_runs(places: Sequence[Path]) -> list[RunRecord]:
     paths = find_runs(places)
     homes = [place.resolve() for place in places if (place / _COMPARISON).is_file()]
     if len(homes) == len(places) == 1:
-        base = homes[0]  # so that names are those of the comparison
+        base = homes[0]  # so that runs have the names that they have in the comparison
     else:
         base = Path(os.path.commonpath([path.resolve() for path in paths])) if len(paths) > 1 else None
     return [_read(RunFolder(path), _name(path, base)) for path in paths]
 
 
 def read_comparison(place: Path) -> dict[str, Any]:
-    """The record that a comparison left in its folder, if there is one yet."""
+    """The content of comparison.json in a comparison's folder; empty if there is none yet."""
     return read_json(place / _COMPARISON) if (place / _COMPARISON).is_file() else {}
 
 
@@ -106,7 +106,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _name(path: Path, base: Path | None) -> str:
-    """What tells a run's folder from the others, without its seed."""
+    """The run's name: its folder relative to `base`, without the seed."""
     path = path.resolve()
     parts = path.relative_to(base).parts if base is not None else path.parts[-3:]
     parts = [part for part in parts if not _SEED.fullmatch(part)]
@@ -133,7 +133,7 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
 
 
 def dig(content: Any, *keys: str) -> Any:
-    """`content[key][key]…`, or None where there is no such thing."""
+    """`content[key][key]…`, or None where a key is missing."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content

@@ -1,7 +1,7 @@
 """Render the report's content and charts as one self-contained HTML page.
 
-All text comes from folders that anybody may have written, so the template escapes it, control characters and marks of
-text direction are shown as such, and a content policy lets nothing be fetched and no other script run.
+All text comes from files that anybody may have written, so the template escapes it, control characters and marks of
+text direction are replaced, and a content security policy forbids requests and other scripts.
 """
 
 import base64
@@ -28,7 +28,7 @@ def page(content: Mapping[str, Any], drawn: Mapping[str, Sequence[Chart]], again
 
     Args:
         drawn: `charts(content)`.
-        again: the page reloads itself after so many seconds.
+        again: seconds after which the page reloads itself.
     """
     environment = Environment(autoescape=True, trim_blocks=False)
     environment.filters |= {"number": number, "shade": _shade, "numbers": _numbers, "disagreement": _first_disagreement}
@@ -66,7 +66,7 @@ def _inline(chart: Chart) -> dict[str, Any]:
 
 
 def _visible(value: Any) -> Any:
-    """Texts without what a reader cannot see, and without marks that change the direction of text."""
+    """Texts without invisible characters and without marks that change the direction of text."""
     if isinstance(value, Mapping):
         return {_clean(str(key)): _visible(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -84,7 +84,7 @@ Row = dict[str, Any]
 
 
 def _row(name: str, cells: Sequence[tuple[Any, str]], kind: str = "") -> Row:
-    """A row of cells, (value, text) each; a value that is a number is what the column is sorted by."""
+    """A row of cells, (value, text) each; the column is sorted by values that are numbers."""
     texts = [{"value": v if isinstance(v, int | float) else None, "text": text} for v, text in cells]
     return {"name": name, "cells": texts, "kind": kind}
 
@@ -135,7 +135,7 @@ def _variant(row: Mapping[str, Any], columns: Sequence[tuple[str, str]], protoco
 
 
 def _notes(comparison: Mapping[str, Any]) -> list[str]:
-    """How the models were evaluated, what the runs could spend, and why some failed."""
+    """Notes below the table: evaluation settings, budgets, and errors of failed runs."""
     settings = next(iter(comparison["settings"].values()), {})
     data = settings.get("data") or {}
     rows = "all rows" if data.get("limit") is None else f"the first {data['limit']} rows"
@@ -171,7 +171,7 @@ def _difference(difference: Mapping[str, float] | None) -> tuple[Any, str]:
 
 
 def _measurements(runs: Sequence[Mapping[str, Any]]) -> Any:
-    """A table for each evaluation that `understudy evaluate` left in the runs' folders."""
+    """A table for each evaluation that `understudy evaluate` wrote into the runs' folders."""
     for title in dict.fromkeys(name for run in runs for name in run["measurements"]):
         evaluated = [run for run in runs if title in run["measurements"]]
         names = list(dict.fromkeys(name for run in evaluated for name in run["measurements"][title]))
@@ -222,8 +222,8 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _shared_facts(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """The facts that are the same for all runs."""
-    first, *others = [run["facts"] for run in runs if run["facts"]] or [{}]
-    return [(name, number(value)) for name, value in first.items() if all(f.get(name) == value for f in others)]
+    first, *other_facts = [run["facts"] for run in runs if run["facts"]] or [{}]
+    return [(name, number(value)) for name, value in first.items() if all(f.get(name) == value for f in other_facts)]
 
 
 def _recipes(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -244,12 +244,12 @@ def _name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _state(runs: Sequence[Mapping[str, Any]]) -> str:
-    waiting = [run for run in runs if run["state"] == "unfinished"]
-    if not waiting:
+    unfinished = [run for run in runs if run["state"] == "unfinished"]
+    if not unfinished:
         return ""
     if len(runs) > 1:
-        return f"{len(waiting)} of {len(runs)} runs are in progress or were interrupted."
-    logged = waiting[0]["logged"]
+        return f"{len(unfinished)} of {len(runs)} runs are in progress or were interrupted."
+    logged = unfinished[0]["logged"]
     return "In progress or interrupted" + (f", last logged {logged[:19].replace('T', ' ')} UTC." if logged else ".")
 
 
@@ -271,7 +271,7 @@ def _numbers(token: Mapping[str, Any]) -> str:
 
 
 def _first_disagreement(tokens: Sequence[Mapping[str, Any]]) -> str:
-    """The disagreement as text, for readers without colours or a pointer."""
+    """The disagreement as text, for readers who do not see colours or tooltips."""
     mean = sum((t["student"] or 0) - (t["teacher"] or 0) for t in tokens) / len(tokens)
     text = f"Mean log q − log p {mean:.2f} nats per token; "
     first = next((i for i, token in enumerate(tokens) if not token["agrees"]), None)

@@ -13,7 +13,7 @@ _UNSETTLED = 5  # the first fifth of the positions does not set the axis of expo
 
 
 def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
-    """The charts by position; none where nothing was measured."""
+    """The charts by position; none without measurements."""
     biased = {name: curve for name, curve in content["exposure_bias"].items() if _points(curve["mean"])}
     if biased:
         ends = [_points(curve[end]) for curve in biased.values() for end in ("low", "mean", "high")]
@@ -33,7 +33,7 @@ def by_position(content: Mapping[str, Any]) -> Iterator[Chart]:
 
 
 def _exposure(variant: str, all_curves: Mapping[str, Mapping[str, Any]], limits: tuple[float, float]) -> Panel:
-    """One variant's curve with its band before the others' curves, on the axes that they share."""
+    """One variant's curve with its band, in front of the other variants' curves, on shared axes."""
     curve = all_curves[variant]
     points, low, high = (_points(curve[name]) for name in ("mean", "low", "high"))
 
@@ -41,8 +41,8 @@ def _exposure(variant: str, all_curves: Mapping[str, Mapping[str, Any]], limits:
         for other in all_curves:
             if other != variant:
                 axes.plot(*zip(*_points(all_curves[other]["mean"]), strict=True), color=FAINT, linewidth=0.7)
-        at = [position for position, _ in low]
-        axes.fill_between(at, [v for _, v in low], [v for _, v in high], color=ACCENT, alpha=0.18, linewidth=0)
+        positions = [position for position, _ in low]
+        axes.fill_between(positions, [v for _, v in low], [v for _, v in high], color=ACCENT, alpha=0.18, linewidth=0)
         axes.plot(*zip(*points, strict=True), color=ACCENT)
         axes.axhline(0, color=SOFT, linewidth=0.6)
         axes.set_ylim(limits)
@@ -51,17 +51,17 @@ def _exposure(variant: str, all_curves: Mapping[str, Mapping[str, Any]], limits:
         label_ends(axes, [(points[-1][1], f"{points[-1][1]:.0f} %", ACCENT)])
 
     (position, last), lowest, highest = points[-1], low[-1][1], high[-1][1]
-    at, most = max(points, key=lambda point: point[1])
+    peak, most = max(points, key=lambda point: point[1])
     about = f"Exposure bias of {variant}: {last:.1f} % over {position} positions"
-    about += f", at most {most:.0f} % at position {at}" if at < position else ""
+    about += f", at most {most:.0f} % at position {peak}" if peak < position else ""
     if curve["seeds"] > 1:
         about += f", mean of {curve['seeds']} seeds, {_BANDS[min(curve['seeds'], 3)]}: {lowest:.1f} to {highest:.1f} %"
     return Panel(variant, about + ("; others in grey." if len(all_curves) > 1 else "."), draw, right=0.86)
 
 
 def _points(values: Sequence[float | None]) -> list[tuple[int, float]]:
-    """(position, value), positions counted from 1, without those that are no numbers."""
-    return [(at, value) for at, value in enumerate(values, start=1) if value is not None]
+    """(position, value), positions counted from 1, without values that are None."""
+    return [(position, value) for position, value in enumerate(values, start=1) if value is not None]
 
 
 def _distances(name: str, curves: Mapping[str, Sequence[float]], limits: tuple[float, float]) -> Panel:

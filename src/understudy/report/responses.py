@@ -1,8 +1,8 @@
 """Responses of teacher, warm start and students to the same prompts, and token-level disagreement with the teacher.
 
-A student's response is scored by both models, and every token gets the logarithm of how much likelier it is under the
-student than under the teacher, log q(token) − log p(token): 0 where they agree, large where only the student is likely
-to generate it. Its mean over sampled responses is the reverse KL.
+A student's response is scored by both models. The disagreement at a token is log q(token) − log p(token): 0 where both
+give it the same probability, large where only the student is likely to generate it. Its mean over sampled responses is
+the reverse KL.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ MOST = 6  # students whose responses are shown
 
 
 def side_by_side(runs: Sequence[RunRecord], places: Sequence[Path], count: int, skip: str = "") -> dict[str, Any]:
-    """The responses to `count` prompts: generated now, or where there is a reason to `skip` that, those that are saved.
+    """The responses to `count` prompts: generated now, or saved ones if there is a reason to `skip` that.
 
-    Returns `about`, where they come from in a sentence, and `prompts`, each with its `responses`; a response has a
-    `text` and, where two models have scored it, `tokens`.
+    Returns `about`, a sentence about their origin, and `prompts`, each with its `responses`; a response has a `text`
+    and, if both models have scored it, `tokens`.
 
     Args:
-        runs: those whose students are best first, where that is known.
-        places: where a comparison may have saved responses of its teacher and warm start.
+        runs: the ones with the best students first, if that is known.
+        places: folders in which a comparison may have saved responses of its teacher and warm start.
     """
     students = list({run.name: run for run in reversed(runs) if run.has_student}.values())[::-1][:MOST]
     reason = skip or ("" if students else "no student is saved yet")
@@ -54,7 +54,7 @@ def _generate(runs: Sequence[RunRecord], count: int) -> dict[str, Any]:
     """Greedy responses of teacher, warm start and students, one model after the other, all scored by the teacher.
 
     Raises:
-        ValueError: if a model or the data is not there. No model is fetched for a report.
+        ValueError: if a model or the data is missing. No model is downloaded for a report.
     """
     models = reference_models(runs)
     names = {name: models[name] for name in ("teacher", "warm start") if name in models}
@@ -65,8 +65,8 @@ def _generate(runs: Sequence[RunRecord], count: int) -> dict[str, Any]:
     prompts: list[dict[str, Any]] = []
     teacher: LoadedModel | None = None
     for name, model in names.items():
-        each = replace(settings, dtype=_teacher_dtype(runs[0])) if name == "teacher" else settings
-        loaded = load_for_evaluation(model, each, local_files_only=True)
+        model_settings = replace(settings, dtype=_teacher_dtype(runs[0])) if name == "teacher" else settings
+        loaded = load_for_evaluation(model, model_settings, local_files_only=True)
         if teacher is not None:
             check_tokenizers(loaded.tokenizer, teacher.tokenizer)
         if not prompts:
@@ -76,7 +76,7 @@ def _generate(runs: Sequence[RunRecord], count: int) -> dict[str, Any]:
                 {"prompt": row.prompt, "reference": reference, "responses": []}
                 for row, reference in zip(rows, references, strict=True)
             ]
-        for prompt, response in zip(prompts, _responses(name, loaded, teacher, each), strict=True):
+        for prompt, response in zip(prompts, _responses(name, loaded, teacher, model_settings), strict=True):
             prompt["responses"].append(response)
         teacher = loaded if name == "teacher" else teacher
     by = f" of {len(runs)} students" if len(runs) > 1 else ""
@@ -86,7 +86,7 @@ def _generate(runs: Sequence[RunRecord], count: int) -> dict[str, Any]:
 def _responses(
     name: str, loaded: LoadedModel, teacher: LoadedModel | None, settings: EvalSettings
 ) -> list[dict[str, Any]]:
-    """A model's response to every prompt, with the disagreement with the teacher at every token."""
+    """A model's response to every prompt, with its token-level disagreement with the teacher."""
     responses = []
     for line in evaluate_loaded(loaded, settings).responses:
         response = {"by": name, "text": line["response"], "truncated": line["truncated"]}
@@ -102,8 +102,10 @@ def _teacher_dtype(run: RunRecord) -> str:
 
 
 def _settings(run: RunRecord, count: int) -> tuple[EvalSettings, str]:
-    """Greedy settings for the first prompts of the data that the run was evaluated on, else of its held-out data, else
-    of its training data; and which of these it is."""
+    """Greedy settings for the first prompts of a run's data, and the name of that data.
+
+    The data is that on which the run was evaluated, else its held-out data, else its training data.
+    """
     recipe = load(run.folder.recipe)
     evaluated = next(iter((dig(run.evaluation, "settings") or {}).values()), None)
     if evaluated is not None:
@@ -158,19 +160,20 @@ def disagreement(student: Any, teacher: Any, response: Example, tokenizer: Any) 
 
 
 def _evaluated(runs: Sequence[RunRecord], places: Sequence[Path], count: int) -> dict[str, Any] | None:
-    """Responses that were evaluated: of teacher and warm start, and of the first run of each name."""
+    """Saved responses of an evaluation: of teacher and warm start, and of the first run of each name."""
     first = list({run.name: run for run in reversed(runs) if run.responses}.values())[::-1][:MOST]
     if not first:
         return None
     finished = [name for name in dig(first[0].evaluation, "results") or {} if name in first[0].responses]
     protocol = next(iter(finished or first[0].responses))
     references = {name: folder.read_responses() for name, folder in reference_folders(runs, places).items()}
-    by_model = {name: of.get(protocol, []) for name, of in references.items()}
+    by_model = {name: responses.get(protocol, []) for name, responses in references.items()}
     by_model |= {run.name: run.responses.get(protocol, []) for run in first}
     prompts = []
     for line in first[0].responses[protocol][:count]:
         same = {
-            name: next((r for r in of if r.get("prompt") == line.get("prompt")), None) for name, of in by_model.items()
+            name: next((other for other in lines if other.get("prompt") == line.get("prompt")), None)
+            for name, lines in by_model.items()
         }
         responses = [_saved(name, saved.get("response"), saved) for name, saved in same.items() if saved]
         reference = _first(line.get("references"))
@@ -179,7 +182,7 @@ def _evaluated(runs: Sequence[RunRecord], places: Sequence[Path], count: int) ->
 
 
 def _samples(runs: Sequence[RunRecord], count: int) -> dict[str, Any] | None:
-    """The latest responses that were shown in training."""
+    """Saved responses of the latest samples during training."""
     prompts = []
     for run in runs:
         last = run.samples[-1].get("step") if run.samples else None

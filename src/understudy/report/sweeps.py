@@ -1,7 +1,6 @@
-"""Charts of a sweep: a metric over the values of the option that was varied, a line for each recipe.
+"""Charts of a sweep: a metric over the values of the swept option, with a line for each recipe.
 
-Up to three recipes share a panel; of more, each has its own, with the
-others behind it in grey.
+Up to three recipes share a panel; with more, each has its own panel, and the others are in grey.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from .text import heading, interval, is_share, number
 
 _COLOURS = (ACCENT, INK, SOFT)  # the lines of one panel, best first
 _LEFT, _RIGHT = 0.13, 0.72
-_ASIDE = 0.12  # how far apart recipes stand at a word, as a share of the way to the next
-_LETTER = 3.9  # points that a letter of a tick's label is wide, about
-_FAR = 0.75  # a reference farther away than so many times the height of the curves is named, and not drawn
+_OFFSET = 0.12  # distance between recipes at a word, as a share of the distance to the next word
+_LETTER = 3.9  # the approximate width of a letter of a tick's label, in points
+_FAR = 0.75  # a reference farther away than this times the height of the curves is named, and not drawn
 
 Point = tuple[float, Mapping[str, float], str]  # place on the axis, spread, the value as it was written
 
@@ -35,7 +34,7 @@ class _Curves:
 
 
 def swept(content: Mapping[str, Any]) -> list[Chart]:
-    """A chart for each metric over the values of a comparison's sweep; none where nothing was swept.
+    """A chart for each metric over the values of a comparison's sweep; none without a sweep.
 
     Metrics that are the same everywhere are left out, unless they measure quality.
     """
@@ -61,11 +60,11 @@ def _curves(comparison: Mapping[str, Any], protocol: str, metric: str) -> _Curve
         if (spread := row["metrics"].get(protocol, {}).get(metric)) is not None
     }
     sweep = comparison["sweep"]
-    every = list(dict.fromkeys(point["written"] for of in sweep["recipes"].values() for point in of))
+    words = list(dict.fromkeys(point["written"] for points in sweep["recipes"].values() for point in points))
     lines: dict[str, list[Point]] = {}
-    for recipe, of in sweep["recipes"].items():
-        for point in of:
-            place = every.index(point["written"]) if sweep["axis"] == "words" else point["value"]
+    for recipe, points in sweep["recipes"].items():
+        for point in points:
+            place = words.index(point["written"]) if sweep["axis"] == "words" else point["value"]
             if (spread := by_name.get(point["name"])) is not None:
                 lines.setdefault(recipe, []).append((place, spread, point["written"]))
     best = sorted(lines, key=lambda recipe: -max(spread["mean"] for _, spread, _ in lines[recipe]))
@@ -77,7 +76,7 @@ def _curves(comparison: Mapping[str, Any], protocol: str, metric: str) -> _Curve
 
 
 def _from_seed_to_seed(spread: Mapping[str, float]) -> dict[str, float]:
-    """The two values as ends: their 95 % interval, 12.7 standard errors to each side, would hide everything."""
+    """The spread of two seeds with their values as ends: the 95 % interval, ± 12.7 standard errors, is too wide."""
     half = spread["deviation"] / 2**0.5
     return {**spread, "low": spread["mean"] - half, "high": spread["mean"] + half}
 
@@ -94,8 +93,8 @@ def _chart(curves: _Curves, protocol: str, about: str) -> Chart:
 
 
 def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
-    """The recipes' lines in these colours, with whiskers and names for those that are not grey."""
-    before = [recipe for recipe in curves.lines if colours[recipe] != FAINT]
+    """The recipes' lines in these colours, with error bars and names for those that are not grey."""
+    named = [recipe for recipe in curves.lines if colours[recipe] != FAINT]
     limits, near = _limits(curves)
 
     def draw(axes: Axes) -> None:
@@ -104,16 +103,16 @@ def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
         ends = []
         for recipe in sorted(curves.lines, key=lambda recipe: colours[recipe] != FAINT):
             colour, points = colours[recipe], curves.lines[recipe]
-            joined = "none" if curves.axis == "words" else "-"
-            aside = (
-                _ASIDE * (before.index(recipe) - (len(before) - 1) / 2) if joined == "none" and recipe in before else 0
+            linestyle = "none" if curves.axis == "words" else "-"
+            offset = (
+                _OFFSET * (named.index(recipe) - (len(named) - 1) / 2) if linestyle == "none" and recipe in named else 0
             )
-            thin = {} if recipe in before else {"linewidth": 0.7, "ms": 2}
-            style = {"color": colour, "linestyle": joined, "marker": "o", "ms": 3, **thin}
-            axes.plot([x + aside for x, _, _ in points], [s["mean"] for _, s, _ in points], **style)
-            for x, spread, _ in points if recipe in before else ():
-                axes.plot([x + aside, x + aside], [spread["low"], spread["high"]], color=colour, linewidth=0.8)
-            if recipe in before:
+            thin = {} if recipe in named else {"linewidth": 0.7, "ms": 2}
+            style = {"color": colour, "linestyle": linestyle, "marker": "o", "ms": 3, **thin}
+            axes.plot([x + offset for x, _, _ in points], [s["mean"] for _, s, _ in points], **style)
+            for x, spread, _ in points if recipe in named else ():
+                axes.plot([x + offset, x + offset], [spread["low"], spread["high"]], color=colour, linewidth=0.8)
+            if recipe in named:
                 last = points[-1][1]["mean"]
                 ends.append((last, recipe if len(curves.lines) > 1 else number(last, curves.metric), colour))
         for name, value in curves.references.items():
@@ -126,13 +125,13 @@ def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
         _tick(axes, curves)
         label_ends(axes, ends)
 
-    about = [f"{recipe}: {_description(curves.lines[recipe], curves.metric)}" for recipe in before]
+    about = [f"{recipe}: {_description(curves.lines[recipe], curves.metric)}" for recipe in named]
     about += [f"{name} {number(value, curves.metric)}" for name, value in curves.references.items()]
     return Panel(title, f"Over {curves.option}. " + "; ".join(about) + ".", draw, 2.3, right=_RIGHT, left=_LEFT)
 
 
 def _description(points: Sequence[Point], metric: str) -> str:
-    return ", ".join(f"{number(s['mean'], metric)}{interval(s, metric)} at {written}" for _, s, written in points)
+    return ", ".join(f"{number(s['mean'], metric)}{interval(s, metric)} at {text}" for _, s, text in points)
 
 
 def _limits(curves: _Curves) -> tuple[tuple[float, float], set[str]]:
@@ -147,27 +146,27 @@ def _limits(curves: _Curves) -> tuple[tuple[float, float], set[str]]:
 
 
 def _tick(axes: Axes, curves: _Curves) -> None:
-    """Label the swept values as they were written; where they are too close, words in two rows, and not all numbers."""
-    written = {x: text for line in curves.lines.values() for x, _, text in line}
-    places = sorted(written)
+    """Label the swept values as written; labels that are too close are in two rows (words) or left out (numbers)."""
+    labels = {x: text for line in curves.lines.values() for x, _, text in line}
+    places = sorted(labels)
     axes.set_xlabel(curves.option, fontsize=7, labelpad=2)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(axis="x", linewidth=0)
     if curves.axis == "words":
         axes.set_xlim(-0.5, len(places) - 0.5)
-        apart = (_RIGHT - _LEFT) * WIDTH * 72 / len(places) / _LETTER  # letters from one place to the next
-        rows = 2 if max(map(len, written.values())) > apart else 1
+        letters = (_RIGHT - _LEFT) * WIDTH * 72 / len(places) / _LETTER  # letters from one place to the next
+        rows = 2 if max(map(len, labels.values())) > letters else 1
         texts = [
-            text if len(text) <= rows * apart else f"{text[: int(rows * apart) - 1]}…" for text in written.values()
+            text if len(text) <= rows * letters else f"{text[: int(rows * letters) - 1]}…" for text in labels.values()
         ]
         axes.set_xticks(places, ["\n" * (i % rows) + text for i, text in enumerate(texts)])
         if rows > 1:
-            axes.set_xlabel("")  # for which there is no room below them; the title says what they are
+            axes.set_xlabel("")  # there is no room below two rows; the title names the option
         return
-    scale, taken, labelled = 72 / axes.figure.dpi, float("-inf"), []
+    scale, end, labelled = 72 / axes.figure.dpi, float("-inf"), []
     for x in places:
-        middle, half = axes.transData.transform((x, 0))[0] * scale, _LETTER * len(written[x]) / 2
-        if middle - half > taken:
+        middle, half = axes.transData.transform((x, 0))[0] * scale, _LETTER * len(labels[x]) / 2
+        if middle - half > end:
             labelled.append(x)
-            taken = middle + half + 2
-    axes.set_xticks(labelled, [written[x] for x in labelled])
+            end = middle + half + 2
+    axes.set_xticks(labelled, [labels[x] for x in labelled])

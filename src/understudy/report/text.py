@@ -1,4 +1,4 @@
-"""Numbers, durations and names as text, and a summary in one sentence that claims no more than the numbers carry."""
+"""Numbers, durations and names as text, and a summary of the runs in one sentence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from ..compare.statistics import SHARES
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """One sentence about one run or about several."""
+    """A sentence about one run or several, with the significance of differences."""
     runs = content["runs"]
     comparison = content["comparison"]
     if len(runs) == 1:
@@ -19,7 +19,7 @@ def summary(content: Mapping[str, Any]) -> str:
         best = min(distances, key=lambda r: r["student_samples"]["after"]["reverse_kl"])
         value = best["student_samples"]["after"]["reverse_kl"]
         return (
-            f"Of {len(runs)} runs, {best['name']} came nearest to the teacher on student samples, with a reverse KL of "
+            f"Of {len(runs)} runs, {best['name']} is nearest to the teacher on student samples, with a reverse KL of "
             f"{value:.4g} nats per token; no responses were evaluated" + _unfinished(runs)
         )
     text = f"{len(runs)} runs, of which no responses were evaluated and no distance to a teacher is known"
@@ -38,16 +38,16 @@ def number(value: Any, metric: str = "") -> str:
         return f"{int(value):,}"
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
-    return f"{value:#.4g}" if metric else f"{value:.4g}"  # metrics stand below each other
+    return f"{value:#.4g}" if metric else f"{value:.4g}"  # metrics are aligned in columns
 
 
 def is_share(metric: str) -> bool:
-    """Is the metric, which may be one of held-out data, written in percent?"""
+    """Is the metric written in percent? It may have the prefix `eval_`."""
     return metric.removeprefix("eval_") in SHARES
 
 
 def interval(spread: Mapping[str, float], metric: str) -> str:
-    """A spread's ends in brackets, where there are several seeds."""
+    """The ends of a spread's interval in brackets, where there are several seeds."""
     if spread["low"] == spread["high"]:
         return ""
     return f" ({number(spread['low'], metric)} to {number(spread['high'], metric)})"
@@ -126,9 +126,7 @@ def _of_ranking(comparison: Mapping[str, Any]) -> str:
         text += f" over {best['seeds']} seeds"
     text += f"{_references(comparison)}, before {second['name']} with {number(following['mean'], metric)}"
     if difference := ranking["difference"]:
-        significant = (
-            "a difference that chance explains as well" if difference["p"] >= 0.05 else "more than chance explains"
-        )
+        significant = "not a significant difference" if difference["p"] >= 0.05 else "a significant difference"
         text += f", {significant} (paired bootstrap, p {_p(difference['p'])})"
     if min(best["seeds"], second["seeds"]) < 2:
         text += "; with one seed each, another seed may reverse the order"
@@ -138,8 +136,8 @@ def _of_ranking(comparison: Mapping[str, Any]) -> str:
 def _unfinished(runs: list[Mapping[str, Any]]) -> str:
     """The end of the sentence, with the number of runs that are left out."""
     states = [run["state"] for run in runs]
-    waiting, failed = states.count("unfinished"), states.count("failed")
-    parts = [f"{waiting} not finished yet"] * bool(waiting) + [f"{failed} failed"] * bool(failed)
+    unfinished, failed = states.count("unfinished"), states.count("failed")
+    parts = [f"{unfinished} not finished yet"] * bool(unfinished) + [f"{failed} failed"] * bool(failed)
     return (f" ({' and '.join(parts)} of {len(runs)} runs)" if parts else "") + "."
 
 

@@ -40,7 +40,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
             values[key] = convert(value, hint, f"training.{key}") if hint in (int, float, bool) else value
         if key in _AT_LEAST_ONE and int(value) < 1:
-            raise recipe.error(f"training.{key}", f"training.{key} is {value}, and 1 is the least")
+            raise recipe.error(f"training.{key}", f"training.{key} must be at least 1, not {value}")
     if values.get("eval_strategy", "no") not in ("no", False) and recipe.evaluate.dataset is None:
         message = "evaluating while training needs held-out data: add evaluate.dataset, or leave eval_strategy out"
         raise recipe.error("training.eval_strategy", message)
@@ -48,7 +48,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def _construct(recipe: Recipe, values: Mapping[str, Any]) -> TrainingArguments:
-    """TrainingArguments of these values; what they refuse is located at the key that the message is about."""
+    """TrainingArguments of these values; an error of theirs gets the line of the key that its message is about."""
     try:
         arguments = TrainingArguments(**values)
         for callback in get_reporting_integration_callbacks(arguments.report_to):

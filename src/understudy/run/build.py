@@ -1,4 +1,4 @@
-"""Build everything that a recipe describes. Mistakes are looked for in the order of what it costs to find them."""
+"""Build data, models and trainer from a recipe; cheap checks come before expensive ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,11 +35,11 @@ from .folder import RunFolder
 
 @dataclass
 class Run:
-    """Everything that a recipe describes, ready to train."""
+    """The trainer, models and data of a recipe, ready to train."""
 
     recipe: Recipe
     trainer: StudentTrainer
-    teacher: Teacher | None  # as the recipe describes it; a method may train with it in a changed form
+    teacher: Teacher | None  # as in the recipe; a method may wrap it for training, as PromptKD does
     tokenizer: Any
     folder: RunFolder
     train: Examples
@@ -47,41 +47,41 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Names:
-    """What is known of the models before their weights are loaded."""
+class _Configs:
+    """Tokenizer and configurations, which are read before weights are loaded."""
 
     tokenizer: Any
-    config: Any  # the student's
-    context_length: int | None  # of student and teacher both
+    student: Any  # its configuration
+    context_length: int | None  # the shorter one of student and teacher
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
     """Build what a recipe describes: data, student, teacher and trainer.
 
     Raises:
-        RecipeError: naming the line, for what is wrong with the recipe; files are read or fetched after the recipe's
-            own mistakes are ruled out, and weights are loaded last.
+        RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
+            or downloaded, and weights are loaded last.
     """
     method: Method = recipe.build("method", METHODS, **_reward(recipe))
     rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
     teacher = _teacher(recipe, method)
 
-    # From here on files are read, or fetched from the hub; weights come last.
-    names = _check_names(recipe, teacher, uses_teacher(method))
-    context = None if names.context_length is None else names.context_length - method.teacher_prefix_tokens
+    # From here on files are read, or downloaded from the hub; weights come last.
+    configs = _check_configs(recipe, teacher, uses_teacher(method))
+    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
     generates = bool(method.authors - {"dataset"})
     reserve = sampling.max_new_tokens if generates else 1
-    train, held_out, corpus = _datasets(recipe, method, names.tokenizer, context, reserve)
+    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
 
-    set_seed(arguments.seed)  # right before the only things here that are drawn: fresh weights and adapters
+    set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
-        student = load_student(recipe, names.config, None if teacher is None else teacher.model_name)
+        student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded now
     if not sampling.stop_ids:
-        sampling = replace(sampling, stop_ids=tuple(stop_ids(names.tokenizer, student, teacher_model)))
+        sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
     trainer = StudentTrainer(
         student,
@@ -89,9 +89,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         method,
         rollout,
         sampling,
-        processing_class=names.tokenizer,
-        teacher_rollout=_teacher_rollout(method, rollout, teacher, names.tokenizer, folder),
-        response_metrics=_response_metrics(recipe, rollout, sampling, names.tokenizer, held_out),
+        processing_class=configs.tokenizer,
+        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder),
+        response_metrics=_response_metrics(recipe, rollout, sampling, configs.tokenizer, held_out),
         budget=recipe.budget,
         corpus=corpus,
         args=arguments,
@@ -99,7 +99,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
     )
-    run = Run(recipe, trainer, teacher, names.tokenizer, folder, train, held_out)
+    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
     _add_callbacks(run, console)
     return run
 
@@ -127,8 +127,8 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     return teacher
 
 
-def _check_names(recipe: Recipe, teacher: Teacher | None, uses_it: bool) -> _Names:
-    """Check that tokenizers and configurations fit together."""
+def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _Configs:
+    """Load tokenizers and configurations, and check that they fit together."""
     name = None if teacher is None else teacher.tokenizer_name
     with recipe.locating("student"):
         tokenizer = load_tokenizer(tokenizer_name(recipe, name))
@@ -138,10 +138,10 @@ def _check_names(recipe: Recipe, teacher: Teacher | None, uses_it: bool) -> _Nam
     with recipe.locating("teacher"):
         if name is not None:
             check_tokenizers(tokenizer, load_tokenizer(name))
-        if teacher is not None and teacher.model_name is not None and uses_it:
+        if teacher is not None and teacher.model_name is not None and is_used:
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    return _Names(tokenizer, config, context_window(*configs))
+    return _Configs(tokenizer, config, context_window(*configs))
 
 
 def _reward(recipe: Recipe) -> dict[str, Reward]:
@@ -167,7 +167,7 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
 def _datasets(
     recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
 ) -> tuple[Examples, Examples | None, Sequence[Example]]:
-    """The training data, the held-out dataset and the corpus; of the latter two what the recipe names."""
+    """The training data, and the held-out dataset and corpus if the recipe has them."""
     block = recipe.evaluate
     changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
     with recipe.locating("data"):
@@ -191,7 +191,7 @@ def _datasets(
 def _teacher_rollout(
     method: Method, rollout: Rollout, teacher: Teacher | None, tokenizer: Any, folder: RunFolder
 ) -> Rollout | None:
-    """A rollout for the teacher's responses, each of which is generated once and read from the run's folder after."""
+    """A rollout of the teacher that generates each response once, and then reads it from the run's folder."""
     if "teacher" not in method.authors or teacher is None:
         return None
     return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses)
@@ -200,7 +200,7 @@ def _teacher_rollout(
 def _response_metrics(
     recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
 ) -> Callable[[Any], dict[str, float]] | None:
-    """A function from the student to the metrics of its greedy responses to the held-out prompts, if asked for."""
+    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any."""
     names = recipe.evaluate.metrics
     if not names:
         return None

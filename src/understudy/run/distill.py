@@ -1,11 +1,11 @@
-"""Run a recipe: build, train or resume, save the student and what came of it.
+"""Run a recipe: build, train or resume, and save the student and its results.
 
 A run lives in one folder, `training.output_dir`:
 
     recipe.yaml     the resolved recipe            metrics.jsonl   every log line
-    .understudy     a marker: the rest is a run's  before.json     what it began with
-    checkpoint-N/   to resume from                 samples.jsonl   responses shown as the student learned
-    student/        the result                     run.json        versions, hardware, counts, seconds, final metrics
+    .understudy     marks the files as a run's     before.json     the distance to the teacher before training
+    checkpoint-N/   to resume from                 samples.jsonl   sample responses during training
+    student/        the trained student            run.json        versions, hardware, counts, seconds, final metrics
 
 The same command again resumes an interrupted run from its last complete checkpoint.
 """
@@ -56,7 +56,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     run = build(recipe, arguments, console)
     if not restart:
         folder.check_unchanged(recipe, run.train)
-    run.trainer.accelerator.wait_for_everyone()  # nothing is deleted before every process has found all it needs
+    run.trainer.accelerator.wait_for_everyone()  # nothing is deleted before every process has built its run
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
             folder.claim(recipe, restart)
@@ -69,7 +69,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     start, cpu_start = time.perf_counter(), time.process_time()
     run.trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
-        raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command goes on from there")
+        raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command resumes from there")
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     metrics = run.trainer.evaluate() if run.held_out is not None else {}
     after = student_samples(run)
@@ -82,7 +82,7 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
 
 
 def _distance_before(run: Run, resumed: bool) -> dict[str, float]:
-    """The distance to the teacher with which the run began; measured and written now, unless the run is resumed."""
+    """The distance to the teacher before training, measured and saved now, or read from the folder in a resumed run."""
     if resumed:
         return (run.folder.read_before() or {})["student_samples"]
     before = student_samples(run)
@@ -93,9 +93,9 @@ def _distance_before(run: Run, resumed: bool) -> dict[str, float]:
 
 
 def student_samples(run: Run, count: int = 64) -> dict[str, float]:
-    """The distance of the student to the teacher on its own responses to a few prompts, the same draws at every call.
+    """The distance of the student to the teacher on its own responses to a few prompts, with fixed random numbers.
 
-    Returns the means of `scores.divergence_metrics` over the responses' tokens; nothing where the teacher provides no
+    Returns the means of `scores.divergence_metrics` over the responses' tokens; empty where the teacher provides no
     distribution.
     """
     trainer, teacher = run.trainer, run.teacher
@@ -109,7 +109,7 @@ def student_samples(run: Run, count: int = 64) -> dict[str, float]:
 
 
 def save_student(run: Run) -> None:
-    """Save the student and its tokenizer in student/, complete or not at all; adapters are merged where asked for."""
+    """Save the student and its tokenizer in student/ atomically; adapters are merged if the recipe says so."""
     trainer, partial = run.trainer, run.folder.student_partial
     if run.recipe.student.merge:
         model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
@@ -119,7 +119,7 @@ def save_student(run: Run) -> None:
     else:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
         shutil.rmtree(run.folder.student, ignore_errors=True)
         partial.rename(run.folder.student)
     trainer.accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
-"""A run's folder: the names of all files in it, how they are read and written, and which run they belong to.
+"""A run's folder: the names of all files in it, how they are read, and which run they belong to.
 
-Nothing heavy is imported here: a mistake in a folder's name is reported at once.
+Nothing heavy is imported, so that an error in a folder's name is reported at once.
 """
 
 import errno
@@ -28,7 +28,7 @@ _REMEDY = "give another training.output_dir"
 
 
 class _Entry:
-    """A file or folder of this name in a run's folder: its path, or of the class the bare name."""
+    """Descriptor of a file or folder in a run's folder: its path; accessed on the class, its name alone."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -39,27 +39,27 @@ class _Entry:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, `training.output_dir`; or one that holds the evaluation of a model alone."""
+    """The folder of one run, `training.output_dir`; or a folder with only the evaluation of a model."""
 
     path: Path
 
     recipe = _Entry("recipe.yaml")  # the resolved recipe
-    marker = _Entry(marker.MARKER)  # which of these files a run, and which an evaluation, wrote here
-    before = _Entry("before.json")  # what the run began with: the data's fingerprint, the distance to the teacher
+    marker = _Entry(marker.MARKER)  # which kinds of files understudy wrote here: a run's, an evaluation's
+    before = _Entry("before.json")  # before training: the data's fingerprint, the distance to the teacher
     metrics = _Entry("metrics.jsonl")  # every log line
-    samples = _Entry("samples.jsonl")  # responses shown as the student learned
+    samples = _Entry("samples.jsonl")  # sample responses during training
     teacher_responses = _Entry("teacher_responses.jsonl")  # generated once, for every epoch
-    student = _Entry("student")  # the result
+    student = _Entry("student")  # the trained student
     student_partial = _Entry("student.partial")
-    soft_prompt = _Entry("soft_prompt")  # what PromptKD learns beside the student
+    soft_prompt = _Entry("soft_prompt")  # the prompt that PromptKD trains besides the student
     run_json = _Entry("run.json")  # versions, hardware, counts, seconds, final metrics
     report = _Entry("report")
-    evaluation = _Entry("evaluation.json")  # of the student, as `compare` evaluates all alike
-    failed = _Entry("failed.txt")  # why, where a comparison's run has failed
-    log = _Entry("log.txt")  # what a comparison's run printed
+    evaluation = _Entry("evaluation.json")  # of the student, by `compare`
+    failed = _Entry("failed.txt")  # the error of a failed run of a comparison
+    log = _Entry("log.txt")  # the output of a run of a comparison
 
     def read_run_json(self) -> dict[str, Any] | None:
-        """What the run was and what came of it; None before it is finished."""
+        """The content of run.json; None before the run is finished."""
         return read_json(self.run_json) if self.run_json.is_file() else None
 
     def read_before(self) -> dict[str, Any] | None:
@@ -72,18 +72,18 @@ class RunFolder:
         return self.failed.read_text(encoding="utf-8").strip() if self.failed.is_file() else None
 
     def read_measurements(self) -> dict[str, dict[str, Any]]:
-        """What `understudy evaluate --output` measured, by the name of its file of responses."""
+        """The metrics files of `understudy evaluate --output`, by the name of the file of responses."""
         paths = sorted(self.path.glob(f"*{_MEASURED}"))
         return {path.name.removesuffix(_MEASURED): read_json(path) for path in paths}
 
     def responses(self, name: str, digest: str) -> Path:
-        """The responses of an evaluation, which depend on all that `digest` is of."""
+        """The path of an evaluation's responses; `digest` is of everything that they depend on."""
         return self.path / f"responses-{name}.{digest}.jsonl"
 
     def read_responses(self) -> dict[str, list[dict[str, Any]]]:
-        """The responses that were evaluated, by the settings' name, in the order of seeds and rows.
+        """The evaluated responses by the settings' name, in the order of seeds and rows.
 
-        Of an evaluation that is not finished, those that there are.
+        Of an unfinished evaluation, those that exist so far.
         """
         results = (self.read_evaluation() or {}).get("results")
         if isinstance(results, dict):
@@ -108,7 +108,7 @@ class RunFolder:
 
     @property
     def has_results(self) -> bool:
-        """Does the folder hold anything that took long to compute?"""
+        """Does the folder contain anything that took long to compute?"""
         return self.last_checkpoint() is not None or self.student.exists() or self.teacher_responses.exists()
 
     def holds_run_of(self, recipe: Recipe) -> bool:
@@ -121,14 +121,14 @@ class RunFolder:
             return False
 
     def check_free(self, recipe: Recipe, restart: bool) -> None:
-        """Refuse a folder with another recipe's run, or with files that a run would replace; changes nothing.
+        """Refuse a folder with another recipe's run, or with files that a run would overwrite; changes nothing.
 
         Raises:
-            RecipeError: naming what is in the way, with the remedy.
+            RecipeError: naming the file or run that is there, with the remedy.
         """
         same = self.holds_run_of(recipe)
         if not same and self.recipe.exists() and self.recipe.resolve() == recipe.source.resolve():
-            message = f"{self.path} is where the recipe itself lies, as recipe.yaml, which the run would overwrite"
+            message = f"{self.path} contains the recipe itself, as recipe.yaml, which the run would overwrite"
             raise recipe.error("training.output_dir", f"{message}: {_REMEDY}")
         try:
             marker.check(self.path, RUN, _REMEDY)
@@ -144,7 +144,7 @@ class RunFolder:
             raise self._not_writable(recipe, errno.EACCES)
 
     def claim(self, recipe: Recipe, restart: bool) -> None:
-        """Make the folder this recipe's, and delete what an earlier run left there that is not to be resumed.
+        """Take the folder for a run of this recipe: mark it, and delete files of an earlier run that is not resumed.
 
         Raises:
             RecipeError: as `check_free`, and where nothing can be written.
@@ -164,11 +164,14 @@ class RunFolder:
             raise self._not_writable(recipe, error.errno) from None
 
     def check_unchanged(self, recipe: Recipe, train: "Examples") -> None:
-        """Refuse to resume with other data than the run began with: its order and the teacher's responses are those
-        of the rows."""
+        """Refuse to resume with other training data: its order and the teacher's responses depend on the rows.
+
+        Raises:
+            RecipeError: with the remedies.
+        """
         before = self.read_before()
         if self.has_results and before is not None and before["fingerprint"] != train.fingerprint:
-            message = f"{train.source} is not what it was when the run in {self.path} began"
+            message = f"{train.source} has changed since the run in {self.path} began"
             message += ": restore it, give another training.output_dir, or --restart to delete that run"
             raise recipe.error("data.dataset", message)
 
@@ -193,24 +196,24 @@ RUN = _kind(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object from a file.
 
     Raises:
-        ValueError: naming the file, if it holds none.
+        ValueError: naming the file, if it does not contain one.
     """
     return read_mapping(path, json.loads, path.read_text(encoding="utf-8"))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], text: str) -> dict[str, Any]:
-    """The mapping that a file's `text` stands for.
+    """Parse the `text` of a file as a mapping.
 
     Raises:
-        ValueError: naming the file, if it is none.
+        ValueError: naming the file, if it is not a mapping.
     """
     try:
         content = parse(text)
     except (ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: it is not what a run writes there; put it away, or restore it")
+        raise ValueError(f"{path} cannot be read: it is not a file that a run writes; move it away, or restore it")
     return content

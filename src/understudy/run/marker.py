@@ -1,7 +1,7 @@
-"""Which files in a folder this package wrote: a marker file, `.understudy`, names their kinds.
+"""Which files in a folder this package wrote: a marker file, `.understudy`, lists their kinds.
 
-A file's name says nothing about who wrote it. So nothing is overwritten or deleted in a folder unless its marker names
-that kind of files, and a folder is only marked where none of the kind's names is taken.
+A file's name does not tell who wrote it. So files are overwritten or deleted only in a folder whose marker lists their
+kind, and a folder is marked only if it has no files with the kind's names.
 """
 
 import json
@@ -20,7 +20,7 @@ MARKER = ".understudy"
 
 @dataclass(frozen=True)
 class Kind:
-    """Files that are written together, by the patterns of their names; all other files in the folder are left alone."""
+    """A group of files that are written together, as patterns of their names; other files are left alone."""
 
     name: str
     patterns: tuple[str, ...]
@@ -37,7 +37,7 @@ def kinds(folder: Path) -> list[str]:
 
 
 def foreign(folder: Path, kind: Kind) -> Path | None:
-    """The first file that writing files of this kind would replace, and that this package did not write."""
+    """The first file that files of this kind would overwrite, and that this package did not write."""
     names = kinds(folder)
     if kind.name in names:
         return None
@@ -47,7 +47,7 @@ def foreign(folder: Path, kind: Kind) -> Path | None:
 
 
 def check(folder: Path, kind: Kind, remedy: str) -> None:
-    """Refuse a folder in which files of this kind would replace what this package did not write; changes nothing.
+    """Refuse a folder in which files of this kind would overwrite files of the user; changes nothing.
 
     Raises:
         ValueError: naming the file, with the remedy.
@@ -84,7 +84,7 @@ def clear(folder: Path, kind: Kind, keep: tuple[str, ...] = ()) -> None:
 
 
 def _matches(folder: Path, *patterns: str) -> Iterator[Path]:
-    """What has these names in a folder, and what a killed process left of a file that was to have such a name."""
+    """The paths in a folder that match the patterns, and the .partial files of killed processes."""
     for pattern in patterns:
         for path in sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.partial")]):
             if pattern != PATTERN or re.fullmatch(r"checkpoint-\d+", path.name):

@@ -1,4 +1,4 @@
-"""The content of run.json: what a run was, what it cost and what came of it."""
+"""The content of run.json: models, data, hardware, versions, costs and metrics of a run."""
 
 import os
 import platform
@@ -57,7 +57,7 @@ def summarize(run: "Run", seconds: dict[str, float], metrics: dict[str, float]) 
 
 
 def _budget(trainer: "StudentTrainer") -> dict[str, Any] | None:
-    """The limit in `tokens` or `seconds`, what was `spent` of it, and what the run was `ended_by`."""
+    """The limit in `tokens` or `seconds`, the amount `spent`, and what ended the run (`ended_by`)."""
     spending, state = trainer.spending, trainer.state
     budget = spending.budget
     if budget is None:
@@ -68,7 +68,7 @@ def _budget(trainer: "StudentTrainer") -> dict[str, Any] | None:
 
 
 def _peak_memory_mb() -> float | None:
-    """Peak memory of this process: on the GPU if there is one, else as the operating system counts."""
+    """Peak memory of this process in MiB: on the GPU if there is one, else its resident set."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:

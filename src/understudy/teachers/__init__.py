@@ -1,4 +1,4 @@
-"""Teachers: one kind, one file; the file's name is the teacher's name in a recipe."""
+"""Teachers, one file per kind; the file's name is the teacher's name in a recipe."""
 
 from ..registry import Registry
 from ..teacher import Capability, Teacher, covers, describe
@@ -14,9 +14,9 @@ def check_provides(teacher: Teacher | None, required: frozenset[Capability], met
     """
     if covers(frozenset() if teacher is None else teacher.provides, required):
         return
-    given = "there is no teacher" if teacher is None else f"this teacher provides {describe(teacher.provides)}"
+    provided = "there is no teacher" if teacher is None else f"this teacher provides {describe(teacher.provides)}"
     suitable = [name for name in TEACHERS.names() if covers(TEACHERS.get(name).provides, required)]
     raise ValueError(
-        f"{method} requires a teacher that provides {describe(required)}, and {given}; choose another method, or one "
-        f"of the teachers that provide it: {', '.join(suitable)}"
+        f"{method} requires a teacher that provides {describe(required)}, and {provided}; choose another method, or "
+        f"one of the teachers that provide it: {', '.join(suitable)}"
     )

@@ -16,14 +16,14 @@ from ..playground.names import resolve
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
-_PART = 1024  # padded tokens that a CPU reads at once: activations between a model's layers stay in its cache
+_PART = 1024  # padded tokens per forward on a CPU, so that activations between a model's layers stay in its cache
 
 
 class LocalTeacher(Teacher):
     """Scores each micro-batch just before the student needs it, without gradients.
 
-    The model keeps its own dtype, quantisation and device; none of the student's settings reaches it. Only hidden
-    states (N, D) are kept between its forward and the loss; the vocabulary is projected tile by tile there.
+    The model has its own dtype, quantisation and device, independent of the student's. Only hidden states (N, D) are
+    stored between its forward and the loss, which projects them onto the vocabulary tile by tile.
 
     Args:
         model: the teacher, or a name or folder to load it from when it is first used.
@@ -52,7 +52,7 @@ class LocalTeacher(Teacher):
         """The model, frozen and in evaluation mode.
 
         Raises:
-            RecipeError: if it cannot be loaded, saying what to do.
+            RecipeError: if it cannot be loaded, with the remedy.
         """
         if self._model is None:
             self._model = _frozen(self._load())
@@ -60,7 +60,7 @@ class LocalTeacher(Teacher):
 
     @cached_property
     def fused(self) -> bool:
-        """Can its head be kept for the loss? Not where weights are gathered only during a forward (FSDP2, ZeRO-3)."""
+        """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
         return not _is_sharded(self.model) and can_fuse(self.model)
 
     def to(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: schedules, budget, gradient check, Ctrl-C, metrics file, samples, progress bar."""
+"""Trainer callbacks: schedules, budget, gradient check, Ctrl-C, metrics file, sample responses, progress bar."""
 
 import math
 import shutil
@@ -29,7 +29,7 @@ _PROGRESS_METRICS = ("loss", "forward_kl", "reverse_kl", "tokens_per_second")
 
 
 class AfterStep(TrainerCallback):
-    """Tells the method after each optimizer step how far the run is, for its schedules."""
+    """Calls the method's `after_step` after each optimizer step, for its schedules."""
 
     def __init__(self, method: Method, spending: Spending) -> None:
         self.method, self.spending = method, spending
@@ -40,7 +40,7 @@ class AfterStep(TrainerCallback):
 
 
 class SyncRollout(TrainerCallback):
-    """Tells the student's rollout when the student's weights have changed: after a step, and after resuming."""
+    """Calls the `sync` of the student's rollout when the student's weights have changed: after a step or a resume."""
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
@@ -64,18 +64,18 @@ class StopAtBudget(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.spending.end_step(self.agree)
         if self.spending.share >= 1:
-            state.max_steps = min(state.max_steps, state.global_step + 1)  # this step is counted a moment later
+            state.max_steps = min(state.max_steps, state.global_step + 1)  # global_step is increased after this call
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.spending.share >= 1:
-            control.should_log = True  # a budget rarely ends where a line is due
+            control.should_log = True  # the last step of a budget is rarely a multiple of logging_steps
 
 
 class CheckGradients(TrainerCallback):
-    """Raises an error before a gradient that is not finite reaches the weights, and then a checkpoint."""
+    """Raises an error before a gradient that is not finite reaches the weights and a checkpoint."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.fp16:  # there the scaler skips such steps, and lowers the scale
+        if args.fp16:  # the gradient scaler skips such steps, and lowers the scale
             return
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -89,7 +89,7 @@ class CheckGradients(TrainerCallback):
 class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
 
-    In a run of several processes the signal reaches them at different steps, so there it keeps its usual meaning.
+    With several processes the signal would reach them at different steps, so there Ctrl-C has its usual effect.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class StopOnInterrupt(TrainerCallback):
 class LimitCheckpoints(TrainerCallback):
     """Keeps the newest `limit` checkpoints, and the best one.
 
-    In the place of transformers' own rotation, which orders by modification time and then deletes any checkpoint-*.
+    Replaces transformers' own rotation, which orders by modification time and deletes any folder named checkpoint-*.
     """
 
     def __init__(self, limit: int) -> None:
@@ -133,7 +133,7 @@ class LimitCheckpoints(TrainerCallback):
 
 
 class LogMetrics(TrainerCallback):
-    """Appends every log line to a JSONL file; a resumed run first drops the lines that it will write again."""
+    """Appends every log line to a JSONL file; a resumed run first removes the lines that it will write again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,7 +148,7 @@ class LogMetrics(TrainerCallback):
 
 
 class ShowSamples(TrainerCallback):
-    """Every so many steps, prints responses of the student to the same few prompts and appends them to a JSONL file."""
+    """Every `every` steps, prints responses of the student to the same prompts and appends them to a JSONL file."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class ShowSamples(TrainerCallback):
     ) -> None:
         self.writer, self.examples, self.tokenizer = writer, list(examples), tokenizer
         self.every, self.path = every, path
-        self.console = console or get_console()  # the progress bar's, so that neither writes over the other
+        self.console = console or get_console()  # the progress bar's, so that they do not overwrite each other
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -174,18 +174,18 @@ class ShowSamples(TrainerCallback):
         if not state.is_world_process_zero:
             return
         names = ("prompt", "student", "reference")
-        columns = [Column(name, overflow="fold") for name in names]  # not every script has spaces to break a line at
+        columns = [Column(name, overflow="fold") for name in names]  # fold: not every script has spaces to wrap at
         table = Table(*columns, title=f"step {state.global_step}", show_lines=True)
         for example, sample in zip(self.examples, responses, strict=True):
-            columns_ids = (example.prompt, sample.response, example.response)
-            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in columns_ids]
+            token_ids = (example.prompt, sample.response, example.response)
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in token_ids]
             table.add_row(*(Text(_printable(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
             append_jsonl(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
         self.console.print(table)
 
 
 class ShowProgress(TrainerCallback):
-    """A progress bar with rate, remaining time and current losses; with a budget, over the steps it is enough for."""
+    """A progress bar with rate, remaining time and current losses; with a budget its total is the expected steps."""
 
     def __init__(self, console: Console | None = None, spending: Spending | None = None) -> None:
         self.spending = spending or Spending()
@@ -229,12 +229,12 @@ class ShowProgress(TrainerCallback):
 
 
 def _printable(text: str) -> str:
-    """Replace what a terminal would execute instead of showing: control codes, and marks that change text direction."""
+    """Replace control codes, which a terminal would execute, and marks that change the direction of text."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\t", " "))
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL file that are later than `step`, and what is no such line."""
+    """Remove the lines of a JSONL file that are later than `step`, or have no step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int | float)]
     write_jsonl(path, [line for line in lines if line["step"] <= step])

@@ -1,7 +1,7 @@
 """Checkpoints in a run's folder, checkpoint-<step>/, and which of them is the last complete one.
 
-They are ordered by their step, never by the time of their files, and only folders with exactly such a name count:
-checkpoint-best is the user's own.
+They are ordered by step, not by modification time. Only folders named checkpoint-<number> are checkpoints; a folder
+such as checkpoint-best belongs to the user.
 """
 
 import json
@@ -22,9 +22,9 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written completely: a killed run may leave a part of one.
+    """The newest complete checkpoint; a killed run may leave an incomplete one.
 
-    The trainer's state is the last file of a checkpoint to be written.
+    trainer_state.json is the last file that is written to a checkpoint.
     """
     for path in reversed(checkpoints(folder)):
         try:

@@ -1,4 +1,4 @@
-"""What is checked and set before training: a trainable student, TrainingArguments for Examples, compiling or not."""
+"""Checks and settings before training: a trainable student, TrainingArguments for Examples, compiling or not."""
 
 from collections.abc import Sized
 from typing import Any
@@ -14,31 +14,34 @@ _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
 
 def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
-    """Refuse a student without trainable parameters, such as one that is the frozen teacher itself.
+    """Refuse a student without trainable parameters, for instance because it is the frozen teacher itself.
 
     Raises:
-        ValueError: saying which.
+        ValueError: with the cause and the remedy.
     """
     if not any(parameter.requires_grad for parameter in student.parameters()):
         same = teacher is not None and teacher.model is student
-        why = "the teacher is the student itself, and is frozen" if same else "all its parameters are frozen"
-        raise ValueError(f"there is nothing to train in the student: {why}")
+        if same:
+            raise ValueError("the teacher is the student itself, and is frozen: load the teacher as a separate model")
+        raise ValueError("all parameters of the student are frozen: unfreeze some, or add adapters")
 
 
 def adapt(args: TrainingArguments) -> int | None:
-    """Set what a trainer of Examples needs; returns how many checkpoints stay, which `LimitCheckpoints` sees to."""
-    args.remove_unused_columns = False  # rows are Examples, not columns
-    args.dataloader_pin_memory = False  # nor tensors
+    """Set the TrainingArguments that Examples need; returns `save_total_limit`, which `LimitCheckpoints` implements."""
+    args.remove_unused_columns = False  # Examples have no columns
+    args.dataloader_pin_memory = False  # Examples are not tensors
     args.logging_nan_inf_filter = False  # a loss that is NaN or infinite is an error here
     accelerator_config: Any = args.accelerator_config
-    accelerator_config.dispatch_batches = False  # nor could they be sent to other processes
+    accelerator_config.dispatch_batches = False  # Examples cannot be sent to other processes
     limit, args.save_total_limit = args.save_total_limit, None
     return limit
 
 
 def compiles(args: TrainingArguments, dataset: Sized, vocabulary: int, budget: Budget | None) -> bool:
-    """Are loss and decoding compiled? Decided by the length of the whole run as it is set, so that a resumed run
-    computes the same numbers."""
+    """Should loss and decoding be compiled?
+
+    Decided by the configured length of the whole run, so that a resumed run computes the same numbers.
+    """
     examples: Any = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     if args.max_steps <= 0:
         examples = len(dataset) * args.num_train_epochs

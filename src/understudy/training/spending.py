@@ -1,10 +1,10 @@
-"""What a run has spent of its budget, and a learning-rate schedule that ends with the budget.
+"""The tokens and seconds that a run has spent of its budget, and learning-rate schedules that end with the budget.
 
-A run with a budget is the run whose `max_steps` had been set to the step at which the budget is used up. So its
-schedules are read at the share of the budget that is spent, and end with it.
+A run with a budget trains like a run whose `max_steps` is the step at which the budget is used up. So its schedules are
+evaluated at the share of the budget that is spent, and end with it.
 
-Tokens are the response tokens trained on, of all processes. Seconds are the first process's, from the moment at which
-a step begins to collect until the optimizer's update: evaluation, checkpoints, logging and shown responses are free.
+Tokens are the response tokens trained on, of all processes. Seconds are the first process's, from the start of a step
+(collecting its examples) to the optimizer's update. Evaluation, checkpoints, logging and samples are not counted.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..budget import Budget
 
 
 class Spending:
-    """Tokens and seconds of a run, over all its interruptions, and their share of a budget, if it has one."""
+    """Tokens and seconds of a run, across interruptions, and their share of its budget, if it has one."""
 
     def __init__(self, budget: Budget | None = None) -> None:
         self.budget = budget
@@ -37,7 +37,7 @@ class Spending:
     def end_step(self, agree: Callable[[float], float]) -> None:
         """Count the step's seconds; `agree` returns the same number of seconds on all processes.
 
-        What a GPU has not finished yet is counted with the next step, which waits for it.
+        Work that a GPU has not finished yet is counted with the next step, which waits for it.
         """
         self.seconds += agree(perf_counter() - self._step_start)
 
@@ -46,13 +46,13 @@ class Spending:
         return max(step / steps if steps > 0 else 0.0, self.share)
 
     def expected_steps(self, step: int, steps: int) -> int:
-        """How many steps the run will have, at the pace that it had until `step`: `steps`, or fewer."""
+        """How many steps the run will have at its spending per step so far: `steps`, or fewer."""
         return min(steps, max(step, math.ceil(step / self.share))) if step and self.share else steps
 
     def schedule_step(self, step: int, steps: int, warmup: int) -> float:
-        """Where a learning rate's schedule of `steps` steps is to be read after `step` of them.
+        """The step of a learning-rate schedule of `steps` steps whose rate applies after `step` steps of the run.
 
-        Warm-up steps are steps. What comes after them, W of N steps, is read at the share of what was left then,
+        Warm-up is counted in steps. After its W of N steps, the schedule follows the share of the remaining budget,
 
             W + (N − W) (s − s_W) / (1 − s_W),      s the share of the budget that is spent, s_W after step W
 
@@ -64,20 +64,20 @@ class Spending:
         return max(step, warmup + (steps - warmup) * (self.share - self._share_at_warmup) / (1 - self._share_at_warmup))
 
     def state(self) -> list[float]:
-        """What must be saved for an exact resume."""
+        """The numbers to save in a checkpoint for an exact resume."""
         return [float(self.tokens), self.seconds, self._share_at_warmup]
 
     def resume(self, state: Sequence[float]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         tokens, self.seconds, self._share_at_warmup = state
         self.tokens = int(tokens)
 
 
 def follow_budget(scheduler: Any, spending: Spending, steps: int, warmup: int) -> Any:
-    """Let a scheduler of `steps` steps end with the budget; one that follows a metric has no end, and stays as it is.
+    """Make a scheduler of `steps` steps end with the budget; ReduceLROnPlateau has no end and is left unchanged.
 
     Raises:
-        ValueError: for the schedulers of layer-wise optimizers, which cannot be reached.
+        ValueError: for layer-wise optimizers, whose schedulers are not accessible.
     """
     if type(scheduler).__name__ == "LayerWiseDummyScheduler":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The distillation state in a checkpoint: what the method owns, and what the run has spent of its budget."""
+"""The distillation state in a checkpoint: the method's state, and the tokens and seconds that the run has spent."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ STATE_FILE = "distillation.safetensors"
 
 
 def save_state(folder: Path, method: Method, spending: Spending) -> None:
-    """Save what the method owns and what the run has spent."""
+    """Save the method's state and the run's spending."""
     state = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
     state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ _ACTIVITIES = ("generate", "score", "learn")
 
 
 class StepMetrics:
-    """Measures on every process, and makes one log line for all of them."""
+    """Timers, counts and means on every process, reduced to one log line for all processes."""
 
     def __init__(self) -> None:
         self._reset()
@@ -51,7 +51,7 @@ class StepMetrics:
             self._sizes[name] += value.numel()
 
     def log_line(self, accelerator: Any) -> dict[str, float]:
-        """The log line of all processes together; the next one begins here.
+        """The log line of all processes together; then timers, counts and means are reset.
 
         Lengths are in tokens; `truncated` is the share of responses cut off by a length limit; recorded values are
         means over all their elements (divergences and entropies: over response tokens, in nats); `tokens_per_second`

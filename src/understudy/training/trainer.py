@@ -1,7 +1,7 @@
 """The distillation trainer: `transformers.Trainer` with a teacher, a method and a rollout.
 
 `transformers.Trainer` brings distribution (DDP, FSDP2, DeepSpeed through Accelerate), resuming, schedules, loggers,
-PEFT and the hub. Two of its public hooks are the whole algorithm:
+PEFT and the hub. The algorithm is in two of its public hooks:
 
     get_batch_samples   once per optimizer step, before its forwards: examples are drawn from the dataset, the method
                         collects what to train on, this is split into micro-batches, and its normalizer is computed
@@ -127,9 +127,9 @@ class StudentTrainer(Trainer):
         return float(cast(Tensor, broadcast(tensor)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        given = self.lr_scheduler
+        existing = self.lr_scheduler
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.spending.budget is None or scheduler is given:
+        if self.spending.budget is None or scheduler is existing:
             return scheduler
         warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
         return follow_budget(scheduler, self.spending, num_training_steps, warmup)
@@ -147,18 +147,18 @@ class StudentTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        at, most = self.state.global_step, self.state.max_steps
-        if self.spending.progress(at, most) >= 1:  # resumed at its end
+        number, max_steps = self.state.global_step, self.state.max_steps
+        if self.spending.progress(number, max_steps) >= 1:  # a run that was resumed after its last step
             self.control.should_training_stop = True
             return [], None
         self.spending.begin_step()
-        drawn = list(islice(epoch_iterator, num_batches))
-        if not drawn:
+        loaded = list(islice(epoch_iterator, num_batches))
+        if not loaded:
             return [], None
-        step = Step(at, self.args.seed, self.spending.expected_steps(at, most))
+        step = Step(number, self.args.seed, self.spending.expected_steps(number, max_steps))
         with self.step_metrics.timer("generate"):
-            examples = self.method.collect(list(chain(*drawn)), self.writers, step)
-        batches = [Batch.from_examples(part, self.pad, device) for part in micro_batches(examples, len(drawn))]
+            examples = self.method.collect(list(chain(*loaded)), self.writers, step)
+        batches = [Batch.from_examples(part, self.pad, device) for part in micro_batches(examples, len(loaded))]
         for batch in batches:
             self.step_metrics.count(batch)
         if self.teacher is not None and self.method.requires:
@@ -234,7 +234,7 @@ class StudentTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The method's own objective on a fixed set, as in training but with the same random numbers every time.
+        """Evaluate the method's own loss on a fixed dataset, as in training but with the same random numbers each time.
 
         Returns `{prefix}_loss`; where the teacher scores, the means over tokens that training logs; and the
         `response_metrics`, each of which may be `metric_for_best_model`. All processes get the same values.
@@ -259,7 +259,7 @@ class StudentTrainer(Trainer):
         line = self.step_metrics.log_line(self.accelerator)
         self.step_metrics = training
         if saved_state:
-            self.method.load_state_dict(saved_state)  # what it collected here was not for training
+            self.method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
         total, normalizer = self.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
         line = {"loss": float(total / normalizer)} | {
             name: v for name, v in line.items() if not name.startswith("seconds")
@@ -271,13 +271,13 @@ class StudentTrainer(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Also saves, into a checkpoint and before it is complete, what the method owns and how far the run is."""
+        """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
         if _internal_call and self.args.should_save:
             save_state(Path(output_dir or str(self.args.output_dir)), self.method, self.spending)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers; `True` resumes from the last checkpoint that was written to its end, if there is one."""
+        """As in transformers; `True` resumes from the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.spending.restart()
@@ -291,4 +291,4 @@ class StudentTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
-                    callback.progress.stop()  # gives the terminal its cursor back, also after an error
+                    callback.progress.stop()  # restores the terminal's cursor, also after an error
