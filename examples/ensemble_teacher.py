@@ -20,7 +20,10 @@ class Ensemble(Teacher):
 
     def __init__(self, models: Sequence[Any]) -> None:
         self.teachers = [LocalTeacher(model) for model in models]
-        self.model_name = self.teachers[0].model_name
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        return self.teachers[0].tokenizer_name
 
     def to(self, device: torch.device) -> None:
         for teacher in self.teachers:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_model
 
-from understudy import Author, Example, Rollout, Sampling, Step, stop_ids
+from understudy import Author, Example, Rollout, Sampling, Step, stop_ids, with_response
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SocketRollout(Rollout):
         responses = self._ask({"prompts": rows, "sampling": asdict(sampling), "step": asdict(step)})
         parents = [prompt for prompt in prompts for _ in range(sampling.n)]
         return [
-            replace(parent, response=ids, author="student", truncated=ids[-1] not in sampling.stop_ids)
+            with_response(parent, ids, "student", truncated=ids[-1] not in sampling.stop_ids)
             for parent, ids in zip(parents, responses, strict=True)
         ]
 

@@ -184,3 +184,25 @@ def test_policy_gradient_with_reward_to_go_is_in_expectation_the_gradient_of_the
     (PROBABILITY_Q * score(student, ALL_RESPONSES, surrogate, fused=False)).sum().backward()
     first = student.logits.grad[student.rows[PROMPT,]]
     assert first.tolist() == pytest.approx([-0.319804, 0.110602, 0.209202], abs=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_chosen_log_probabilities_read_without_gradients_first_have_gradients_after(fused):
+    """A policy gradient: the advantage is read under no_grad, the loss with gradients."""
+    teacher, gradients = score_no_grad(tiny("llama", seed=1), BATCH), []
+    for first in (True, False):
+        model = tiny("llama")
+
+        def loss(student, first=first):
+            if first:
+                with torch.no_grad():
+                    advantage = teacher.chosen - student.chosen
+            else:
+                advantage = (teacher.chosen - student.chosen).detach()
+            return -(advantage * student.chosen).sum()
+
+        score(model, BATCH, loss, fused=fused).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0])

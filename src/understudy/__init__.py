@@ -34,7 +34,7 @@ if typing.TYPE_CHECKING:
     from .models.forward import score, score_no_grad
     from .recipe import Recipe, load
     from .reward import Reward, RewardModel
-    from .rollout import Rollout, Writer, Writers
+    from .rollout import Rollout, Writer, Writers, with_response
     from .rollouts.continuous import ContinuousRollout
     from .rollouts.generate import GenerateRollout
     from .run.distill import distill
@@ -75,7 +75,7 @@ _NAMES_BY_MODULE = {
     "models.forward": ("score", "score_no_grad"),
     "recipe": ("Recipe", "load"),
     "reward": ("Reward", "RewardModel"),
-    "rollout": ("Rollout", "Writer", "Writers"),
+    "rollout": ("Rollout", "Writer", "Writers", "with_response"),
     "rollouts.continuous": ("ContinuousRollout",),
     "rollouts.generate": ("GenerateRollout",),
     "run.distill": ("distill",),

@@ -234,9 +234,13 @@ def report(
 def methods() -> None:
     """List the methods with their papers and options."""
     from .methods import METHODS, describe
+    from .registry import UnknownName
 
     for name in METHODS.names():
-        typer.echo(describe(name) + "\n")
+        try:
+            typer.echo(describe(name) + "\n")
+        except UnknownName as error:  # an entry point of an installed package that cannot be imported
+            typer.echo(f"{name}: {error}\n")
 
 
 def main() -> None:

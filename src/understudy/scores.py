@@ -4,7 +4,6 @@ Shapes: N response tokens, V vocabulary, K tokens of a top-K teacher.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,12 +26,21 @@ class Scores:
     distribution: Distribution
     weights: Tensor | None = None  # (N,)
 
-    @cached_property
+    @property
     def chosen(self) -> Tensor:
-        """(N,) log-probabilities of the chosen tokens, which are those in the batch."""
-        if isinstance(self.distribution, Projected):
-            return row_values(self.distribution, chosen_log_prob(self.tokens), self.weights)
-        return self.distribution.chosen(self.tokens)
+        """(N,) log-probabilities of the chosen tokens, which are those in the batch.
+
+        Computed once; values computed under `torch.no_grad()` are not reused where gradients are needed.
+        """
+        cached = self.__dict__.get("_chosen")
+        if cached is None:
+            if isinstance(self.distribution, Projected):
+                cached = row_values(self.distribution, chosen_log_prob(self.tokens), self.weights)
+            else:
+                cached = self.distribution.chosen(self.tokens)
+            if torch.is_grad_enabled() or not self.distribution.requires_grad:
+                self.__dict__["_chosen"] = cached
+        return cached
 
     @property
     def log_probs(self) -> Tensor:

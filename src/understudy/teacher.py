@@ -29,6 +29,7 @@ class Teacher(ABC):
     provides: ClassVar[frozenset[Capability]]
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
+    fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
 
     @property
     def tokenizer_name(self) -> str | None:

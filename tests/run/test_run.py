@@ -418,3 +418,11 @@ def test_metrics_that_cannot_be_computed_are_refused(look, complaint, home):
         look = {**look, "dataset": str(home / look["dataset"])}
     with pytest.raises(RecipeError, match=complaint):
         run(home, method="sft", evaluate=look)
+
+
+def test_patience_without_a_metric_is_refused_before_a_restart_deletes_anything(home):
+    run(home, method="sft")
+    before = contents(home / "run")
+    with pytest.raises(RecipeError, match=r"patience needs training\.eval_strategy and metric_for_best_model"):
+        run(home, restart=True, method="sft", evaluate={"patience": 2, "show": 0})
+    assert contents(home / "run") == before

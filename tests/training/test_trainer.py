@@ -574,3 +574,32 @@ def test_log_lines_are_in_order_and_carry_the_step(tmp_path):
     assert all(a <= b for a, b in pairwise(steps))
     assert [line["step"] for line in run.state.log_history if "eval_loss" in line] == [2, 4]
     assert SimpleNamespace(**run.state.log_history[0]).step == 1
+
+
+def test_a_method_whose_setup_returns_nothing_gets_the_run_s_teacher(tmp_path):
+    class Remembers(Method):
+        def setup(self, context):
+            self.tokenizer = context.tokenizer
+
+        def loss(self, teacher, student, batch):
+            return teacher.divergence_to(student, ReverseKL())
+
+    made = trainer(tmp_path, Remembers(), max_steps=1)
+    made.train()
+    assert made.teacher is not None
+    assert len(logged(made)) == 1
+
+
+def test_a_method_without_a_teacher_logs_its_metrics(tmp_path):
+    class Teacherless(Method):
+        requires = frozenset()
+
+        def loss(self, teacher, student, batch):
+            return -student.chosen
+
+        def metrics(self, teacher, student, batch):
+            return {"surprise": -student.chosen}
+
+    made = trainer(tmp_path, Teacherless(), max_steps=2)
+    made.train()
+    assert logged(made, "surprise") == pytest.approx(logged(made), rel=1e-4)

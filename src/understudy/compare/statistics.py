@@ -150,10 +150,13 @@ def budget_notes(rows: Sequence[TableRow]) -> list[str]:
 def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
     if not results:
         return {}
-    first = results[0].metrics
     return {
-        protocol: {metric: Spread.of([r.metrics[protocol][metric] for r in results]) for metric in first[protocol]}
-        for protocol in first
+        protocol: {
+            metric: Spread.of([r.metrics[protocol][metric] for r in results])
+            for metric in metrics
+            if all(metric in r.metrics[protocol] for r in results)  # none where responses were read from a file
+        }
+        for protocol, metrics in results[0].metrics.items()
     }
 
 

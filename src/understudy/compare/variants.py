@@ -100,7 +100,7 @@ def common_dataset(variants: Sequence[Variant]) -> str:
 
 def reference_models(recipes: Sequence[Recipe]) -> dict[str, str]:
     """The names of the models that students are compared with: teacher and warm start, where all recipes share one."""
-    teachers = {recipe.build("teacher", TEACHERS).model_name for recipe in recipes if recipe.teacher} - {None}
+    teachers = {recipe.build("teacher", TEACHERS).model_name for recipe in recipes if recipe.teacher}
     starts = {recipe.student.model for recipe in recipes}
     models = {"teacher": teachers, "warm start": starts}
     return {name: str(next(iter(paths))) for name, paths in models.items() if len(paths) == 1 and None not in paths}

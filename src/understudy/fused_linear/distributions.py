@@ -22,6 +22,11 @@ class Projected:
     head: Head
 
     @property
+    def requires_grad(self) -> bool:
+        tensors = (self.hidden, self.head.weight, self.head.bias)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    @property
     def vocabulary(self) -> int:
         return self.head.vocabulary
 
@@ -45,6 +50,10 @@ class Dense:
     """Log-probabilities of the whole vocabulary."""
 
     values: Tensor  # (N, V), normalised
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.values.requires_grad
 
     @property
     def vocabulary(self) -> int:
@@ -75,6 +84,10 @@ class TopK:
     values: Tensor  # (N, K)
     support: Tensor  # (N, K) token ids, no id twice in a row
     chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, if the teacher reports it
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.values.requires_grad
 
     def rows(self, rows: slice) -> "TopK":
         chosen = None if self.chosen_values is None else self.chosen_values[rows]

@@ -44,7 +44,10 @@ class CachedRollout(Rollout):
         }
         if missing:
             generated = self.rollout.generate(list(missing.values()), sampling, replace(step, number=0))
-            lines = [file.line(step.seed, example, streams=_lists(example)) for example in generated]
+            lines = [
+                file.line(step.seed, example, index=i % sampling.n, streams=_lists(example))
+                for i, example in enumerate(generated)
+            ]
             file.append(lines)
             self._lines |= {key: lines[i * sampling.n : (i + 1) * sampling.n] for i, key in enumerate(missing)}
         return [
@@ -56,11 +59,11 @@ class CachedRollout(Rollout):
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of the file by id; lines that are not responses are left out, and are generated again."""
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, dict[int, dict[str, Any]]] = {}
     for line in read_jsonl(path):
-        if {"id", "tokens", "truncated", "streams"} <= line.keys():
-            lines.setdefault(str(line["id"]), []).append(line)
-    return lines
+        if {"id", "index", "tokens", "truncated", "streams"} <= line.keys():
+            lines.setdefault(str(line["id"]), {})[line["index"]] = line
+    return {key: [group[i] for i in sorted(group)] for key, group in lines.items()}
 
 
 def _lists(example: Example) -> dict[str, list[float]]:

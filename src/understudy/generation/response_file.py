@@ -34,7 +34,7 @@ class ResponseFile:
 
     def id(self, seed: int, prompt: Example) -> str:
         """16 hexadecimal digits that change with anything that the response to a prompt depends on."""
-        content = f"{self._depends_on}{seed} {prompt.row} {prompt.prompt}"
+        content = f"{self._depends_on}{seed} {prompt.row} {prompt.prompt} {prompt.teacher_prompt}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def line(self, seed: int, example: Example, **columns: Any) -> dict[str, Any]:

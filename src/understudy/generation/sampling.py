@@ -108,9 +108,10 @@ class SamplingRollout(Rollout):
                 repeated.append(prompt)
                 streams.append(step.stream(sampling.max_new_tokens, bound.author, prompt.row, count[prompt.row]))
                 count[prompt.row] += 1
-        _check_context_window(bound.model, max((len(e.prompt) for e in repeated), default=0), sampling.max_new_tokens)
+        read = [(e.teacher_prompt if bound.author == "teacher" else None) or e.prompt for e in repeated]
+        _check_context_window(bound.model, max(map(len, read), default=0), sampling.max_new_tokens)
         uniforms = torch.stack(streams) if streams else torch.empty(0, sampling.max_new_tokens)
-        responses = self._respond([e.prompt for e in repeated], uniforms, sampling)
+        responses = self._respond(read, uniforms, sampling)
         return [_example(e, r, bound.author, sampling) for e, r in zip(repeated, responses, strict=True)]
 
     @abstractmethod

@@ -97,7 +97,7 @@ class DPKD(Method):
         if self.refresh == 1:
             return writers.student(examples, step)
         stale = [e for e in examples if _key(e) not in self._responses or self._is_stale(e, step)]
-        for response in writers.student(stale, step) if stale else []:
+        for response in writers.student(stale, step):
             self._responses[_key(response)] = step.number, response
         return [self._responses[_key(e)][1] for e in examples]
 
@@ -205,6 +205,7 @@ class DPKD(Method):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._responses = {}
         if not state:
             return
         responses, prompts = state["responses"].tolist(), state["prompts"].tolist()

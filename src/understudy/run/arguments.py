@@ -44,6 +44,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if values.get("eval_strategy", "no") not in ("no", False) and recipe.evaluate.dataset is None:
         message = "evaluating while training needs held-out data: add evaluate.dataset, or leave eval_strategy out"
         raise recipe.error("training.eval_strategy", message)
+    has_best = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
+    if recipe.evaluate.patience is not None and (values.get("eval_strategy", "no") in ("no", False) or not has_best):
+        message = "patience needs training.eval_strategy and metric_for_best_model, such as steps and eval_loss"
+        raise recipe.error("evaluate.patience", message)
     return _construct(recipe, values)
 
 

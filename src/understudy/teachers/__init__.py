@@ -15,7 +15,7 @@ def check_provides(teacher: Teacher | None, required: frozenset[Capability], met
     if covers(frozenset() if teacher is None else teacher.provides, required):
         return
     provided = "there is no teacher" if teacher is None else f"this teacher provides {describe(teacher.provides)}"
-    suitable = [name for name in TEACHERS.names() if covers(TEACHERS.get(name).provides, required)]
+    suitable = [name for name in TEACHERS.builtin_names() if covers(TEACHERS.get(name).provides, required)]
     raise ValueError(
         f"{method} requires a teacher that provides {describe(required)}, and {provided}; choose another method, or "
         f"one of the teachers that provide it: {', '.join(suitable)}"

@@ -51,6 +51,10 @@ class SyncRollout(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rollout.sync(Step(state.global_step, args.seed))
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The best checkpoint may have been loaded."""
+        self.rollout.sync(Step(state.global_step, args.seed))
+
 
 class StopAtBudget(TrainerCallback):
     """Ends the run with the step at which its budget is used up, as if `max_steps` had been this step.

@@ -108,7 +108,8 @@ class StudentTrainer(Trainer):
         if teacher is not None:
             teacher.to(self.accelerator.device)
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
-        self.method, self.teacher, self.response_metrics = method, method.setup(context), response_metrics
+        self.method, self.response_metrics = method, response_metrics
+        self.teacher = method.setup(context) or teacher
         self.pad = processing_class.pad_token_id
         if self.pad is None:
             self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
@@ -201,11 +202,11 @@ class StudentTrainer(Trainer):
 
         def loss(student: Scores) -> Tensor:
             values = method.loss(teacher, student, batch)
-            if diagnose and self.teacher is not None and teacher is not None:
-                if self.teacher.can(Capability.TOP_K):
+            if diagnose:
+                if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
                     self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.step_metrics.record(method.metrics(teacher, student, batch))
+                    self.step_metrics.record(method.metrics(cast(Any, teacher), student, batch))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
@@ -258,7 +259,7 @@ class StudentTrainer(Trainer):
             normalizer += batch.normalizer(self.method.reduction)
         line = self.step_metrics.log_line(self.accelerator)
         self.step_metrics = training
-        if saved_state:
+        if saved_state or self.method.state_dict():
             self.method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
         total, normalizer = self.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
         line = {"loss": float(total / normalizer)} | {
