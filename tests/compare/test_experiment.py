@@ -184,7 +184,7 @@ def test_a_sweep_with_a_budget_reports_both_and_runs_that_ended_before_it(home):
         (lambda home: variants([home / "kd.yaml", home / "kd.yaml"]), "the same file name"),
         (
             lambda home: compare(variants([home / "kd.yaml"]), home / "no", settings_on(home), baseline="sft"),
-            'baseline "sft"',
+            'no recipe "sft" for the baseline',
         ),
         (
             lambda home: compare(variants([home / "kd.yaml"], ["method.kd.beta=1"]), home / "no", settings_on(home)),

@@ -189,7 +189,10 @@ def test_a_comparison_is_the_table_that_compare_computes(contest, tmp_path):
     assert comparison["ranking"]["difference"]["mean"] == pytest.approx(0.7)  # over the seed that both have
     assert ended
     assert content["summary"].startswith("gkd is first of 2 in accuracy (greedy) with 80.0 %")
-    assert "over 2 seeds (teacher 100.0 %, warm start 0.0 %), before kd with 20.0 %, more than" in content["summary"]
+    assert (
+        "over 2 seeds (teacher 100.0 %, warm start 0.0 %), before kd with 20.0 %, a significant difference"
+        in content["summary"]
+    )
     assert "another seed may reverse the order" in content["summary"]
     assert content["summary"].endswith("(1 failed of 4 runs).")
     by = [response["by"] for response in content["responses"]["prompts"][0]["responses"]]
