@@ -17,12 +17,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Example
-from .chat import end_of_response_ids as stop_ids
 from .formats import Document, Format, Row
 from .rows import BadRow, DataError, SourceRow, read_rows
 from .tokenize import ExampleBuilder
 
-__all__ = ["BadRow", "DataError", "Examples", "Row", "examples_from_rows", "load_examples", "stop_ids"]
+__all__ = ["BadRow", "DataError", "Examples", "Row", "examples_from_rows", "load_examples"]
 
 ROWS_PER_CALL = 1000  # of the tokenizer
 
