@@ -52,6 +52,10 @@ def distill(
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete the earlier run in the folder and begin again.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Resume with another recipe, data, models or packages than it began."),
+    ] = False,
 ) -> None:
     """Train a student by a recipe. The same command again resumes an interrupted run."""
     from .recipe import load
@@ -61,7 +65,7 @@ def distill(
     from .run.distill import distill
     from .terminal import show_run
 
-    show_run(distill(loaded, restart=restart))
+    show_run(distill(loaded, restart=restart, accept_changes=accept_changes))
 
 
 @app.command()
@@ -245,19 +249,21 @@ def methods() -> None:
 
 def main() -> None:
     """Run the command line. An error is one sentence with exit code 2; --debug prints its traceback before it."""
+    from .run.output import lasting_output
     from .terminal import INTERRUPTED, explain
 
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    try:
-        code = app(arguments, standalone_mode=False)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        code = explain(error)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
-        typer.echo("interrupted", err=True)
+    with lasting_output():
+        try:
+            code = app(arguments, standalone_mode=False)
+        except Exception as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            code = explain(error)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
+            typer.echo("interrupted", err=True)
     sys.exit(code or 0)
 
 
