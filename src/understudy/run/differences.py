@@ -52,6 +52,7 @@ class Input:
     key: str
     name: str
     value: str
+    source: str = ""  # where it was read, which may change
 
 
 def differences(before: Recipe, now: Recipe) -> list[Difference]:
@@ -87,8 +88,10 @@ def changed(before: Mapping[str, str], now: Sequence[Input]) -> list[tuple[Input
     for each in now:
         old = before.get(each.name)
         if old is not None and old != each.value:
-            readable = not re.fullmatch(r"[0-9a-f]{16}", each.value)
-            changes.append((each, f"{each.name} ({old}, now {each.value})" if readable else each.name))
+            is_hash = re.fullmatch(r"[0-9a-f]{16}", each.value)
+            changes.append(
+                (each, f"{each.name} {each.source}".strip() if is_hash else f"{each.name} ({old}, now {each.value})")
+            )
     return changes
 
 

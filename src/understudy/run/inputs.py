@@ -41,7 +41,7 @@ def run_inputs(
         "corpus.dataset": "the corpus",
     }
     inputs = [
-        Input(key, f"{titles[key]} {examples.source}", examples.fingerprint)
+        Input(key, titles[key], examples.fingerprint, examples.source)
         for key, examples in data.items()
         if examples is not None
     ]
