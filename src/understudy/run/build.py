@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from .. import metrics
 from ..data.examples import Examples
@@ -29,6 +29,8 @@ from ..teacher import Capability, Teacher
 from ..teachers import TEACHERS, check_provides
 from ..training.callbacks import LogMetrics, ShowSamples
 from ..training.trainer import StudentTrainer
+from .arguments import check_optimizer
+from .best import Patience, check_best_metric
 from .differences import Input
 from .folder import RunFolder
 from .inputs import run_inputs
@@ -64,6 +66,10 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
+    if arguments.fsdp and arguments.world_size == 1:
+        raise recipe.error(
+            "training.fsdp", "training.fsdp needs several processes: start with torchrun, or leave it out"
+        )
     method: Method = recipe.build("method", METHODS, **_reward(recipe))
     rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
     teacher = _teacher(recipe, method)
@@ -78,6 +84,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
         student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
+    check_optimizer(recipe, arguments, student)
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
@@ -105,6 +112,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         callbacks=[LogMetrics(folder.metrics)],
     )
     run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs)
+    check_best_metric(run)
     _add_callbacks(run, console)
     return run
 
@@ -229,8 +237,8 @@ def _response_metrics(
     greedy = replace(sampling, temperature=0.0, n=1)
     skipped = ("seconds", "tokens_per", "examples")
 
-    def response_metrics(student: Any) -> dict[str, float]:
-        values = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
+    def response_metrics(student: Any, examples: Examples = held_out) -> dict[str, float]:
+        values = evaluate(student, tokenizer, examples, rollout, greedy, metrics=names).metrics
         return {name: value for name, value in values.items() if not name.startswith(skipped)}
 
     return response_metrics
@@ -240,7 +248,7 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     """Early stopping and samples, as the recipe's block `evaluate` asks for."""
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
-        run.trainer.add_callback(EarlyStoppingCallback(block.patience))
+        run.trainer.add_callback(Patience(block.patience))
     if block.show:
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
         dataset = run.held_out or run.train

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..budget import Budget
 from ..fused_linear.compiling import compiling_pays_off
 from ..teacher import Teacher
+from .fields import check_arguments
 
 _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
@@ -28,7 +29,12 @@ def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
 
 
 def adapted(args: TrainingArguments) -> TrainingArguments:
-    """A copy of TrainingArguments with the settings that Examples need, and checkpoints kept by `SaveCheckpoints`."""
+    """A copy of TrainingArguments with the settings that Examples need, and checkpoints kept by `SaveCheckpoints`.
+
+    Raises:
+        ValueError: for a field whose effect would be another than its name says.
+    """
+    check_arguments(args)
     args = copy.copy(args)
     args.remove_unused_columns = False  # Examples have no columns
     args.dataloader_pin_memory = False  # Examples are not tensors
