@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.progress import Progress
@@ -89,7 +89,7 @@ def load_for_evaluation(
         check_vocabulary(tokenizer, configs[1], "the teacher has")
     settings = with_lengths(settings, *configs)
     rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
-    sampling = Sampling(settings.max_new_tokens or MAX_NEW_TOKENS, settings.temperature)
+    sampling = Sampling(cast(int, settings.max_new_tokens), settings.temperature)
     examples = _prompts(settings, tokenizer, context_window(*configs))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
@@ -109,7 +109,7 @@ def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
     """
     context_length = context_window(*configs)
     default = min(MAX_NEW_TOKENS, (context_length or DEFAULT_CONTEXT_LENGTH) // 2)
-    longest = settings.max_new_tokens or default
+    longest = default if settings.max_new_tokens is None else settings.max_new_tokens
     if context_length is not None and longest >= context_length:
         raise ValueError(
             f"--max-new-tokens {longest} leaves no room for a prompt in a context length of {context_length}: lower it"
@@ -119,7 +119,7 @@ def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
 
 def _prompts(settings: EvalSettings, tokenizer: Any, context_length: int | None) -> Examples:
     """The prompts of the settings' data as examples, with room for a response after every prompt."""
-    longest = settings.max_new_tokens or MAX_NEW_TOKENS
+    longest = cast(int, settings.max_new_tokens)
     lengths = {
         "max_length": context_length or DEFAULT_CONTEXT_LENGTH + longest,
         "max_prompt_length": settings.max_prompt_length,

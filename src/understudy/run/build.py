@@ -28,7 +28,8 @@ from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
 from ..teacher import Capability, Teacher
 from ..teachers import TEACHERS, check_provides
-from ..training.callbacks import LogMetrics, ShowSamples
+from ..training.callbacks import LogMetrics
+from ..training.display import ShowSamples
 from ..training.trainer import StudentTrainer
 from .folder import RunFolder
 
@@ -44,6 +45,7 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    samples: ShowSamples | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
+        console=console,
     )
     run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
     _add_callbacks(run, console)
@@ -223,9 +226,11 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
         run.trainer.add_callback(EarlyStoppingCallback(block.patience))
-    if block.show:
+    dataset = run.held_out or run.train
+    examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
+    if examples:
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
-        dataset = run.held_out or run.train
-        examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
-        samples = ShowSamples(run.trainer.writers.student, examples, run.tokenizer, every, run.folder.samples, console)
-        run.trainer.add_callback(samples)
+        writer, path = run.trainer.writers.student, run.folder.samples
+        shows_each = block.show_every is not None
+        run.samples = ShowSamples(writer, examples, run.tokenizer, every, path, console, shows_each)
+        run.trainer.add_callback(run.samples)

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -35,8 +36,9 @@ from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
-from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, ShowProgress, StopAtBudget, SyncRollout
+from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint
+from .display import ShowProgress
 from .preparation import adapt, check_trainable, compiles
 from .spending import Spending, follow_budget
 from .state import load_state, save_state
@@ -58,6 +60,7 @@ class StudentTrainer(Trainer):
         budget: the tokens or seconds that the run may spend; it ends when this or its steps are used up, and its
             schedules end with it.
         corpus: plain texts for methods with a language-modelling loss, their first token as the prompt.
+        console: where progress is shown.
         kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
     """
 
@@ -78,6 +81,7 @@ class StudentTrainer(Trainer):
         budget: Budget | None = None,
         corpus: Sequence[Example] = (),
         callbacks: Sequence[Any] = (),
+        console: Console | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
@@ -102,8 +106,7 @@ class StudentTrainer(Trainer):
             self.remove_callback(callback)
         if limit:
             self.add_callback(LimitCheckpoints(limit))
-        if not args.disable_tqdm:
-            self.add_callback(ShowProgress(spending=self.spending))
+        self.add_callback(ShowProgress(console, self.spending, bar=not args.disable_tqdm))
         self.vocabulary = len(processing_class)
         if teacher is not None:
             teacher.to(self.accelerator.device)
@@ -292,4 +295,4 @@ class StudentTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
-                    callback.progress.stop()  # restores the terminal's cursor, also after an error
+                    callback.stop()  # restores the terminal's cursor, also after an error
