@@ -1,7 +1,6 @@
 """Trainer callbacks: schedules, budget, gradient check, Ctrl-C, metrics file."""
 
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from ..files import append_jsonl, read_jsonl, write_jsonl
 from ..method import Method
 from ..rollout import Rollout
 from ..step import Step
-from .checkpoint import checkpoints
 from .spending import Spending
 
 
@@ -106,25 +104,6 @@ class StopOnInterrupt(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
-
-
-class LimitCheckpoints(TrainerCallback):
-    """Keeps the newest `limit` checkpoints, and the best one.
-
-    Replaces transformers' own rotation, which orders by modification time and deletes any folder named checkpoint-*.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.should_save:
-            return
-        best = None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).resolve()
-        newest_first = [path for path in reversed(checkpoints(args.output_dir)) if path.resolve() != best]
-        keep = max(1, self.limit - (best is not None))
-        for path in newest_first[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 class LogMetrics(TrainerCallback):

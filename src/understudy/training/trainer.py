@@ -36,10 +36,10 @@ from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
-from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, StopAtBudget, SyncRollout
-from .checkpoint import last_checkpoint
+from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
+from .checkpoint import SaveCheckpoints, check_none_overwritten, last_checkpoint, step_of
 from .display import ShowProgress
-from .preparation import adapt, check_trainable, compiles
+from .preparation import adapted, check_trainable, compiles
 from .spending import Spending, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
@@ -89,7 +89,7 @@ class StudentTrainer(Trainer):
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         check_provides(teacher, method.requires, type(method).__name__)
         check_trainable(student, teacher)
-        limit = adapt(args)
+        limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
         if budget is not None:
             callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
@@ -104,8 +104,7 @@ class StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        if limit:
-            self.add_callback(LimitCheckpoints(limit))
+        self.add_callback(SaveCheckpoints(limit))
         self.add_callback(ShowProgress(console, self.spending, bar=not args.disable_tqdm))
         self.vocabulary = len(processing_class)
         if teacher is not None:
@@ -276,8 +275,10 @@ class StudentTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
-        if _internal_call and self.args.should_save:
-            save_state(Path(output_dir or str(self.args.output_dir)), self.method, self.spending)
+        if _internal_call and step_of(output_dir or "") >= 0:
+            if self.args.should_save:
+                save_state(Path(str(output_dir)), self.method, self.spending)
+            self.accelerator.wait_for_everyone()  # the others add their files
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -285,6 +286,9 @@ class StudentTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.spending.restart()
+        first = step_of(resume_from_checkpoint or "") + 1
+        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no":
+            check_none_overwritten(str(self.args.output_dir), first, self.args.max_steps)
         if resume_from_checkpoint:
             load_state(Path(resume_from_checkpoint), self.method, self.spending)
         self.step_metrics = StepMetrics()
