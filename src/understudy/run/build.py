@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
@@ -49,12 +49,25 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Configs:
+class Configs:
     """Tokenizer and configurations, which are read before weights are loaded."""
 
     tokenizer: Any
     student: Any  # its configuration
     context_length: int | None  # the shorter one of student and teacher
+
+
+class Prepared(NamedTuple):
+    """The parts of a run that need no weights."""
+
+    method: Method
+    rollout: Rollout
+    sampling: Sampling
+    teacher: Teacher | None
+    configs: Configs
+    train: Examples
+    held_out: Examples | None
+    corpus: Sequence[Example]
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
@@ -64,16 +77,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    method: Method = recipe.build("method", METHODS, **_reward(recipe))
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
-    teacher = _teacher(recipe, method)
-
-    # From here on files are read, or downloaded from the hub; weights come last.
-    configs = _check_configs(recipe, teacher, uses_teacher(method))
-    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
-    generates = bool(method.authors - {"dataset"})
-    reserve = sampling.max_new_tokens if generates else 1
-    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    method, rollout, sampling, teacher, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
@@ -107,6 +111,18 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     return run
 
 
+def prepare(recipe: Recipe) -> Prepared:
+    """Build what needs no weights, and check that it fits together: the recipe first, then files and hub."""
+    method: Method = recipe.build("method", METHODS, **_reward(recipe))
+    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    teacher = _teacher(recipe, method)
+    configs = _check_configs(recipe, teacher, uses_teacher(method))
+    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
+    reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
+    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    return Prepared(method, rollout, sampling, teacher, configs, train, held_out, corpus)
+
+
 def uses_teacher(method: Method) -> bool:
     """Does the method need a teacher, to score or to generate?"""
     return bool(method.requires) or "teacher" in method.authors
@@ -130,7 +146,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     return teacher
 
 
-def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _Configs:
+def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> Configs:
     """Load tokenizers and configurations, and check that they fit together."""
     name = None if teacher is None else teacher.tokenizer_name
     with recipe.locating("student"):
@@ -144,7 +160,7 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _C
         if teacher is not None and teacher.model_name is not None and is_used:
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    return _Configs(tokenizer, config, context_window(*configs))
+    return Configs(tokenizer, config, context_window(*configs))
 
 
 def _reward(recipe: Recipe) -> dict[str, Reward]:
