@@ -1,7 +1,7 @@
 """Tiny random models of the families of transformers, from one table: for tests that every family must pass.
 
-A family is a `model_type` with what its configuration needs beyond `SHAPE`. Where a family has settings for each layer or
-each few layers, they are such that the layers differ.
+A family is a `model_type` with what its configuration needs beyond `SHAPE`. Where a family has settings for each layer
+or each few layers, they are such that the layers differ.
 """
 
 from typing import Any

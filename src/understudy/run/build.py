@@ -62,7 +62,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    method: Method = recipe.build("method", METHODS, **_reward(recipe))
+    reward = _reward(recipe)
+    method: Method = recipe.build("method", METHODS, **reward)
     rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
     teacher = _teacher(recipe, method)
 
@@ -80,6 +81,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         teacher = None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded now
+    with recipe.locating("reward"):
+        for scorer in reward.values():
+            scorer.load()
     if not sampling.stop_ids:
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
