@@ -64,6 +64,7 @@ class Prepared(NamedTuple):
     rollout: Rollout
     sampling: Sampling
     teacher: Teacher | None
+    reward: Reward | None
     configs: Configs
     train: Examples
     held_out: Examples | None
@@ -77,7 +78,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    method, rollout, sampling, teacher, configs, train, held_out, corpus = prepare(recipe)
+    method, rollout, sampling, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
@@ -86,6 +87,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         teacher = None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded now
+    with recipe.locating("reward"):
+        if reward is not None:
+            reward.load()
     if not sampling.stop_ids:
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
@@ -113,14 +117,15 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
 
 def prepare(recipe: Recipe) -> Prepared:
     """Build what needs no weights, and check that it fits together: the recipe first, then files and hub."""
-    method: Method = recipe.build("method", METHODS, **_reward(recipe))
+    reward = _reward(recipe)
+    method: Method = recipe.build("method", METHODS, **({} if reward is None else {"reward": reward}))
     rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
     teacher = _teacher(recipe, method)
     configs = _check_configs(recipe, teacher, uses_teacher(method))
     context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
     reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
     train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
-    return Prepared(method, rollout, sampling, teacher, configs, train, held_out, corpus)
+    return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
 def uses_teacher(method: Method) -> bool:
@@ -163,11 +168,11 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> Co
     return Configs(tokenizer, config, context_window(*configs))
 
 
-def _reward(recipe: Recipe) -> dict[str, Reward]:
+def _reward(recipe: Recipe) -> Reward | None:
     """The method's argument `reward`, if the recipe has that block."""
     block = recipe.reward
     if block is None:
-        return {}
+        return None
     with recipe.locating("method"):
         parameters = signature(METHODS.get(recipe.method[0])).parameters
     if "reward" not in parameters:
@@ -178,7 +183,7 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
             if block.model is not None:
                 with loading("reward model", block.model):
                     functions[RewardModel(block.model, block.label, block.reads)] = block.weight
-            return {"reward": Reward(functions, block.normalize)}
+            return Reward(functions, block.normalize)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
 
