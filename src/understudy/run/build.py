@@ -64,6 +64,10 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     """
     method: Method = recipe.build("method", METHODS, **_reward(recipe))
     rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    try:
+        method.check_sampling(sampling)
+    except ValueError as error:
+        raise recipe.error("rollout", str(error)) from None
     teacher = _teacher(recipe, method)
 
     # From here on files are read, or downloaded from the hub; weights come last.
