@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fakes import ragged_examples
 from loop import short_sampling, trainer
-from transformers import TrainerCallback
+from transformers.integrations import TrackioCallback
 
 from understudy.budget import Budget
 from understudy.divergences import JensenShannon
@@ -15,8 +15,8 @@ from understudy.methods.gkd import GKD
 from understudy.reward import Reward
 
 
-class Logger(TrainerCallback):
-    """As transformers' loggers: its run ends with the training, and a later log line needs a run again."""
+class Logger(TrackioCallback):
+    """Its run ends with the training, and a later log line needs a run again."""
 
     def __init__(self):
         self.runs = []

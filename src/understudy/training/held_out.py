@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..batch import Batch, Example, groups, micro_batches
-from ..method import EvaluatedPart, Method
+from ..method import EvaluatedPart, Method, from_all_processes
 from ..step import Step
 
 if TYPE_CHECKING:
@@ -40,20 +40,25 @@ def measure_parts(trainer: "StudentTrainer", examples: list[Example]) -> dict[st
 def _measure(trainer: "StudentTrainer", method: Method, examples: list[Example]) -> dict[str, float]:
     """The method's loss and metrics on examples, of which every process takes some.
 
-    All are collected at once, so that nothing depends on the size of a batch.
+    All are collected at once, so that nothing depends on the size of a batch. Every process computes equally often, as
+    sharded models need; what it computes to this end alone is not counted.
     """
     args, model = trainer.args, trainer.model
     assert isinstance(model, torch.nn.Module)
     own = examples[args.process_index :: args.world_size]
-    collected = method.collect(own, trainer.writers, Step(0, args.seed, trainer.state.max_steps))
+    collected = method.collect(own or examples[:1], trainer.writers, Step(0, args.seed, trainer.state.max_steps))
+    parts = min(ceil(len(own or examples[:1]) / args.per_device_eval_batch_size), len(groups(collected)))
+    batches = [Batch.from_examples(p, trainer.pad, args.device) for p in micro_batches(collected, parts)]
+    counted = batches if own else []
+    idle = max(from_all_processes([len(batches)])) - len(counted)
     total, normalizer = torch.zeros(2, dtype=torch.float64, device=args.device)
-    parts = min(ceil(len(own) / args.per_device_eval_batch_size), len(groups(collected)))
-    for part in micro_batches(collected, parts) if parts else []:
-        batch = Batch.from_examples(part, trainer.pad, args.device)
-        trainer.step_metrics.count(batch)
-        with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager():
+        for batch in counted:
+            trainer.step_metrics.count(batch)
             total += trainer.weighted_loss(model, batch, method, diagnose=True)
-        normalizer += batch.normalizer(method.reduction)
+            normalizer += batch.normalizer(method.reduction)
+        for batch in batches[-1:] * idle:
+            trainer.weighted_loss(model, batch, method, diagnose=False)
     line = trainer.step_metrics.log_line(trainer.accelerator)
     total, normalizer = trainer.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
     return {"loss": float(total / normalizer)} | {k: v for k, v in line.items() if not k.startswith("seconds")}

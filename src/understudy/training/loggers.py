@@ -11,7 +11,7 @@ from typing import Any
 from ..reward import Reward
 from ..teacher import Teacher
 
-_LOGGERS = "transformers.integrations"  # the module of those that have no `setup`
+_LOGGERS = "transformers.integrations"  # the package of transformers' loggers
 
 
 def describe_to_loggers(callbacks: Sequence[Any], parts: Mapping[str, Any], output_dir: str) -> None:
@@ -24,10 +24,9 @@ def describe_to_loggers(callbacks: Sequence[Any], parts: Mapping[str, Any], outp
     run_name = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
     description = {name: _plain(part) for name, part in parts.items() if part is not None}
     for callback in callbacks:
-        if hasattr(callback, "setup"):
-            callback.setup = partial(_call, callback.setup, description, run_name)
-        elif type(callback).__module__.startswith(_LOGGERS):
-            callback.on_train_begin = partial(_call, callback.on_train_begin, description, run_name)
+        if any(cls.__module__.startswith(_LOGGERS) for cls in type(callback).__mro__):
+            start = "setup" if hasattr(callback, "setup") else "on_train_begin"
+            setattr(callback, start, partial(_call, getattr(callback, start), description, run_name))
 
 
 def _call(function: Any, description: Mapping[str, Any], run_name: str, args: Any, *others: Any, **named: Any) -> Any:
