@@ -9,6 +9,7 @@ import linecache
 import logging
 import os
 import sys
+import sysconfig
 import traceback
 import unicodedata
 from collections.abc import Iterator
@@ -108,6 +109,8 @@ def explain(error: Exception) -> int:
         )
     elif name == "OutOfMemoryError":
         message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
+    elif (own_class := _raised_by(error)) is not None:
+        message = f"{own_class[0]} raised {name}: {message} ({own_class[1]}; --debug shows how it was called)"
     elif not _is_for_users(error):
         message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
     sys.stderr.write(f"error: {escape(message)}\n")
@@ -124,3 +127,30 @@ def _is_for_users(error: Exception) -> bool:
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     source_line = linecache.getline(frame.f_code.co_filename, line)
     return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in source_line
+
+
+def _raised_by(error: Exception) -> tuple[str, str] | None:
+    """The function of a user's own class or module that raised an error, as name and place; None for other errors.
+
+    An error that understudy raised for users while such a function called it is understudy's.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    own = [i for i, module in enumerate(modules) if module.partition(".")[0] == "understudy"]
+    theirs = [i for i, (frame, _) in enumerate(frames) if own and i > own[0] and i not in own and _is_theirs(frame)]
+    if not theirs or (_is_for_users(error) and own[-1] > theirs[-1]):
+        return None
+    frame, line = frames[theirs[-1]]
+    instance = frame.f_locals.get("self")
+    owner = "" if instance is None else f"{type(instance).__name__}."
+    return f"{owner}{frame.f_code.co_name}", f"{frame.f_code.co_filename}, line {line}"
+
+
+def _is_theirs(frame: Any) -> bool:
+    """Is this code of a user: a method of a class derived from one of understudy's, or in no installed package?"""
+    cls, *bases = type(frame.f_locals.get("self")).__mro__
+    if not cls.__module__.startswith("understudy.") and any(b.__module__.startswith("understudy.") for b in bases):
+        return True
+    file, paths = Path(frame.f_code.co_filename), sysconfig.get_paths()
+    installed = (paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return file.is_file() and not any(file.is_relative_to(path) for path in installed)

@@ -29,6 +29,11 @@ class CachedRollout(Rollout):
         """See `Rollout`."""
         return CachedRollout(self.rollout.bind(model, tokenizer, author), self.path)
 
+    @property
+    def is_bound(self) -> bool:
+        """See `Rollout`."""
+        return self.rollout.is_bound
+
     def with_batch_size(self, batch_size: int) -> "CachedRollout":
         """See `Rollout`."""
         return CachedRollout(self.rollout.with_batch_size(batch_size), self.path)

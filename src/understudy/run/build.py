@@ -120,6 +120,10 @@ def prepare(recipe: Recipe) -> Prepared:
     reward = _reward(recipe)
     method: Method = recipe.build("method", METHODS, **({} if reward is None else {"reward": reward}))
     rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    try:
+        method.check_sampling(sampling)
+    except ValueError as error:
+        raise recipe.error("rollout", str(error)) from None
     teacher = _teacher(recipe, method)
     configs = _check_configs(recipe, teacher, uses_teacher(method))
     context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
@@ -224,7 +228,10 @@ def _teacher_rollout(
 def _response_metrics(
     recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
 ) -> Callable[[Any], dict[str, float]] | None:
-    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any."""
+    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any.
+
+    Their length is `greedy_response_length`, beside that of the responses on which the loss is measured.
+    """
     names = recipe.evaluate.metrics
     if not names:
         return None
@@ -237,7 +244,8 @@ def _response_metrics(
 
     def response_metrics(student: Any) -> dict[str, float]:
         values = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
-        return {name: value for name, value in values.items() if not name.startswith(skipped)}
+        renamed = {name: f"greedy_{name}" for name in ("response_length", "truncated")}
+        return {renamed.get(k, k): value for k, value in values.items() if not k.startswith(skipped)}
 
     return response_metrics
 
