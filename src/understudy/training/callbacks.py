@@ -181,7 +181,7 @@ class ShowSamples(TrainerCallback):
         columns = [Column(name, overflow="fold") for name in names]  # fold: not every script has spaces to wrap at
         table = Table(*columns, title=f"step {state.global_step}", show_lines=True)
         for example, sample in zip(self.examples, responses, strict=True):
-            token_ids = (example.prompt, sample.response, example.response)
+            token_ids = (sample.prompt, sample.response, example.last_turn().response)
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in token_ids]
             table.add_row(*(Text(_printable(text if len(text) <= 300 else "… " + text[-298:])) for text in texts))
             append_jsonl(self.path, {"step": state.global_step, **dict(zip(names, texts, strict=True))})
