@@ -34,6 +34,10 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the first example; write and train nothing.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Resume with another recipe, data, models or packages than it began."),
+    ] = False,
 ) -> None:
     """Train a student by a recipe. The same command again resumes an interrupted run."""
     from ..recipe import load
@@ -47,7 +51,7 @@ def distill(
         from ..run.dry_run import dry_run as show_plan
 
         return show_plan(loaded, restart=restart)
-    summary = distill(loaded, restart=restart)
+    summary = distill(loaded, restart=restart, accept_changes=accept_changes)
     if is_first_process():
         show_run(summary)
 
