@@ -192,12 +192,15 @@ def compare(
     settings = EvalSettings(block, metrics=tuple(metrics or ()))
     settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     changes: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": seeds}
-    show(compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline))
+    comparison = compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline)
+    show(comparison.table)
     if page:
         from ..report import write_report
 
         show(f"report: {write_report([output])[0]}")
     show(f"everything: {output}")
+    if comparison.failed:
+        raise typer.Exit(1)
 
 
 def report(
