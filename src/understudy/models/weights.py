@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def load_weights(auto_class: Any, path: str, trainable: bool = False, **options:
 
     below = {name: value for name, value in options.items() if name != "revision"}
     base = _complete(auto_class, adapters["base_model_name_or_path"], _saved_modules(adapters), below)
+    if (Path(path) / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         revision = {"revision": options["revision"]} if "revision" in options else {}

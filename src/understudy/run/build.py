@@ -20,6 +20,7 @@ from ..method import Method
 from ..methods import METHODS
 from ..models.context_window import context_window
 from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
+from ..models.origin import Origin
 from ..models.student import load_student, student_config, tokenizer_name
 from ..recipe import Recipe, RecipeError
 from ..reward import Reward, RewardModel, function
@@ -44,6 +45,7 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    origin: Origin  # of the student
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
+        dtype = configs.student.dtype  # of the weights on disk
         student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
+    origin = Origin.of(dtype, student)
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
@@ -103,7 +107,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
+    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, origin)
     _add_callbacks(run, console)
     return run
 

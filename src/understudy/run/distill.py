@@ -11,7 +11,6 @@ The same command again resumes an interrupted run from its last complete checkpo
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from ..training.callbacks import StopOnInterrupt
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
+from .save import save_student
 from .summary import summarize
 
 
@@ -106,20 +106,3 @@ def student_samples(run: Run, count: int = 64) -> dict[str, float]:
     responses = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, teacher, responses, trainer.vocabulary)
-
-
-def save_student(run: Run) -> None:
-    """Save the student and its tokenizer in student/ atomically; adapters are merged if the recipe says so."""
-    trainer, partial = run.trainer, run.folder.student_partial
-    if run.recipe.student.merge:
-        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        if trainer.args.should_save:
-            model.save_pretrained(partial)
-            run.tokenizer.save_pretrained(partial)
-    else:
-        trainer.save_model(str(partial))
-    if trainer.args.should_save:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
-        shutil.rmtree(run.folder.student, ignore_errors=True)
-        partial.rename(run.folder.student)
-    trainer.accelerator.wait_for_everyone()
