@@ -1,14 +1,17 @@
 """What a student came with and training changes: dtype, use_cache, generation config. It is restored when saved."""
 
+import json
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
+from transformers.utils.hub import cached_file
 
 logger = logging.getLogger(__name__)
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -31,9 +34,24 @@ def repair_generation_config(model: Any) -> None:
             getattr(config, name),
         )
         setattr(config, name, getattr(default, name, None))
-    if (error := _error(config)) is not None:
-        logger.warning("the student's generation_config is invalid, and only its tokens are used: %s", error)
-        model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in _TOKENS})
+
+
+def tokens_of_invalid_config(path: str) -> GenerationConfig | None:
+    """A generation config with the tokens of the one in a folder or repository, if that one cannot be loaded.
+
+    This is logged as a warning. None if it can be loaded, or if there is none.
+    """
+    try:
+        GenerationConfig.from_pretrained(path)
+    except ValueError as error:
+        file = cached_file(path, "generation_config.json")
+        assert file is not None
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        logger.warning("the generation_config of %s is invalid, and only its tokens are used: %s", path, error)
+        return GenerationConfig(**{name: content[name] for name in _TOKENS if name in content})
+    except OSError:
+        pass
+    return None
 
 
 def _error(config: GenerationConfig) -> ValueError | None:

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .origin import tokens_of_invalid_config
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +71,14 @@ def _complete(auto_class: Any, path: str, elsewhere: Iterable[str], options: dic
     """The model, if none of its weights is missing; those of the modules named `elsewhere` may be."""
     # An absolute path, because adapters save the path of the model below them.
     place = Path(path).resolve() if Path(path).is_dir() else path
-    model, report = auto_class.from_pretrained(place, output_loading_info=True, **options)
+    try:
+        model, report = auto_class.from_pretrained(place, output_loading_info=True, **options)
+    except ValueError:
+        if (generation := tokens_of_invalid_config(str(place))) is None:
+            raise
+        model, report = auto_class.from_pretrained(
+            place, output_loading_info=True, generation_config=generation, **options
+        )
     buffers = {name for name, _ in model.named_buffers()}
     missing = {name for name in report["missing_keys"] if not set(name.split(".")) & set(elsewhere)}
     unexpected = sorted(report["unexpected_keys"])
