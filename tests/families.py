@@ -1,7 +1,7 @@
 """Tiny random models of the families of transformers, from one table: for tests that every family must pass.
 
-A family is a `model_type` with what its configuration needs beyond `SHAPE`. Where a family has settings for each layer or
-each few layers, they are such that the layers differ.
+A family is a `model_type` with what its configuration needs beyond `SHAPE`. Where a family has settings for each layer
+or each few layers, they are such that the layers differ.
 """
 
 from typing import Any
@@ -125,7 +125,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "glm4_moe": {"first_k_dense_replace": 1},
     "glm4_moe_lite": {},
-    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neo": {"attention_types": [[["global", "local", "local"], 1]], "window_size": 4},
     "gpt_neox": {},

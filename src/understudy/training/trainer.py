@@ -29,12 +29,14 @@ from ..fused_linear.tiles import tiling
 from ..method import Method, MethodContext
 from ..models.forward import score
 from ..models.parity import can_fuse
+from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout, Writer, Writers
 from ..sampling import Sampling
 from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
+from .best_checkpoint import LoadBestState
 from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, ShowProgress, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint
 from .preparation import adapt, check_trainable, compiles
@@ -94,7 +96,7 @@ class StudentTrainer(Trainer):
             args=args,
             data_collator=cast(Any, list),  # examples stay ragged until Batch.from_examples
             processing_class=processing_class,
-            callbacks=[CheckGradients(), AfterStep(method, self.spending), *callbacks],
+            callbacks=[CheckGradients(), AfterStep(method, self.spending), LoadBestState(method), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
@@ -104,7 +106,7 @@ class StudentTrainer(Trainer):
             self.add_callback(LimitCheckpoints(limit))
         if not args.disable_tqdm:
             self.add_callback(ShowProgress(spending=self.spending))
-        self.vocabulary = len(processing_class)
+        self.vocabulary = vocabulary_size(processing_class)
         if teacher is not None:
             teacher.to(self.accelerator.device)
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
