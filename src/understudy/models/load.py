@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..playground.names import resolve as resolve_playground
 from ..recipe import RecipeError
+from .vocabulary import vocabulary_size
 from .weights import adapter_config, load_weights
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str
     Raises:
         RecipeError: with both numbers.
     """
-    rows = getattr(config, "vocab_size", None)
-    if rows is not None and rows < len(tokenizer):
+    rows, size = getattr(config, "vocab_size", None), vocabulary_size(tokenizer)
+    if rows is not None and rows < size:
         raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens and {whose} embeddings for {rows} only: "
+            f"the tokenizer has {size} tokens and {whose} embeddings for {rows} only: "
             f"use the tokenizer that belongs to the model, or a model that belongs to this tokenizer"
         )
 

@@ -30,12 +30,14 @@ from ..fused_linear.tiles import tiling
 from ..method import Method, MethodContext
 from ..models.forward import score
 from ..models.parity import can_fuse
+from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout
 from ..sampling import Sampling
 from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
+from .best_checkpoint import LoadBestState
 from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint, step_of
 from .display import ShowProgress
@@ -120,11 +122,11 @@ class StudentTrainer(Trainer):
             train_dataset=rows.read(train_dataset, "train_dataset"),
             eval_dataset=rows.read(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
-            callbacks=[CheckGradients(), AfterStep(method, self.spending), *callbacks],
+            callbacks=[CheckGradients(), AfterStep(method, self.spending), LoadBestState(method), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
-        self.vocabulary = len(processing_class)
+        self.vocabulary = vocabulary_size(processing_class)
         self.method, self.response_metrics = method, response_metrics
         self.step_metrics = StepMetrics()
         self._fused = can_fuse(student)
