@@ -15,6 +15,7 @@ import torch
 
 from .batch import Example
 from .method import from_all_processes, process_rank
+from .models.load import load_model, resolve
 from .registry import import_object
 
 Scorer = Callable[[list[str], list[str], list[Mapping[str, Any]]], Sequence[float]]
@@ -38,6 +39,16 @@ class Reward:
         if len(self.functions) < len(weighted):
             raise ValueError("two of the reward's functions have the same name, by which they are logged: rename one")
         self.normalize = normalize
+
+    def load(self) -> None:
+        """Load the weights of reward models, which are otherwise loaded when first used.
+
+        Raises:
+            RecipeError: if they cannot be loaded, or some are missing.
+        """
+        for function, _ in self.functions.values():
+            if isinstance(function, RewardModel):
+                _ = function.model
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,8 +131,8 @@ class RewardModel:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.reads, self.batch_size = name, reads, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        labels: Any = AutoConfig.from_pretrained(name).label2id
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        labels: Any = AutoConfig.from_pretrained(resolve(name)).label2id
         if label is not None and label not in labels:
             raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
         if label is None and len(labels) > 1:
@@ -133,7 +144,7 @@ class RewardModel:
         """Loaded when first used, on a GPU if there is one."""
         from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.name)
+        model = load_model(self.name, AutoModelForSequenceClassification)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id

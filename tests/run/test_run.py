@@ -199,6 +199,18 @@ def test_a_restart_deletes_only_what_runs_and_reports_write(home):
     assert not (home / "run" / "checkpoint-77").exists()
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_another_program_s_checkpoint_in_a_run_s_folder_is_refused_and_stays(restart, home):
+    run(home, method="sft")
+    (home / "run" / "run.json").unlink()
+    (home / "run" / "checkpoint-500").mkdir()
+    (home / "run" / "checkpoint-500" / "model.bin").write_text("mine")
+    before = contents(home / "run")
+    with pytest.raises(RecipeError, match="checkpoint-500 exists already and was not written by a run"):
+        run(home, restart=restart, method="sft")
+    assert contents(home / "run") == before
+
+
 def test_a_restart_generates_the_teacher_s_responses_again(home):
     run(home, method="seqkd")
     file = home / "run" / "teacher_responses.jsonl"

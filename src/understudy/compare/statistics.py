@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..budget import amount, spent
+from .differences import LEAST_PROMPTS, Difference, paired_difference
+from .student_t import quantile
 
-RESAMPLES = 10_000
 SHARES = ("accuracy", "truncated", "agreement", "top_10_overlap")  # metrics that are written in percent
 
 
@@ -46,38 +47,8 @@ class Spread:
         if len(array) < 2:
             return cls(mean, 0.0, mean, mean)
         deviation = float(array.std(ddof=1))
-        half = _student_t(len(array) - 1) * deviation / len(array) ** 0.5
+        half = quantile(0.05, len(array) - 1) * deviation / len(array) ** 0.5
         return cls(mean, deviation, mean - half, mean + half)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A variant's mean score minus the baseline's, with a paired bootstrap's 95 % interval and p value."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired_difference(
-    scores: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]], seed: int = 0
-) -> Difference:
-    """The paired bootstrap of two (S, A) tables of scores, S seeds and responses to the same A prompts in each.
-
-    Seeds and prompts are both resampled, with replacement, `RESAMPLES` times. p is twice the share of resampled means
-    on the other side of 0, at least 1/RESAMPLES.
-    """
-    delta = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    runs, responses = delta.shape
-    draw = np.random.default_rng(seed)
-    prompts = draw.multinomial(responses, np.full(responses, 1 / responses), size=RESAMPLES) / responses
-    seeds = draw.multinomial(runs, np.full(runs, 1 / runs), size=RESAMPLES) / runs
-    means = ((seeds @ delta) * prompts).sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    mean = float(delta.mean())
-    other = float((means <= 0).mean() if mean > 0 else (means >= 0).mean())
-    return Difference(mean, float(low), float(high), min(1.0, max(2 * other, 1 / RESAMPLES)))
 
 
 @dataclass(frozen=True)
@@ -147,6 +118,20 @@ def budget_notes(rows: Sequence[TableRow]) -> list[str]:
     return notes + [f"{row.name}, {end}." for row in finished for end in row.ended_early]
 
 
+def difference_notes(rows: Sequence[TableRow]) -> list[str]:
+    """Why differences in the table have no p value."""
+    untested = [difference for row in rows for difference in row.difference.values() if difference.p is None]
+    notes = []
+    if any(difference.seeds < 2 for difference in untested):
+        notes.append(
+            "With one seed, the interval of a difference is over prompts alone: what another seed would change is "
+            "unknown, so there is no p value."
+        )
+    if any(difference.seeds > 1 for difference in untested):
+        notes.append(f"With fewer than {LEAST_PROMPTS} prompts, a difference has no p value.")
+    return notes
+
+
 def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
     if not results:
         return {}
@@ -167,10 +152,17 @@ def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | 
         for seed, result in results.items()
         if isinstance(baseline_result := baseline.get(seed), Result)
     ]
-    if not pairs:
-        return {}
-    protocols = [p for p in pairs[0][0].scores if p in pairs[0][1].scores]
-    return {p: paired_difference([a.scores[p] for a, _ in pairs], [b.scores[p] for _, b in pairs]) for p in protocols}
+    protocols = pairs[0][0].scores if pairs else ()
+    differences = {protocol: difference_of(pairs, protocol) for protocol in protocols}
+    return {protocol: difference for protocol, difference in differences.items() if difference is not None}
+
+
+def difference_of(pairs: Sequence[tuple[Result, Result]], protocol: str) -> Difference | None:
+    """The difference of pairs of results, one for each seed; None unless all have scores of the same prompts."""
+    first, second = ([pair[i].scores.get(protocol, ()) for pair in pairs] for i in (0, 1))
+    if len({len(scores) for scores in (*first, *second)}) != 1 or not first[0]:
+        return None
+    return paired_difference(first, second)
 
 
 def _gap_closed(
@@ -193,12 +185,6 @@ def _cost(results: list[Result], name: str) -> Spread | None:
     return Spread.of(values) if values and None not in values else None
 
 
-def _student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
-
-
 def markdown(table: Sequence[TableRow], columns: Sequence[tuple[str, str]], references: Mapping[str, Result]) -> str:
     """The table in Markdown.
 
@@ -217,7 +203,7 @@ def markdown(table: Sequence[TableRow], columns: Sequence[tuple[str, str]], refe
     text = ["| " + " | ".join(row[i] for i in used) + " |" for row in [heads, *rows]]
     text.insert(1, "|---" * len(used) + "|")
     notes = [f"- {row.name}, {reason}" for row in table for reason in row.failed]
-    notes += [f"- {note}" for note in budget_notes(table)]
+    notes += [f"- {note}" for note in (*difference_notes(table), *budget_notes(table))]
     return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
 
 
@@ -229,7 +215,7 @@ def _cells(row: TableRow, columns: Sequence[tuple[str, str]]) -> list[str]:
         cells.append("" if spread is None else _plus_minus(spread, metric, row.seeds))
     protocol, metric = columns[0]
     difference, gap = row.difference.get(protocol), row.gap_closed.get(protocol, {}).get(metric)
-    cells.append("" if difference is None else f"{100 * difference.mean:+.1f} (p {_p(difference.p)})")
+    cells.append("" if difference is None else _difference(difference))
     cells.append("" if gap is None else f"{gap:.0%}")
     return cells + ["" if s is None else f"{s.mean:,.0f}" for s in (row.seconds, row.cpu_seconds, row.tokens)]
 
@@ -251,5 +237,14 @@ def with_deviation(mean: str, deviation: float) -> str:
     return f"{mean} ± {deviation:.{len(mean.partition('.')[2])}f}"
 
 
-def _p(value: float) -> str:
+def _difference(difference: Difference) -> str:
+    """In points of 100, with the p value, or the interval where there is none."""
+    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    if difference.p is not None:
+        return f"{mean:+.1f} (p {p_text(difference.p)})"
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}" + (" over prompts)" if difference.seeds < 2 else ")")
+
+
+def p_text(value: float) -> str:
+    """A p value with three digits."""
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -84,7 +84,7 @@ def evaluate(
             seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(examples, sampling, teacher, seeds, metrics, exposure_bias)
+    check(examples, sampling, teacher, seeds, metrics, exposure_bias)
     correct = _correctness(examples)
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
@@ -121,7 +121,7 @@ def distance(
     return {name: means[name] for name in DIVERGENCE_METRICS}
 
 
-def _check(
+def check(
     examples: Examples,
     sampling: Sampling,
     teacher: Teacher | None,
@@ -129,7 +129,11 @@ def _check(
     metrics: Sequence[str],
     exposure_bias: bool,
 ) -> None:
-    """Refuse settings that would fail or be meaningless, before any response is generated."""
+    """Refuse settings that would fail or be meaningless, before any response is generated.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     text_metrics.check(metrics)
     diversity = [name for name in metrics if text_metrics.compares_responses(name)]
     quality = [name for name in metrics if name not in diversity]

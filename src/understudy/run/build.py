@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
@@ -28,7 +28,8 @@ from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
 from ..teacher import Capability, Teacher
 from ..teachers import TEACHERS, check_provides
-from ..training.callbacks import LogMetrics, ShowSamples
+from ..training.callbacks import LogMetrics
+from ..training.display import ShowSamples
 from ..training.trainer import StudentTrainer
 from .folder import RunFolder
 
@@ -44,15 +45,30 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    samples: ShowSamples | None = None
 
 
 @dataclass(frozen=True)
-class _Configs:
+class Configs:
     """Tokenizer and configurations, which are read before weights are loaded."""
 
     tokenizer: Any
     student: Any  # its configuration
     context_length: int | None  # the shorter one of student and teacher
+
+
+class Prepared(NamedTuple):
+    """The parts of a run that need no weights."""
+
+    method: Method
+    rollout: Rollout
+    sampling: Sampling
+    teacher: Teacher | None
+    reward: Reward | None
+    configs: Configs
+    train: Examples
+    held_out: Examples | None
+    corpus: Sequence[Example]
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
@@ -62,20 +78,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    method: Method = recipe.build("method", METHODS, **_reward(recipe))
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
-    try:
-        method.check_sampling(sampling)
-    except ValueError as error:
-        raise recipe.error("rollout", str(error)) from None
-    teacher = _teacher(recipe, method)
-
-    # From here on files are read, or downloaded from the hub; weights come last.
-    configs = _check_configs(recipe, teacher, uses_teacher(method))
-    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
-    generates = bool(method.authors - {"dataset"})
-    reserve = sampling.max_new_tokens if generates else 1
-    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    method, rollout, sampling, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
@@ -84,6 +87,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         teacher = None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded now
+    with recipe.locating("reward"):
+        if reward is not None:
+            reward.load()
     if not sampling.stop_ids:
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
@@ -102,10 +108,28 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
+        console=console,
     )
     run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
     _add_callbacks(run, console)
     return run
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Build what needs no weights, and check that it fits together: the recipe first, then files and hub."""
+    reward = _reward(recipe)
+    method: Method = recipe.build("method", METHODS, **({} if reward is None else {"reward": reward}))
+    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    try:
+        method.check_sampling(sampling)
+    except ValueError as error:
+        raise recipe.error("rollout", str(error)) from None
+    teacher = _teacher(recipe, method)
+    configs = _check_configs(recipe, teacher, uses_teacher(method))
+    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
+    reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
+    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
 def uses_teacher(method: Method) -> bool:
@@ -131,7 +155,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     return teacher
 
 
-def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _Configs:
+def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> Configs:
     """Load tokenizers and configurations, and check that they fit together."""
     name = None if teacher is None else teacher.tokenizer_name
     with recipe.locating("student"):
@@ -145,14 +169,14 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _C
         if teacher is not None and teacher.model_name is not None and is_used:
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    return _Configs(tokenizer, config, context_window(*configs))
+    return Configs(tokenizer, config, context_window(*configs))
 
 
-def _reward(recipe: Recipe) -> dict[str, Reward]:
+def _reward(recipe: Recipe) -> Reward | None:
     """The method's argument `reward`, if the recipe has that block."""
     block = recipe.reward
     if block is None:
-        return {}
+        return None
     with recipe.locating("method"):
         parameters = signature(METHODS.get(recipe.method[0])).parameters
     if "reward" not in parameters:
@@ -163,7 +187,7 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
             if block.model is not None:
                 with loading("reward model", block.model):
                     functions[RewardModel(block.model, block.label, block.reads)] = block.weight
-            return {"reward": Reward(functions, block.normalize)}
+            return Reward(functions, block.normalize)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
 
@@ -231,9 +255,11 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
         run.trainer.add_callback(EarlyStoppingCallback(block.patience))
-    if block.show:
+    dataset = run.held_out or run.train
+    examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
+    if examples:
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
-        dataset = run.held_out or run.train
-        examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
-        samples = ShowSamples(run.trainer.writers.student, examples, run.tokenizer, every, run.folder.samples, console)
-        run.trainer.add_callback(samples)
+        writer, path = run.trainer.writers.student, run.folder.samples
+        shows_each = block.show_every is not None
+        run.samples = ShowSamples(writer, examples, run.tokenizer, every, path, console, shows_each)
+        run.trainer.add_callback(run.samples)

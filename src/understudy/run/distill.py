@@ -26,10 +26,12 @@ from ..files import write_atomic
 from ..recipe import Recipe
 from ..step import Step
 from ..teacher import Capability
+from ..terminal import is_first_process, show
 from ..training.callbacks import StopOnInterrupt
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
+from .overview import show_overview
 from .summary import summarize
 
 
@@ -44,13 +46,13 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
         RecipeError: for what is wrong with the recipe, before anything is computed.
         Interrupted: after Ctrl-C, with a checkpoint saved.
     """
-    console = console or get_console()
+    console = (console or get_console()) if is_first_process() else Console(quiet=True)
     arguments = training_arguments(recipe)
     folder = RunFolder(Path(arguments.output_dir or "."))
     with arguments.main_process_first(local=False):
         folder.check_free(recipe, restart)
     if not restart and folder.is_finished and (summary := folder.read_run_json()) is not None:
-        console.print(f"{folder.path} is finished already; --restart runs it again", soft_wrap=True)
+        show(f"{folder.path} is finished already; --restart runs it again", console)
         return summary
 
     run = build(recipe, arguments, console)
@@ -62,7 +64,8 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
             folder.claim(recipe, restart)
     checkpoint = folder.last_checkpoint()
     if checkpoint:
-        console.print(f"resuming from {checkpoint}", soft_wrap=True)
+        show(f"resuming from {checkpoint}", console)
+    show_overview(run, folder.path, console)
     before = _distance_before(run, resumed=checkpoint is not None)
     interrupt = StopOnInterrupt()
     run.trainer.add_callback(interrupt)
@@ -70,6 +73,8 @@ def distill(recipe: Recipe, restart: bool = False, console: Console | None = Non
     run.trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
         raise Interrupted(f"stopped after step {run.trainer.state.global_step}; the same command resumes from there")
+    if run.samples is not None:
+        run.samples.show_last(arguments, run.trainer.state)
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     metrics = run.trainer.evaluate() if run.held_out is not None else {}
     after = student_samples(run)

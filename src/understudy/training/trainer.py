@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -35,13 +36,14 @@ from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
-from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, ShowProgress, StopAtBudget, SyncRollout
-from .checkpoint import last_checkpoint
-from .held_out import check_names, measure_parts
+from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
+from .checkpoint import SaveCheckpoints, check_none_overwritten, last_checkpoint, step_of
+from .display import ShowProgress
+from .held_out import held_out_line
 from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
-from .preparation import adapt, check_trainable, compiles
+from .preparation import adapted, check_trainable, compiles
 from .spending import Spending, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
@@ -67,6 +69,7 @@ class StudentTrainer(Trainer):
         peft_config: adds adapters to the student.
         train_dataset, eval_dataset: of `Example`s, or of rows as `datasets.Dataset` or a list of dictionaries.
         data_options: of `examples_from_rows`, for datasets of rows.
+        console: where progress is shown.
         kwargs: everything else of `transformers.Trainer`: callbacks, optimizers …
     """
 
@@ -91,6 +94,7 @@ class StudentTrainer(Trainer):
         budget: Budget | None = None,
         corpus: Sequence[Example] = (),
         callbacks: Sequence[Any] = (),
+        console: Console | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
@@ -103,7 +107,7 @@ class StudentTrainer(Trainer):
         student = as_student(student, peft_config, args.seed)
         check_trainable(student, teacher)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
-        limit = adapt(args)
+        limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
         if budget is not None:
             callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
@@ -128,19 +132,19 @@ class StudentTrainer(Trainer):
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
         self.teacher = method.setup(context) or teacher
         self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
-        self._arrange_callbacks(limit, sync=rollout is not None)
+        self._add_callbacks(
+            rollout, SaveCheckpoints(limit), ShowProgress(console, self.spending, not args.disable_tqdm)
+        )
         parts = {"method": method, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
         describe_to_loggers(self.callback_handler.callbacks, parts, str(args.output_dir))
 
-    def _arrange_callbacks(self, save_total_limit: int | None, sync: bool) -> None:
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        if save_total_limit:
-            self.add_callback(LimitCheckpoints(save_total_limit))
-        if not self.args.disable_tqdm:
-            self.add_callback(ShowProgress(spending=self.spending))
-        if sync:
-            self.add_callback(SyncRollout(self.writers.student.rollout))
+    def _add_callbacks(self, rollout: Rollout | None, *callbacks: Any) -> None:
+        """Add callbacks in the place of transformers' own progress, and the one that keeps the rollout up to date."""
+        for replaced in (PrinterCallback, ProgressCallback):
+            self.remove_callback(replaced)
+        sync = [] if rollout is None else [SyncRollout(self.writers.student.rollout)]
+        for callback in (*callbacks, *sync):
+            self.add_callback(callback)
 
     @property
     def tokens_seen(self) -> int:
@@ -260,15 +264,7 @@ class StudentTrainer(Trainer):
         if isinstance(dataset, dict):
             parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        model = cast(nn.Module, self.model)
-        model.eval()
-        saved_state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
-        training, self.step_metrics = self.step_metrics, StepMetrics()  # evaluation has its own counts
-        line = measure_parts(self, list(cast(Any, dataset)))
-        self.step_metrics = training
-        if saved_state or self.method.state_dict():
-            self.method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
-        line |= check_names({} if self.response_metrics is None else self.response_metrics(model), line)
+        line = held_out_line(self, list(cast(Any, dataset)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
         super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -276,8 +272,10 @@ class StudentTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
-        if _internal_call and self.args.should_save:
-            save_state(Path(output_dir or str(self.args.output_dir)), self.method, self.spending)
+        if _internal_call and step_of(output_dir or "") >= 0:
+            if self.args.should_save:
+                save_state(Path(str(output_dir)), self.method, self.spending)
+            self.accelerator.wait_for_everyone()  # the others add their files
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -285,6 +283,9 @@ class StudentTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.spending.restart()
+        first = step_of(resume_from_checkpoint or "") + 1
+        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no":
+            check_none_overwritten(str(self.args.output_dir), first, self.args.max_steps)
         if resume_from_checkpoint:
             load_state(Path(resume_from_checkpoint), self.method, self.spending)
         self.step_metrics = StepMetrics()
@@ -295,4 +296,4 @@ class StudentTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
-                    callback.progress.stop()  # restores the terminal's cursor, also after an error
+                    callback.stop()  # restores the terminal's cursor, also after an error
