@@ -43,6 +43,24 @@ class Example:
             return list(range(len(self.response)))
         return [place for place, is_trained in enumerate(self.trained) if is_trained]
 
+    def last_turn(self) -> "Example":
+        """The example with the last part of the response that is trained on as its response, and all before as prompt.
+
+        In a conversation of which all turns of the assistant are trained on, this is the last one: what a model is to
+        generate.
+        """
+        places = self.trained_tokens
+        first = next(
+            (place for place, before in zip(places[:0:-1], places[-2::-1], strict=True) if place - before > 1), 0
+        )
+        if self.trained is None or not first:
+            return self
+        prompt = [*self.prompt, *self.response[:first]]
+        teacher_prompt = self.teacher_prompt and [*self.teacher_prompt, *self.response[:first]]
+        streams = {name: values[first:] for name, values in self.streams.items()}
+        changes = {"prompt": prompt, "teacher_prompt": teacher_prompt, "streams": streams}
+        return replace(self, response=self.response[first:], trained=self.trained[first:], **changes)
+
 
 @dataclass(frozen=True)
 class Batch:

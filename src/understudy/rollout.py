@@ -71,9 +71,9 @@ class Writer:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __call__(self, prompts: Sequence[Example], step: Step, **sampling_changes: Any) -> list[Example]:
-        """Responses to `prompts`; the keywords replace fields of the sampling, such as n=1, for this call."""
+        """Responses in the `last_turn` of `prompts`; the keywords replace fields of the sampling, such as n=1."""
         sampling = replace(self.sampling, **sampling_changes) if sampling_changes else self.sampling
-        return self.rollout.generate(prompts, sampling, step)
+        return self.rollout.generate([prompt.last_turn() for prompt in prompts], sampling, step)
 
 
 @dataclass(frozen=True)

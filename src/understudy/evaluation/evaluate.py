@@ -1,8 +1,8 @@
 """Evaluate a model: generate responses to prompts, measure accuracy, text metrics and the distance to a teacher.
 
-Every response has given sampling parameters and a seed. A response is correct if it matches a reference exactly (after
-normalisation), or, where every reference has a final answer after `####`, if it ends in the same. The distance to a
-teacher is measured on the model's own responses. The metrics are
+Every response has given sampling parameters and a seed. A response is correct if it agrees with a reference: in the
+final answer where the reference has one after `####` or in a box, else as a whole (`final_answer.agree`). The distance
+to a teacher is measured on the model's own responses. The metrics are
 
     accuracy                        share of correct responses, where there are references
     examples                        the number of prompts
@@ -28,8 +28,7 @@ from .. import metrics as text_metrics
 from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
-from ..metrics.exact_match import exact_match
-from ..metrics.final_answer import final_answer, is_correct
+from ..metrics.final_answer import agree
 from ..rollout import Rollout
 from ..sampling import Sampling
 from ..scores import DIVERGENCE_METRICS
@@ -85,13 +84,12 @@ def evaluate(
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     check(examples, sampling, teacher, seeds, metrics, exposure_bias)
-    correct = _correctness(examples)
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
         options: dict[str, Any] = {"author": author, "path": path}
         options["search"] = None if first_batch_size is None else BatchSizeSearch(first_batch_size)
         options["on_progress"] = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
-        return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, correct, **options)
+        return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, _is_correct, **options)
 
     generated = generate("student", model, output)
     numbers, signatures = _response_metrics(generated, len(examples), metrics)
@@ -156,11 +154,8 @@ def check(
         )
 
 
-def _correctness(examples: Examples) -> Callable[[str, Row], bool | None]:
-    """The check of a response: by its final answer where all references have one, else by exact match."""
-    by_final_answer = all(final_answer(r) is not None for row in examples.rows for r in row.references)
-    check = is_correct if by_final_answer else exact_match
-    return lambda text, row: check(text, row.references) if row.references else None
+def _is_correct(text: str, row: Row) -> bool | None:
+    return any(agree(text, reference) for reference in row.references) if row.references else None
 
 
 def _response_metrics(

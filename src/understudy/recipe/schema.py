@@ -76,6 +76,8 @@ class Data(_Block):
     columns: dict[str, str] | None = None
     template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    train_on: Literal["last", "all"] = "last"  # of a conversation's messages of the assistant
+    text_as: Literal["chunks", "lines", "files"] = "chunks"  # what a .txt file holds
     max_length: int = 512
     max_prompt_length: int | None = None
     text_prompt: int = 32

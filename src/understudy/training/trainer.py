@@ -132,19 +132,17 @@ class StudentTrainer(Trainer):
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
         self.teacher = method.setup(context) or teacher
         self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
-        self._add_callbacks(
-            rollout, SaveCheckpoints(limit), ShowProgress(console, self.spending, not args.disable_tqdm)
-        )
+        self._arrange_callbacks(limit, console, sync=rollout is not None)
         parts = {"method": method, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
         describe_to_loggers(self.callback_handler.callbacks, parts, str(args.output_dir))
 
-    def _add_callbacks(self, rollout: Rollout | None, *callbacks: Any) -> None:
-        """Add callbacks in the place of transformers' own progress, and the one that keeps the rollout up to date."""
-        for replaced in (PrinterCallback, ProgressCallback):
-            self.remove_callback(replaced)
-        sync = [] if rollout is None else [SyncRollout(self.writers.student.rollout)]
-        for callback in (*callbacks, *sync):
-            self.add_callback(callback)
+    def _arrange_callbacks(self, save_total_limit: int | None, console: Console | None, sync: bool) -> None:
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(SaveCheckpoints(save_total_limit))
+        self.add_callback(ShowProgress(console, self.spending, bar=not self.args.disable_tqdm))
+        if sync:
+            self.add_callback(SyncRollout(self.writers.student.rollout))
 
     @property
     def tokens_seen(self) -> int:
