@@ -125,7 +125,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "glm4_moe": {"first_k_dense_replace": 1},
     "glm4_moe_lite": {},
-    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neo": {"attention_types": [[["global", "local", "local"], 1]], "window_size": 4},
     "gpt_neox": {},

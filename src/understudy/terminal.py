@@ -104,7 +104,7 @@ def explain(error: Exception) -> int:
     message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
     if name == "Interrupted":
         sys.stderr.write(f"{escape(message)}\n")
-        return INTERRUPTED
+        return getattr(error, "exit_code", INTERRUPTED)
     if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
         message = (
             "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from understudy.compare.differences import LEAST_PROMPTS, paired_difference
-from understudy.compare.statistics import Result, difference_notes, markdown, table_rows
+from understudy.compare.statistics import Result, difference_notes, table_rows
 from understudy.compare.student_t import p_value, quantile
+from understudy.compare.table import markdown
 
 
 def answers(draw, seeds, prompts=1000, deviation=0.019, better=0.0):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from understudy.compare.statistics import Result, Spread, budget_notes, markdown, table_rows
+from understudy.compare.statistics import Result, Spread, budget_notes, table_rows
+from understudy.compare.table import markdown
 
 
 def result(accuracy, scores=(), **cost):

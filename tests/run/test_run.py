@@ -19,7 +19,8 @@ from understudy.data.examples import DataError
 from understudy.recipe import RecipeError, load, parse
 from understudy.run.arguments import training_arguments
 from understudy.run.build import build
-from understudy.run.distill import Interrupted, distill
+from understudy.run.distill import distill
+from understudy.training.signals import Interrupted
 from understudy.training.trainer import StudentTrainer
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 4]])
@@ -69,7 +70,7 @@ def test_a_run_leaves_everything_behind(method, home):
     optional = {"teacher_responses.jsonl"} if "seqkd" in str(method) else set()
     assert {path.name for path in folder.iterdir()} == optional | {
         *("recipe.yaml", "run.json", "before.json", "metrics.jsonl", "samples.jsonl", "student"),
-        *("checkpoint-1", "checkpoint-2", ".understudy"),
+        *("checkpoint-1", "checkpoint-2", ".understudy", ".understudy.lock", "inputs.json"),
     }
     assert json.loads((folder / "run.json").read_text()) == summary
     assert summary["steps"] == 2

@@ -6,13 +6,14 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from fakes import words
+from fakes import ragged_examples, words
 from loop import arguments, student, teacher, trainer
 from transformers import TrainerState
 
 from understudy.methods.kd import KD
 from understudy.training import checkpoint
-from understudy.training.checkpoint import SaveCheckpoints, last_checkpoint
+from understudy.training.checkpoint import last_checkpoint
+from understudy.training.saving import SaveCheckpoints
 from understudy.training.trainer import StudentTrainer
 
 
@@ -124,7 +125,7 @@ def test_a_half_deleted_checkpoint_is_still_the_run_s_own(tmp_path, monkeypatch)
 def test_the_best_checkpoint_of_a_moved_folder_is_found(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.0}
-    dataset = {"eval_dataset": list(trainer(tmp_path / "x", KD()).train_dataset)[:2]}
+    dataset = {"eval_dataset": ragged_examples(2)}
     trainer(tmp_path / "old", KD(), options=dataset, **options).train()
     shutil.rmtree(tmp_path / "old" / "checkpoint-4")
     (tmp_path / "old").rename(tmp_path / "new")

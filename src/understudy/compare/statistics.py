@@ -1,4 +1,4 @@
-"""Statistics over runs: means over seeds, confidence intervals, paired differences, costs; the table of a comparison.
+"""Statistics over runs: means over seeds, confidence intervals, paired differences, costs.
 
 The table is computed from saved results, so that it can be computed again at any time. A result has one model's metrics
 under every protocol ("greedy", "T=1") and, where each response is correct or wrong, the score of every response, by
@@ -183,68 +183,3 @@ def _gap_closed(
 def _cost(results: list[Result], name: str) -> Spread | None:
     values = [getattr(r, name) for r in results]
     return Spread.of(values) if values and None not in values else None
-
-
-def markdown(table: Sequence[TableRow], columns: Sequence[tuple[str, str]], references: Mapping[str, Result]) -> str:
-    """The table in Markdown.
-
-    Args:
-        columns: (protocol, metric) pairs.
-        references: models above the variants, such as the teacher.
-    """
-    heads = ["model", *(f"{metric} ({protocol})" for protocol, metric in columns)]
-    heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
-    rows = [
-        [name, *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""]
-        for name, r in references.items()
-    ]
-    rows += [_cells(row, columns) for row in table]
-    used = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
-    text = ["| " + " | ".join(row[i] for i in used) + " |" for row in [heads, *rows]]
-    text.insert(1, "|---" * len(used) + "|")
-    notes = [f"- {row.name}, {reason}" for row in table for reason in row.failed]
-    notes += [f"- {note}" for note in (*difference_notes(table), *budget_notes(table))]
-    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
-
-
-def _cells(row: TableRow, columns: Sequence[tuple[str, str]]) -> list[str]:
-    """A variant's cells: its metrics, the difference from the baseline and the gap closed in the first, the costs."""
-    cells = [row.name + (f" ({len(row.failed)} failed)" if row.failed else "")]
-    for protocol, metric in columns:
-        spread = row.metrics.get(protocol, {}).get(metric)
-        cells.append("" if spread is None else _plus_minus(spread, metric, row.seeds))
-    protocol, metric = columns[0]
-    difference, gap = row.difference.get(protocol), row.gap_closed.get(protocol, {}).get(metric)
-    cells.append("" if difference is None else _difference(difference))
-    cells.append("" if gap is None else f"{gap:.0%}")
-    return cells + ["" if s is None else f"{s.mean:,.0f}" for s in (row.seconds, row.cpu_seconds, row.tokens)]
-
-
-def _plus_minus(spread: Spread, metric: str, seeds: int) -> str:
-    text = _number(spread.mean, metric)
-    scale = 100 if metric in SHARES else 1
-    return text if seeds < 2 else with_deviation(text, scale * spread.deviation)
-
-
-def _number(value: float | None, metric: str) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f}" if metric in SHARES else f"{value:#.4g}".rstrip(".")
-
-
-def with_deviation(mean: str, deviation: float) -> str:
-    """A mean as it is written, and its deviation to the same digit."""
-    return f"{mean} ± {deviation:.{len(mean.partition('.')[2])}f}"
-
-
-def _difference(difference: Difference) -> str:
-    """In points of 100, with the p value, or the interval where there is none."""
-    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
-    if difference.p is not None:
-        return f"{mean:+.1f} (p {p_text(difference.p)})"
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}" + (" over prompts)" if difference.seeds < 2 else ")")
-
-
-def p_text(value: float) -> str:
-    """A p value with three digits."""
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -14,7 +14,7 @@ from unicodedata import category
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..compare.statistics import p_text, with_deviation
+from ..compare.table import p_text, with_deviation
 from .drawing import Chart, svg
 from .text import is_share, label, number
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..compare.statistics import SHARES, p_text
+from ..compare.statistics import SHARES
+from ..compare.table import p_text
 
 
 def summary(content: Mapping[str, Any]) -> str:

@@ -31,7 +31,9 @@ from ..teachers import TEACHERS, check_provides
 from ..training.callbacks import LogMetrics
 from ..training.display import ShowSamples
 from ..training.trainer import StudentTrainer
+from .differences import Input
 from .folder import RunFolder
+from .inputs import run_inputs
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    inputs: list[Input]
     samples: ShowSamples | None = None
 
 
@@ -93,6 +96,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     if not sampling.stop_ids:
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
+    data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
+    models = {"student": student, "teacher": teacher_model, **_reward_models(method)}
+    inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
     trainer = StudentTrainer(
         student,
         teacher,
@@ -100,17 +106,17 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         rollout,
         sampling,
         processing_class=configs.tokenizer,
-        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder),
+        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder, inputs),
         response_metrics=_response_metrics(recipe, rollout, sampling, configs.tokenizer, held_out),
         budget=recipe.budget,
-        corpus=corpus,
+        corpus=() if corpus is None else corpus.examples,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
         console=console,
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
+    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs)
     _add_callbacks(run, console)
     return run
 
@@ -192,9 +198,16 @@ def _reward(recipe: Recipe) -> Reward | None:
             raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
 
 
+def _reward_models(method: Method) -> dict[str, Any]:
+    """The model of the recipe's reward, by the key that names it."""
+    functions = getattr(getattr(method, "reward", None), "functions", {})
+    models = [scorer.model for scorer, _ in functions.values() if isinstance(scorer, RewardModel)]
+    return {"reward.model": models[0]} if models else {}
+
+
 def _datasets(
     recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
-) -> tuple[Examples, Examples | None, Sequence[Example]]:
+) -> tuple[Examples, Examples | None, Examples | None]:
     """The training data, and the held-out dataset and corpus if the recipe has them."""
     block = recipe.evaluate
     changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
@@ -203,13 +216,13 @@ def _datasets(
         held_out = None
         if block.dataset is not None:
             held_out = load_data(recipe.data.model_copy(update=changes), tokenizer, context_length, reserve)
-    corpus: Sequence[Example] = ()
+    corpus = None
     if recipe.corpus is not None:
         if not method.uses_corpus:
             raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
         texts = recipe.corpus.model_copy(update={"text_prompt": 1})
         with recipe.locating("corpus"):
-            corpus = load_data(texts, tokenizer, context_length, 1).examples
+            corpus = load_data(texts, tokenizer, context_length, 1)
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])
@@ -217,12 +230,18 @@ def _datasets(
 
 
 def _teacher_rollout(
-    method: Method, rollout: Rollout, teacher: Teacher | None, tokenizer: Any, folder: RunFolder
+    method: Method,
+    rollout: Rollout,
+    teacher: Teacher | None,
+    tokenizer: Any,
+    folder: RunFolder,
+    inputs: Sequence[Input],
 ) -> Rollout | None:
     """A rollout of the teacher that generates each response once, and then reads it from the run's folder."""
     if "teacher" not in method.authors or teacher is None:
         return None
-    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses)
+    weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
+    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses, weights)
 
 
 def _response_metrics(

@@ -10,10 +10,9 @@ Checkpoints are ordered by step, not by modification time. Only folders named ch
 import json
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from transformers import TrainerCallback
 
 from ..files import file_digest, remove, sync, write_atomic
 
@@ -55,7 +54,8 @@ def begin(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete a checkpoint; one that is half deleted is still this package's own, and incomplete."""
-    _write_contents(path, {"complete": False})
+    with suppress(OSError):  # also on a full disk
+        _write_contents(path, {"complete": False})
     for file in path.iterdir():
         if file.name != CONTENTS:
             remove(file)
@@ -92,6 +92,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def was_complete(path: Path) -> bool:
+    """Was the checkpoint complete once, though it may have been damaged since?"""
+    try:
+        return bool(json.loads((path / CONTENTS).read_text(encoding="utf-8"))["complete"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint; a killed run may leave an incomplete one."""
     for path in reversed(checkpoints(folder)):
@@ -110,52 +120,12 @@ def damaged(folder: str | Path) -> list[tuple[Path, str]]:
 def check_none_overwritten(folder: str | Path, first: int, last: int) -> None:
     """Refuse to train where a checkpoint of the steps `first` to `last` would overwrite somebody else's.
 
-    A `last` of 0 or less is unknown.
-
     Raises:
         ValueError: naming the folder.
     """
     for path in checkpoints(folder):
-        if step_of(path) >= first and (last <= 0 or step_of(path) <= last) and not is_own(path):
+        if first <= step_of(path) <= last and not is_own(path):
             raise _foreign(path)
-
-
-class SaveCheckpoints(TrainerCallback):
-    """Completes each checkpoint, and keeps the newest `limit` and the best one of those that the run has written.
-
-    Replaces transformers' own rotation, which orders by modification time and deletes any folder named checkpoint-*.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the best checkpoint in a folder that was moved."""
-        best = getattr(state, "best_global_step", None)
-        path = Path(args.output_dir) / f"checkpoint-{best}"
-        if best and state.best_model_checkpoint != str(path) and path.is_dir():
-            state.best_model_checkpoint = str(path)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _wait_for_everyone()
-        if args.should_save:
-            complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            self._delete_old(args, state)
-
-    def _delete_old(self, args: Any, state: Any) -> None:
-        if not self.limit:
-            return
-        best = None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).resolve()
-        own = [path for path in checkpoints(args.output_dir) if step_of(path) <= state.global_step and is_own(path)]
-        newest_first = [path for path in reversed(own) if path.resolve() != best]
-        for path in newest_first[max(1, self.limit - (best is not None)) :]:
-            discard(path)
-
-
-def _wait_for_everyone() -> None:
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
 
 
 def _write_contents(path: Path, contents: dict[str, Any]) -> None:

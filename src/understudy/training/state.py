@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from ..method import Method
@@ -12,12 +13,14 @@ from .spending import Spending
 STATE_FILE = "distillation.safetensors"
 
 
-def save_state(folder: Path, method: Method, spending: Spending) -> None:
-    """Save the method's state and the run's spending, the first files of a checkpoint."""
-    checkpoint.begin(folder)
-    state = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
-    state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
-    save_file(state, folder / STATE_FILE)
+def save_state(folder: Path, method: Method, spending: Spending, writes: bool) -> None:
+    """Save the method's state and the run's spending, the first files of a checkpoint, in the process that `writes`."""
+    if writes:
+        checkpoint.begin(folder)
+        state = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
+        state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
+        save_file(state, folder / STATE_FILE)
+    PartialState().wait_for_everyone()  # before the others add their files
 
 
 def load_state(folder: Path, method: Method, spending: Spending) -> None:

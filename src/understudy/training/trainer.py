@@ -37,13 +37,15 @@ from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
 from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
-from .checkpoint import SaveCheckpoints, check_none_overwritten, last_checkpoint, step_of
+from .checkpoint import last_checkpoint, step_of
 from .display import ShowProgress
 from .held_out import held_out_line
+from .hyperparameters import given_hyperparameters, remedy
 from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
 from .preparation import adapted, check_trainable, compiles
+from .saving import SaveCheckpoints
 from .spending import Spending, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
@@ -162,6 +164,10 @@ class StudentTrainer(Trainer):
         warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
         return follow_budget(scheduler, self.spending, num_training_steps, warmup)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with given_hyperparameters(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         number, max_steps = self.state.global_step, self.state.max_steps
         if self.spending.progress(number, max_steps) >= 1:  # a run that was resumed after its last step
@@ -202,8 +208,7 @@ class StudentTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {loss.item()} at step {self.state.global_step}; nothing was updated with it. "
-                f"Resume from the last checkpoint in {self.args.output_dir} with a lower learning_rate"
-                + (", or a bounded divergence such as jensen_shannon" if loss.isposinf() else "")
+                + remedy(str(self.args.output_dir), unbounded=bool(loss.isposinf()))
             )
         return loss * (self.accelerator.num_processes / float(num_items_in_batch))
 
@@ -271,9 +276,7 @@ class StudentTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
         if _internal_call and step_of(output_dir or "") >= 0:
-            if self.args.should_save:
-                save_state(Path(str(output_dir)), self.method, self.spending)
-            self.accelerator.wait_for_everyone()  # the others add their files
+            save_state(Path(str(output_dir)), self.method, self.spending, self.args.should_save)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -281,9 +284,6 @@ class StudentTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.spending.restart()
-        first = step_of(resume_from_checkpoint or "") + 1
-        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no":
-            check_none_overwritten(str(self.args.output_dir), first, self.args.max_steps)
         if resume_from_checkpoint:
             load_state(Path(resume_from_checkpoint), self.method, self.spending)
         self.step_metrics = StepMetrics()
