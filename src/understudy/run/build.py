@@ -10,7 +10,6 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from .. import metrics
-from ..batch import Example
 from ..data.examples import Examples
 from ..data.load import load_data
 from ..evaluation.evaluate import evaluate
@@ -71,7 +70,7 @@ class Prepared(NamedTuple):
     configs: Configs
     train: Examples
     held_out: Examples | None
-    corpus: Sequence[Example]
+    corpus: Examples | None
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
