@@ -105,8 +105,8 @@ class RewardModel:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.reads, self.batch_size = name, reads, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        labels: Any = AutoConfig.from_pretrained(name).label2id
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        labels: Any = AutoConfig.from_pretrained(name, trust_remote_code=False).label2id
         if label is not None and label not in labels:
             raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
         if label is None and len(labels) > 1:
@@ -118,7 +118,7 @@ class RewardModel:
         """Loaded when first used, on a GPU if there is one."""
         from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.name)
+        model = AutoModelForSequenceClassification.from_pretrained(self.name, trust_remote_code=False)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id

@@ -3,7 +3,7 @@
 import errno
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from ..recipe import RecipeError
 
 logger = logging.getLogger(__name__)
 _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
+
+_REMOTE_CODE = (
+    "code that comes with a model is never run; to use such a model, read its code, load it in Python yourself "
+    "and give it to StudentTrainer or LocalTeacher"
+)
 
 
 @contextmanager
@@ -52,7 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path = resolve(name)
     with loading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not len(tokenizer):  # transformers returns this for a folder with a model and no tokenizer
             raise ValueError("it has no tokens")
     return tokenizer
@@ -67,7 +72,8 @@ def load_model(name: str, **options: Any) -> Any:
     path = resolve(name)
     with loading("model", name):
         # An absolute path, because adapters save the path of the model below them.
-        return AutoModelForCausalLM.from_pretrained(Path(path).resolve() if Path(path).is_dir() else path, **options)
+        place = Path(path).resolve() if Path(path).is_dir() else path
+        return AutoModelForCausalLM.from_pretrained(place, **without_remote_code(options))
 
 
 def load_config(name: str) -> Any:
@@ -81,7 +87,18 @@ def load_config(name: str) -> Any:
         adapters = Path(path) / "adapter_config.json"
         if adapters.is_file():
             return load_config(json.loads(adapters.read_text())["base_model_name_or_path"])
-        return AutoConfig.from_pretrained(path).get_text_config()
+        return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+
+
+def without_remote_code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of from_pretrained that run no code of the model's own; transformers would ask on the terminal.
+
+    Raises:
+        RecipeError: for options that allow such code.
+    """
+    if options.get("trust_remote_code"):
+        raise RecipeError(f"trust_remote_code is not supported: {_REMOTE_CODE}")
+    return {**options, "trust_remote_code": False}
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
@@ -138,6 +155,8 @@ def reason(error: Exception) -> str:
 
 
 def _remedy(path: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return _REMOTE_CODE
     if isinstance(error, ImportError):
         return "install what is missing"
     if isinstance(error, SafetensorError):

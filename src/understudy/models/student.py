@@ -84,7 +84,9 @@ def _new_model(recipe: Recipe, config: Any) -> Any:
     """A model with random weights."""
     dtype = recipe.student.dtype
     try:
-        return AutoModelForCausalLM.from_config(config, dtype="float32" if dtype == "auto" else dtype)
+        return AutoModelForCausalLM.from_config(
+            config, dtype="float32" if dtype == "auto" else dtype, trust_remote_code=False
+        )
     except Exception as error:  # models check their configurations in many ways
         message = f"these fields are not a valid model: {reason(error)}"
         raise recipe.error("student.fresh", message) from error
@@ -132,7 +134,7 @@ def _with_layers(recipe: Recipe, config: Any, layers: list[int], teacher: str) -
     depth = teacher_model.config.get_text_config().num_hidden_layers
     lists = [name for name, m in teacher_model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     stacks = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype)
+    student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype, trust_remote_code=False)
     if len(stacks) != 1 or not hasattr(student, stacks[0].partition(".")[0]):
         message = f"the list of layers of a {config.model_type} cannot be identified; use a fresh student"
         raise recipe.error("student.layers", message)

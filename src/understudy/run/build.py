@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,15 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    context_length: int | None  # of prompt and response
     samples: ShowSamples | None = None
+
+    def prompts(self, count: int) -> list[Example]:
+        """Up to `count` examples, held out if there are such, whose prompts leave room for a student's response."""
+        longest = self.trainer.writers.student.sampling.max_new_tokens
+        dataset = (self.held_out or self.train).examples
+        room = float("inf") if self.context_length is None else self.context_length - longest
+        return list(islice((example for example in dataset if len(example.prompt) <= room), count))
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         callbacks=[LogMetrics(folder.metrics)],
         console=console,
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
+    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, context)
     _add_callbacks(run, console)
     return run
 
@@ -226,9 +235,7 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
         run.trainer.add_callback(EarlyStoppingCallback(block.patience))
-    dataset = run.held_out or run.train
-    examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
-    if examples:
+    if examples := run.prompts(block.show):
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
         writer, path = run.trainer.writers.student, run.folder.samples
         shows_each = block.show_every is not None

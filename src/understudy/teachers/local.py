@@ -10,7 +10,7 @@ from torch import nn
 from ..batch import Batch
 from ..fused_linear.distributions import Projected
 from ..models.forward import score_no_grad
-from ..models.load import loading
+from ..models.load import loading, without_remote_code
 from ..models.parity import can_fuse
 from ..playground.names import resolve
 from ..scores import Scores
@@ -86,6 +86,7 @@ class LocalTeacher(Teacher):
         if self._device is not None:
             options["device_map"] = self._device
         with loading("model", self.model_name):
+            options = without_remote_code(options)
             return AutoModelForCausalLM.from_pretrained(resolve(self.model_name), dtype=self._dtype, **options)
 
 
