@@ -145,8 +145,8 @@ class RewardModel:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.reads, self.batch_size = name, reads, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-        labels: Any = AutoConfig.from_pretrained(resolve(name)).label2id
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        labels: Any = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False).label2id
         if label is not None and label not in labels:
             raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
         if label is None and len(labels) > 1:
