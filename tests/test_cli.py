@@ -15,7 +15,7 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 def imported(*arguments):
     """Run the command line in a process of its own: the modules that it imported, its output."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-X", "importtime", "-m", "understudy", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     lines = done.stderr.splitlines()

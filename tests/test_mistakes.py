@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
 from folders import VOCABULARY, characters, described, jsonl, llama, sums, write
 
 from understudy import cli
+from understudy.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +518,8 @@ def test_a_bug_is_reported_as_unexpected(bug, say, home, monkeypatch):
             (_,) = []
         raise {"KeyError": KeyError, "ValueError": ValueError, "RuntimeError": RuntimeError}[bug]("deep inside")
 
-    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", train)
+    inside = FunctionType(train.__code__, vars(trainer), closure=train.__closure__)  # as a function of understudy
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", inside)
     code, _, err = say("distill", recipe_of(home, {"method": "sft"}))
     assert code == 2
     assert matches(r"^error: unexpected (Key|Value|Runtime)Error: .*--debug shows where", err)

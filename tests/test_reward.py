@@ -28,7 +28,7 @@ def exact(prompts, responses, rows):
 
 
 def test_a_reward_is_the_weighted_sum_of_its_functions_and_constant_over_a_response():
-    examples = Reward({length: 0.5, exact: 2.0}).score(EXAMPLES, words())
+    examples = Reward({length: 0.5, exact: 2.0}).score(EXAMPLES, words(), groups=[0, 0, 1])
     assert [e.streams for e in examples] == [
         {"reward": [3.0] * 3, "reward_length": [2.0] * 3, "reward_exact": [1.0] * 3, "advantage": [2.5] * 3},
         {"reward": [0.5] * 2, "reward_length": [1.0] * 2, "reward_exact": [0.0] * 2, "advantage": [-2.5] * 2},
@@ -46,7 +46,7 @@ def test_a_reward_of_one_function_has_no_parts_and_other_streams_stay():
 
 
 def test_rewards_and_advantages_are_streams_of_a_batch():
-    batch = Batch.from_examples(Reward([length]).score(EXAMPLES, words()), pad=0)
+    batch = Batch.from_examples(Reward([length]).score(EXAMPLES, words(), groups=[0, 0, 1]), pad=0)
     assert batch.stream("reward").tolist() == [2.0] * 3 + [1.0] * 2 + [3.0] * 3
     assert batch.stream("advantage").tolist() == [1.0] * 3 + [-1.0] * 2 + [0.0] * 3
 
@@ -64,6 +64,12 @@ def test_a_function_is_given_prompts_responses_and_the_datasets_columns():
 
 def test_an_advantage_is_the_reward_less_the_mean_of_the_other_responses_to_the_prompt():
     assert advantages([1.0, 2.0, 6.0, 5.0, 5.0], [0, 0, 0, 1, 1]) == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0])
+
+
+def test_without_groups_all_responses_are_compared_whatever_their_rows():
+    scored = Reward([length]).score(EXAMPLES, words())
+    assert [e.streams["advantage"][0] for e in scored] == pytest.approx([0.0, -1.5, 1.5])
+    assert Reward([length]).score([], words()) == []
 
 
 def test_where_no_prompt_has_several_responses_all_are_compared():

@@ -56,10 +56,12 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
     output = home / "out"
     compared = [
         *variants([home / "kd.yaml", home / "gkd.yaml"]),
-        Variant("lost", home / "kd.yaml", ("data.dataset=./nowhere.jsonl",)),
+        Variant("lost", home / "kd.yaml", ("training.learning_rate=1e30",)),
     ]
     settings, options = settings_on(home, metrics=("chrf",)), {"temperatures": (0.0, 1.0), "exposure": 5}
-    text = compare(compared, output, settings, **options, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    comparison = compare(compared, output, settings, **options, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    assert comparison.failed == 1
+    text = comparison.table
     for name in ("kd", "gkd"):
         for seed in range(1):
             folder = output / name / f"seed-{seed}"
@@ -80,7 +82,7 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
         "| gkd",
         "| lost (1 failed)",
     ]
-    assert "nowhere" in text
+    assert "learning_rate" in text
     content = json.loads((output / "comparison.json").read_text())
     assert content["rows"][1]["difference"].keys() == {"greedy", "T=1"}
     assert (output / "comparison.md").read_text() == text
@@ -151,7 +153,7 @@ def test_a_sweep_with_a_budget_reports_both_and_runs_that_ended_before_it(home):
 
     output = home / "swept"
     compared = variants([home / "kd.yaml"], [budget_override("tokens=15")], "training.max_steps=1,9")
-    text = compare(compared, output, settings_on(home), console=QUIET, parallel=2, baseline=compared[1].name)
+    text = compare(compared, output, settings_on(home), console=QUIET, parallel=2, baseline=compared[1].name).table
     assert "- Every run could spend 15 response tokens." in text
     assert "- kd max_steps=1, seed 0: max_steps ended the run with" in text
     assert "- kd max_steps=9" not in text
@@ -231,7 +233,7 @@ def test_the_evaluation_of_a_student_is_the_same_by_every_command(home, tmp_path
     settings = with_format_of(named_settings(EvalSettings(block)), changed)
     folder = RunFolder(tmp_path / "run")
     evaluate_into(folder, str(student), settings)
-    result = read_result(folder, settings)
+    result = read_result(folder, str(student), settings)
     assert isinstance(result, Result)
 
     by_command, by_comparison = read_jsonl(output), folder.read_responses()["greedy"]

@@ -19,7 +19,8 @@ from understudy.data.examples import DataError
 from understudy.recipe import RecipeError, load, parse
 from understudy.run.arguments import training_arguments
 from understudy.run.build import build
-from understudy.run.distill import Interrupted, distill
+from understudy.run.distill import distill
+from understudy.training.signals import Interrupted
 from understudy.training.trainer import StudentTrainer
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 4]])
@@ -69,7 +70,7 @@ def test_a_run_leaves_everything_behind(method, home):
     optional = {"teacher_responses.jsonl"} if "seqkd" in str(method) else set()
     assert {path.name for path in folder.iterdir()} == optional | {
         *("recipe.yaml", "run.json", "before.json", "metrics.jsonl", "samples.jsonl", "student"),
-        *("checkpoint-1", "checkpoint-2", ".understudy"),
+        *("checkpoint-1", "checkpoint-2", ".understudy", ".understudy.lock", "inputs.json"),
     }
     assert json.loads((folder / "run.json").read_text()) == summary
     assert summary["steps"] == 2
@@ -197,6 +198,18 @@ def test_a_restart_deletes_only_what_runs_and_reports_write(home):
     run(home, restart=True, method="sft")
     assert [(home / "run" / name).read_text() for name in mine] == ["mine"] * len(mine)
     assert not (home / "run" / "checkpoint-77").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_another_program_s_checkpoint_in_a_run_s_folder_is_refused_and_stays(restart, home):
+    run(home, method="sft")
+    (home / "run" / "run.json").unlink()
+    (home / "run" / "checkpoint-500").mkdir()
+    (home / "run" / "checkpoint-500" / "model.bin").write_text("mine")
+    before = contents(home / "run")
+    with pytest.raises(RecipeError, match="checkpoint-500 exists already and was not written by a run"):
+        run(home, restart=restart, method="sft")
+    assert contents(home / "run") == before
 
 
 def test_a_restart_generates_the_teacher_s_responses_again(home):

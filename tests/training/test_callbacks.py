@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from fakes import ScriptedRollout, ragged_examples, tiny, words
 from loop import trainer, weights
 from rich.console import Console
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerState
 
 from understudy.batch import Example
 from understudy.methods.kd import KD
@@ -22,14 +20,13 @@ from understudy.training.callbacks import (
     LogMetrics,
     ShowProgress,
     ShowSamples,
-    StopOnInterrupt,
 )
 
 ARGS = SimpleNamespace(seed=0, world_size=1, fp16=False, output_dir="runs/x")
 
 
-def state_at(step, total=10):
-    return TrainerState(global_step=step, max_steps=total, is_world_process_zero=True)
+def state_at(step, total=10, **fields):
+    return TrainerState(global_step=step, max_steps=total, is_world_process_zero=True, **fields)
 
 
 def lines_of(path):
@@ -46,13 +43,15 @@ def test_every_log_line_becomes_a_line_of_the_file(tmp_path):
     assert [line["forward_kl"] for line in lines] == [line["forward_kl"] for line in logged]
 
 
-def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
+def test_a_resumed_run_writes_the_file_as_it_was_at_its_checkpoint(tmp_path):
+    """Without what was logged after the checkpoint, at its own step too, and without torn or lost lines."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "loss": 3}\n{"step": 7, "lo')
+    path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "train_runtime": 2}\n{"step": 6, "loss": 3}\n{"step": 7, "lo')
     watch = LogMetrics(path)
-    watch.on_train_begin(ARGS, state_at(4), None)
+    history = [{"loss": 1, "step": 2}, {"loss": 2, "note": "a\u2028b", "step": 4}]
+    watch.on_train_begin(ARGS, state_at(4, log_history=history), None)
     watch.on_log(ARGS, state_at(6), None, {"loss": 5.0})
-    assert lines_of(path) == [{"step": 2, "loss": 1}, {"step": 4, "loss": 2}, {"step": 6, "loss": 5.0}]
+    assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == [*history, {"step": 6, "loss": 5.0}]
 
 
 def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
@@ -60,13 +59,6 @@ def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
     path.write_text('{"step": 2, "loss": 1}\n')
     LogMetrics(path).on_train_begin(ARGS, state_at(0), None)
     assert path.read_text() == ""
-
-
-def test_lines_without_a_step_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('12\nnull\n{"loss": 1}\n[]\n{"step": 1}\n')
-    LogMetrics(path).on_train_begin(ARGS, state_at(4), None)
-    assert lines_of(path) == [{"step": 1}]
 
 
 def test_only_the_first_process_writes(tmp_path):
@@ -177,21 +169,6 @@ def test_the_cursor_is_restored_when_training_fails(tmp_path):
         run.train()
     assert not bar.progress.live.is_started
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l"), "the cursor must be visible again"
-
-
-def test_an_interrupt_stops_after_the_step_with_a_checkpoint():
-    before = signal.getsignal(signal.SIGINT)
-    watch, control = StopOnInterrupt(), TrainerControl()
-    watch.on_train_begin(ARGS, state_at(0), control)
-    watch.on_step_end(ARGS, state_at(1), control)
-    assert not control.should_training_stop
-    os.kill(os.getpid(), signal.SIGINT)
-    watch.on_step_end(ARGS, state_at(2), control)
-    assert control.should_save
-    assert control.should_training_stop
-    assert signal.getsignal(signal.SIGINT) is before, "a second one ends the run at once"
-    watch.on_train_end(ARGS, state_at(2), control)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

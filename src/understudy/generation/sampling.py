@@ -73,6 +73,11 @@ class SamplingRollout(Rollout):
         """See `Rollout`."""
         return self._bound_to(Binding(model, author, vocabulary_size(tokenizer), tuple(stop_ids(tokenizer, model))))
 
+    @property
+    def is_bound(self) -> bool:
+        """See `Rollout`."""
+        return self._binding is not None
+
     def with_batch_size(self, batch_size: int) -> "SamplingRollout":
         """See `Rollout`."""
         return self._bound_to(self._binding, batch_size=batch_size)

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
 from ..fused_linear.head import softmax_dtype
-from ..method import Method, MethodContext
+from ..method import Method, MethodContext, is_distributed
 from ..models.context_window import context_window
 from ..models.forward import score, score_no_grad
 from ..models.parity import can_fuse
@@ -128,7 +128,7 @@ class PromptKD(Method):
         for batch in batches:
             self._add_gradient(batch, student, coefficient)
             normalizer += batch.normalizer(self.reduction)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             count = torch.tensor(float(normalizer), device=prompt.device)
             torch.distributed.all_reduce(prompt.grad)
             torch.distributed.all_reduce(count)

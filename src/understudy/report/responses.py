@@ -92,7 +92,7 @@ def _responses(
     for line in evaluate_loaded(loaded, settings).responses:
         response = {"by": name, "text": line["response"], "truncated": line["truncated"]}
         if teacher is not None:
-            example = replace(loaded.examples[line["row"]], response=line["tokens"])
+            example = replace(loaded.examples[line["row"]].last_turn(), response=line["tokens"])
             response["tokens"] = disagreement(loaded.model, teacher.model, example, loaded.tokenizer)
         responses.append(response)
     return responses

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from .. import metrics
-from ..batch import Example
 from ..data.examples import Examples
 from ..data.load import load_data
 from ..evaluation.evaluate import evaluate
@@ -28,9 +27,12 @@ from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
 from ..teacher import Capability, Teacher
 from ..teachers import TEACHERS, check_provides
-from ..training.callbacks import LogMetrics, ShowSamples
+from ..training.callbacks import LogMetrics
+from ..training.display import ShowSamples
 from ..training.trainer import StudentTrainer
+from .differences import Input
 from .folder import RunFolder
+from .inputs import run_inputs
 
 
 @dataclass
@@ -44,15 +46,31 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    inputs: list[Input]
+    samples: ShowSamples | None = None
 
 
 @dataclass(frozen=True)
-class _Configs:
+class Configs:
     """Tokenizer and configurations, which are read before weights are loaded."""
 
     tokenizer: Any
     student: Any  # its configuration
     context_length: int | None  # the shorter one of student and teacher
+
+
+class Prepared(NamedTuple):
+    """The parts of a run that need no weights."""
+
+    method: Method
+    rollout: Rollout
+    sampling: Sampling
+    teacher: Teacher | None
+    reward: Reward | None
+    configs: Configs
+    train: Examples
+    held_out: Examples | None
+    corpus: Examples | None
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
@@ -62,16 +80,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    method: Method = recipe.build("method", METHODS, **_reward(recipe))
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
-    teacher = _teacher(recipe, method)
-
-    # From here on files are read, or downloaded from the hub; weights come last.
-    configs = _check_configs(recipe, teacher, uses_teacher(method))
-    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
-    generates = bool(method.authors - {"dataset"})
-    reserve = sampling.max_new_tokens if generates else 1
-    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    method, rollout, sampling, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
@@ -80,9 +89,15 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         teacher = None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded now
+    with recipe.locating("reward"):
+        if reward is not None:
+            reward.load()
     if not sampling.stop_ids:
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
+    data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
+    models = {"student": student, "teacher": teacher_model, **_reward_models(method)}
+    inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
     trainer = StudentTrainer(
         student,
         teacher,
@@ -90,18 +105,36 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         rollout,
         sampling,
         processing_class=configs.tokenizer,
-        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder),
+        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder, inputs),
         response_metrics=_response_metrics(recipe, rollout, sampling, configs.tokenizer, held_out),
         budget=recipe.budget,
-        corpus=corpus,
+        corpus=() if corpus is None else corpus.examples,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
+        console=console,
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out)
+    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs)
     _add_callbacks(run, console)
     return run
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Build what needs no weights, and check that it fits together: the recipe first, then files and hub."""
+    reward = _reward(recipe)
+    method: Method = recipe.build("method", METHODS, **({} if reward is None else {"reward": reward}))
+    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    try:
+        method.check_sampling(sampling)
+    except ValueError as error:
+        raise recipe.error("rollout", str(error)) from None
+    teacher = _teacher(recipe, method)
+    configs = _check_configs(recipe, teacher, uses_teacher(method))
+    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
+    reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
+    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
 def uses_teacher(method: Method) -> bool:
@@ -127,7 +160,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     return teacher
 
 
-def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _Configs:
+def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> Configs:
     """Load tokenizers and configurations, and check that they fit together."""
     name = None if teacher is None else teacher.tokenizer_name
     with recipe.locating("student"):
@@ -141,14 +174,14 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _C
         if teacher is not None and teacher.model_name is not None and is_used:
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    return _Configs(tokenizer, config, context_window(*configs))
+    return Configs(tokenizer, config, context_window(*configs))
 
 
-def _reward(recipe: Recipe) -> dict[str, Reward]:
+def _reward(recipe: Recipe) -> Reward | None:
     """The method's argument `reward`, if the recipe has that block."""
     block = recipe.reward
     if block is None:
-        return {}
+        return None
     with recipe.locating("method"):
         parameters = signature(METHODS.get(recipe.method[0])).parameters
     if "reward" not in parameters:
@@ -159,14 +192,21 @@ def _reward(recipe: Recipe) -> dict[str, Reward]:
             if block.model is not None:
                 with loading("reward model", block.model):
                     functions[RewardModel(block.model, block.label, block.reads)] = block.weight
-            return {"reward": Reward(functions, block.normalize)}
+            return Reward(functions, block.normalize)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
 
 
+def _reward_models(method: Method) -> dict[str, Any]:
+    """The model of the recipe's reward, by the key that names it."""
+    functions = getattr(getattr(method, "reward", None), "functions", {})
+    models = [scorer.model for scorer, _ in functions.values() if isinstance(scorer, RewardModel)]
+    return {"reward.model": models[0]} if models else {}
+
+
 def _datasets(
     recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
-) -> tuple[Examples, Examples | None, Sequence[Example]]:
+) -> tuple[Examples, Examples | None, Examples | None]:
     """The training data, and the held-out dataset and corpus if the recipe has them."""
     block = recipe.evaluate
     changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
@@ -175,13 +215,13 @@ def _datasets(
         held_out = None
         if block.dataset is not None:
             held_out = load_data(recipe.data.model_copy(update=changes), tokenizer, context_length, reserve)
-    corpus: Sequence[Example] = ()
+    corpus = None
     if recipe.corpus is not None:
         if not method.uses_corpus:
             raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
         texts = recipe.corpus.model_copy(update={"text_prompt": 1})
         with recipe.locating("corpus"):
-            corpus = load_data(texts, tokenizer, context_length, 1).examples
+            corpus = load_data(texts, tokenizer, context_length, 1)
     if "dataset" in method.authors:
         for examples in filter(None, (train, held_out)):
             examples.require_responses(recipe.method[0])
@@ -189,18 +229,27 @@ def _datasets(
 
 
 def _teacher_rollout(
-    method: Method, rollout: Rollout, teacher: Teacher | None, tokenizer: Any, folder: RunFolder
+    method: Method,
+    rollout: Rollout,
+    teacher: Teacher | None,
+    tokenizer: Any,
+    folder: RunFolder,
+    inputs: Sequence[Input],
 ) -> Rollout | None:
     """A rollout of the teacher that generates each response once, and then reads it from the run's folder."""
     if "teacher" not in method.authors or teacher is None:
         return None
-    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses)
+    weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
+    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses, weights)
 
 
 def _response_metrics(
     recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
 ) -> Callable[[Any], dict[str, float]] | None:
-    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any."""
+    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any.
+
+    Their length is `greedy_response_length`, beside that of the responses on which the loss is measured.
+    """
     names = recipe.evaluate.metrics
     if not names:
         return None
@@ -213,7 +262,8 @@ def _response_metrics(
 
     def response_metrics(student: Any) -> dict[str, float]:
         values = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
-        return {name: value for name, value in values.items() if not name.startswith(skipped)}
+        renamed = {name: f"greedy_{name}" for name in ("response_length", "truncated")}
+        return {renamed.get(k, k): value for k, value in values.items() if not k.startswith(skipped)}
 
     return response_metrics
 
@@ -223,9 +273,11 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
         run.trainer.add_callback(EarlyStoppingCallback(block.patience))
-    if block.show:
+    dataset = run.held_out or run.train
+    examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
+    if examples:
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
-        dataset = run.held_out or run.train
-        examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
-        samples = ShowSamples(run.trainer.writers.student, examples, run.tokenizer, every, run.folder.samples, console)
-        run.trainer.add_callback(samples)
+        writer, path = run.trainer.writers.student, run.folder.samples
+        shows_each = block.show_every is not None
+        run.samples = ShowSamples(writer, examples, run.tokenizer, every, path, console, shows_each)
+        run.trainer.add_callback(run.samples)
