@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from rich import get_console
 from rich.console import Console
@@ -148,7 +148,7 @@ def _raised_by(error: Exception) -> tuple[str, str] | None:
     return f"{owner}{frame.f_code.co_name}", f"{frame.f_code.co_filename}, line {line}"
 
 
-def _is_theirs(frame: Any) -> bool:
+def _is_theirs(frame: FrameType) -> bool:
     """Is this code of a user: a method of a class derived from one of understudy's, or in no installed package?"""
     cls, *bases = type(frame.f_locals.get("self")).__mro__
     if not cls.__module__.startswith("understudy.") and any(b.__module__.startswith("understudy.") for b in bases):

@@ -104,3 +104,23 @@ def test_the_examples_of_the_data_page_do_what_it_says(tmp_path, gpt2, chatml, m
     results = runner.run(test, out=output.append)
     assert results.attempted > 10
     assert results.failed == 0, "".join(output)
+
+
+def test_every_row_of_the_table_of_formats_is_read_as_it_says(gpt2, chatml, caplog):
+    caplog.set_level(logging.ERROR)
+    page = (ROOT / "docs" / "data.md").read_text()
+    lines = page.partition("<!-- formats -->\n")[2].partition("<!-- end of formats -->")[0].splitlines()[2:]
+    assert len(lines) == 10
+    for line in lines:
+        _, _, example, prompt, response, _ = (cell.strip() for cell in line.split("|"))
+        columns = json.loads(example.strip("`"))
+        [chat] = examples_from_rows([columns], chatml, text_prompt=1).rows
+        content = chat.prompt.partition("user\n")[2].partition("<|im_end|>")[0]
+        if prompt.startswith(("template:", "as `messages`")):
+            assert content == ("Q\n\nX" if "X" in prompt else "Q")
+            assert chat.response == "A<|im_end|>"
+        if "messages" not in example and "conversations" not in example and "role" not in example:
+            [plain] = examples_from_rows([columns], gpt2, text_prompt=1).rows
+            assert prompt.strip("`") != "Q" or plain.prompt == chat.prompt == "Q"
+            assert ("Instruction:\nQ\n\n### Input:\nX" in plain.prompt) == ("Alpaca" in prompt)
+            assert plain.response == {"`A`": "A", "none: a model generates it": ""}.get(response, " A")

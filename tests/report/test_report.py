@@ -384,7 +384,7 @@ def test_a_budget_is_stated_below_the_table(contest, tmp_path):
         path.write_text(json.dumps({**summary, "budget": record}))
     page, _, content = write_report(contest, tmp_path / "out")
     expected = "kd, seed 0: max_steps ended the run with 4,321 of 5,000 response tokens spent."
-    assert content["comparison"]["notes"][1] == "Every run could spend 5,000 response tokens."
+    assert content["comparison"]["notes"][0] == "Every run could spend 5,000 response tokens."
     assert content["comparison"]["notes"][-1] == expected
     assert all(note in page.read_text() for note in content["comparison"]["notes"])
 

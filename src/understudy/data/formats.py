@@ -5,8 +5,6 @@ prompt the student reads and whose response it is trained to generate. `columns.
 """
 
 import logging
-import re
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,26 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from ..registry import did_you_mean
 from .chat import ChatTemplate, Span, Tools
 from .columns import COLUMNS, MEANINGFUL, Recognized, answer_column, dotted_columns, quoted, recognize
-from .errors import BadRow, DataError, SourceRow, Unread, check_text, describe, printable
+from .errors import BadRow, DataError, SourceRow, Unread, check_text, printable
 from .messages import Message, is_conversation, read_messages, read_tools, reasoning
+from .prompt_template import PromptTemplate, alpaca_prompt, row_columns, sentences_as_text
 
 logger = logging.getLogger(__name__)
 
 TrainOn = Literal["last", "all"]
 CHAT = "chat"  # the `template` that renders prompts by the tokenizer's chat template
 MOST_NOTES = 5  # about the columns of a dataset
-WIDEST = 10_000  # of a format string's field, in characters
-
-# The prompts of Stanford Alpaca as the distillation papers use them (MiniLLM, DPKD, PromptKD), last newline included.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -90,14 +77,13 @@ class Format:
         self.tokenizer = tokenizer
         self.columns = dict(columns or {})
         self.as_chat = template == CHAT
-        self.template = None if self.as_chat else template
+        self.template = None if template is None or self.as_chat else PromptTemplate(template)
         self.chat_template = ChatTemplate(tokenizer, chat_template_kwargs or {})
         self.train_on = train_on
         for name in self.columns:
             if name not in COLUMNS:
                 names = ", ".join(COLUMNS)
                 raise DataError(f'columns names "{name}", which is none of {names}{did_you_mean(name, COLUMNS)}')
-        self.fields = [] if self.template is None else _fields(self.template)
         self._recognized: dict[tuple[str, ...], Recognized] = {}  # by the names of the columns
         self._plain_prompts = 0
 
@@ -136,7 +122,9 @@ class Format:
     def _text(self, row: SourceRow) -> Row | Document:
         where, columns = row
         if self.template is not None:
-            return _pair(where, self._fill(row), self._plain_references(row, answer_column(columns, self.columns)))
+            return _pair(
+                where, self.template.fill(row), self._plain_references(row, answer_column(columns, self.columns))
+            )
         names = tuple(columns)
         recognized = self._recognized.get(names)
         if recognized is None:
@@ -154,7 +142,7 @@ class Format:
                 row, recognized, read_messages(where, recognized.prompt, value, ("user", "tool"))
             )
             return self._chat(where, messages, references, self._answer(row, recognized), self._tools(row))
-        prompt = check_text(where, recognized.prompt, _as_text(value))
+        prompt = check_text(where, recognized.prompt, sentences_as_text(value))
         if recognized.kind == "instruction":
             return self._instruction(row, recognized, prompt, references)
         if self.as_chat:
@@ -169,25 +157,10 @@ class Format:
     def _renamed(self, row: SourceRow) -> dict[str, Any]:
         for name, column in self.columns.items():
             if column not in row.columns:
-                raise BadRow(f'{row.where}: {name} should be in the column "{column}", but {_row_columns(row, column)}')
+                raise BadRow(f'{row.where}: {name} should be in the column "{column}", but {row_columns(row, column)}')
         return {name: row.columns[column] for name, column in self.columns.items()}
 
     # From values to text
-
-    def _fill(self, row: SourceRow) -> str:
-        assert self.template is not None
-        for name in self.fields:
-            if name not in row.columns:
-                raise BadRow(f'{row.where}: the template names the column "{name}", but {_row_columns(row, name)}')
-            value = _as_text(row.columns[name])
-            if not isinstance(value, str | int | float):
-                raise BadRow(f'{row.where}: the template\'s column "{name}" is {describe(value)}, not text')
-        try:
-            texts = {name: _as_text(row.columns[name]) for name in self.fields}
-            prompt = _ByColumn().vformat(self.template, (), texts)
-        except ValueError as error:
-            raise BadRow(f"{row.where}: the template cannot be filled: {error}") from error
-        return check_text(row.where, "template's prompt", prompt)
 
     def _references(self, row: SourceRow, column: str | None) -> tuple[str, ...]:
         """The references: a string, a list of strings, or a list of one assistant message; () without the column."""
@@ -248,8 +221,7 @@ class Format:
             return self._user_message(row, recognized, f"{text}\n\n{extra}" if extra else text, references)
         if self.as_chat:
             return self._user_message(row, recognized, text, references)  # which says that there is no chat template
-        alpaca = ALPACA_WITH_INPUT if extra else ALPACA
-        return _pair(row.where, alpaca.format(instruction=text, input=extra), references)
+        return _pair(row.where, alpaca_prompt(text, extra), references)
 
     def _conversation(self, row: SourceRow, recognized: Recognized) -> Row:
         messages = read_messages(row.where, recognized.prompt, row.columns[recognized.prompt])
@@ -274,33 +246,6 @@ class Format:
         return Row(where, prompt, references, response, chat=True, turns=tuple(turns))
 
 
-def _fields(template: str) -> list[str]:
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        widths = [spec for _, _, spec, _ in string.Formatter().parse(template) if spec]
-    except ValueError as error:
-        reason = f"is not a format string ({error}); write a brace that is text twice"
-        raise DataError(f"the template {template!r} {reason}") from error
-    if not fields:
-        raise DataError(f'the template {template!r} names no column; write one in braces, such as "{{question}}"')
-    if any(len(number) > 9 or int(number) > WIDEST for spec in widths for number in re.findall(r"[0-9]+", spec)):
-        raise DataError(f"the template {template!r} has a field wider than {WIDEST:,} characters: make it narrower")
-    return fields
-
-
-class _ByColumn(string.Formatter):
-    """Fills a format string with columns by name, dots included; attributes are never read."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        return kwargs[field_name], field_name
-
-
-def _as_text(value: Any) -> Any:
-    """A list of strings, the sentences of a prompt, joined to one text; anything else unchanged."""
-    sentences = isinstance(value, list) and value and all(isinstance(sentence, str) for sentence in value)
-    return " ".join(value) if sentences else value
-
-
 def _without_bytes(columns: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are kept in memory for rewards: all but bytes, which may be images, and what is not read."""
     return {name: value for name, value in columns.items() if not _has_bytes(value)}
@@ -318,10 +263,6 @@ def _has_bytes(value: Any, depth: int = 0) -> bool:
     return isinstance(value, bytes | bytearray | memoryview | Unread) or not type(value).__module__.startswith(
         ("datetime", "decimal", "uuid", "numpy")
     )
-
-
-def _row_columns(row: SourceRow, missing: str) -> str:
-    return f"the row has {quoted(row.columns)}{did_you_mean(missing, row.columns)}"
 
 
 def _pair(where: str, prompt: str, references: tuple[str, ...]) -> Row:

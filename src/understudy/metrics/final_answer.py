@@ -20,7 +20,7 @@ LONGEST_NUMBER = 1000  # characters; a longer one is text
 # A sign, unless it is a minus after a digit, a letter or a bracket (10-3); a currency; digits, with or without
 # thousands separators and decimals, or decimals only; then a denominator, a power of ten or a scale.
 _NUMBER = (
-    r"(?P<sign>(?<![\w)\]])[-+]\s?)?[$€£¥]?\s?(?P<inner>(?<=[$€£¥])-)?"
+    r"(?P<sign>(?<![\w)\]])[-+]\s?)?(?:[$€£¥]\s?)?(?P<inner>(?<=[$€£¥])-)?"
     r"(?P<whole>\d{1,3}(?:,\d{3})+(?!,?\d)|\d+|(?=\.\d))(?P<part>\.\d+)?"
     r"(?:\s(?P<above>\d+)(?=/\d))?(?:\s?/\s?(?P<below>\d*[1-9]\d*)(?![\d./]))?"
     r"(?:[eE](?P<power>[-+]?\d{1,3})(?![\w.]))?(?:\s(?P<scale>thousand|million|billion|trillion)\b)?"

@@ -7,9 +7,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..recipe import Recipe
 from ..registry import did_you_mean
-from .adapters import add_adapters, lora_config
+from .adapters import add_adapters, lora_config, merged
 from .layers import config_of_layers, take_layers
 from .load import holds_adapters, load_config, load_model, reason
+from .origin import repair_generation_config
 
 
 def student_config(recipe: Recipe, teacher: str | None) -> Any:
@@ -21,23 +22,60 @@ def student_config(recipe: Recipe, teacher: str | None) -> Any:
     if student.peft is not None:
         lora_config(recipe, student.peft)
     if student.model is not None:
-        return load_config(student.model)
+        config = load_config(student.model)
+        _check_adapters_of(recipe, student.model)
+        return config
     if student.fresh is not None:
         return _fresh_config(recipe, student.fresh, teacher)
     return _layers_config(recipe, student.layers or [], teacher)
 
 
 def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
-    """The model that a recipe's student block describes, where `config` is its `student_config`."""
+    """The model that a recipe's student block describes, where `config` is its `student_config`.
+
+    Adapters are trained further, or, with a peft block, merged below new ones.
+    """
     student = recipe.student
     if student.model is not None:
-        model = load_model(student.model, **{"dtype": student.dtype, **student.options})
+        model = _named_model(recipe, student.model)
     elif student.fresh is not None:
         model = _new_model(recipe, config)
     else:
         assert teacher is not None
         model = _with_layers(recipe, config, student.layers or [], teacher)
+    repair_generation_config(model)
     return model if student.peft is None else add_adapters(recipe, model, lora_config(recipe, student.peft))
+
+
+def _check_adapters_of(recipe: Recipe, name: str) -> None:
+    """Check what becomes of the adapters that a student comes with, if it comes with any."""
+    student, adapters = recipe.student, holds_adapters(name)
+    if adapters and student.peft is not None and not student.merge:
+        raise recipe.error(
+            "student.peft",
+            f"{name} holds adapters already, and new ones on top of them would be saved without them: leave peft out "
+            "to go on training them, or add merge: true to merge them and train new ones",
+        )
+    if student.merge and student.peft is None and not adapters:
+        message = f"merge is for adapters, and {name} has none: give the student a peft block, or leave merge out"
+        raise recipe.error("student.merge", message)
+
+
+def _named_model(recipe: Recipe, name: str) -> Any:
+    student, adapters = recipe.student, holds_adapters(name)
+    options = {"dtype": student.dtype, **student.options}
+    model = load_model(name, trainable=adapters and student.peft is None, **options)
+    if not adapters:
+        return model
+    try:
+        if student.peft is not None:
+            return merged(model)
+        if student.merge:
+            merged(load_model(name, **options))
+    except Exception as error:  # PEFT's merges raise anything
+        message = f"the adapters of {name} cannot be merged ({reason(error)}): leave merge out"
+        raise recipe.error("student.merge", message) from error
+    return model
 
 
 def tokenizer_name(recipe: Recipe, teacher: str | None) -> str:

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from .origin import tokens_of_invalid_config
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ def load_weights(auto_class: Any, path: str, trainable: bool = False, **options:
 
     below = {name: value for name, value in options.items() if name != "revision"}
     base = _complete(auto_class, adapters["base_model_name_or_path"], _saved_modules(adapters), below)
+    if (Path(path) / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         revision = {"revision": options["revision"]} if "revision" in options else {}
@@ -66,7 +71,14 @@ def _complete(auto_class: Any, path: str, elsewhere: Iterable[str], options: dic
     """The model, if none of its weights is missing; those of the modules named `elsewhere` may be."""
     # An absolute path, because adapters save the path of the model below them.
     place = Path(path).resolve() if Path(path).is_dir() else path
-    model, report = auto_class.from_pretrained(place, output_loading_info=True, **options)
+    try:
+        model, report = auto_class.from_pretrained(place, output_loading_info=True, **options)
+    except ValueError:
+        if (generation := tokens_of_invalid_config(str(place))) is None:
+            raise
+        model, report = auto_class.from_pretrained(
+            place, output_loading_info=True, generation_config=generation, **options
+        )
     buffers = {name for name, _ in model.named_buffers()}
     missing = {name for name in report["missing_keys"] if not set(name.split(".")) & set(elsewhere)}
     unexpected = sorted(report["unexpected_keys"])

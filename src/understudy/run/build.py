@@ -19,6 +19,7 @@ from ..method import Method
 from ..methods import METHODS
 from ..models.context_window import context_window
 from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
+from ..models.origin import Origin
 from ..models.student import load_student, student_config, tokenizer_name
 from ..recipe import Recipe, RecipeError
 from ..reward import Reward, RewardModel, function
@@ -47,6 +48,7 @@ class Run:
     train: Examples
     held_out: Examples | None
     inputs: list[Input]
+    origin: Origin  # of the student
     samples: ShowSamples | None = None
 
 
@@ -84,7 +86,9 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
+        dtype = configs.student.dtype  # of the weights on disk
         student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
+    origin = Origin.of(dtype, student)
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
@@ -115,7 +119,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         callbacks=[LogMetrics(folder.metrics)],
         console=console,
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs)
+    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs, origin)
     _add_callbacks(run, console)
     return run
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..batch import Example
 from ..evaluation.evaluate import distance
-from ..files import remove, replace_folder, write_atomic
+from ..files import write_atomic
 from ..recipe import Recipe
 from ..step import Step
 from ..teacher import Capability
@@ -33,6 +33,7 @@ from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
 from .overview import show_overview
+from .save import save_student
 from .summary import summarize
 
 
@@ -150,22 +151,3 @@ def student_samples(run: Run, count: int = 64) -> dict[str, float]:
     responses = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, teacher, responses, trainer.vocabulary)
-
-
-def save_student(run: Run) -> None:
-    """Save the student and its tokenizer in student/ atomically; adapters are merged if the recipe says so."""
-    trainer, partial = run.trainer, run.folder.student_partial
-    if trainer.args.should_save:
-        remove(partial)
-    trainer.accelerator.wait_for_everyone()
-    if run.recipe.student.merge:
-        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        if trainer.args.should_save:
-            model.save_pretrained(partial)
-            run.tokenizer.save_pretrained(partial)
-    else:
-        trainer.save_model(str(partial))
-    if trainer.args.should_save:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
-        replace_folder(partial, run.folder.student)
-    trainer.accelerator.wait_for_everyone()

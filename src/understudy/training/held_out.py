@@ -2,19 +2,38 @@
 
 from collections.abc import Mapping
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 
 from ..batch import Batch, Example, groups, micro_batches
 from ..method import EvaluatedPart, Method, from_all_processes
 from ..step import Step
+from .step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from .trainer import StudentTrainer
 
 
-def measure_parts(trainer: "StudentTrainer", examples: list[Example]) -> dict[str, float]:
+def held_out_line(trainer: "StudentTrainer", examples: list[Example]) -> dict[str, float]:
+    """The loss and metrics of the method, and the response metrics. The method's state stays as it is.
+
+    Raises:
+        ValueError: if a response metric has the name of another metric.
+    """
+    method = trainer.method
+    cast(nn.Module, trainer.model).eval()
+    saved_state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    training, trainer.step_metrics = trainer.step_metrics, StepMetrics()  # evaluation has its own counts
+    line = _measure_parts(trainer, examples)
+    trainer.step_metrics = training
+    if saved_state or method.state_dict():
+        method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
+    return line | _response_metrics(trainer, line)
+
+
+def _measure_parts(trainer: "StudentTrainer", examples: list[Example]) -> dict[str, float]:
     """Loss and metrics by name: means over the parts in their shares, and with a part's name its own.
 
     A part without a share is measured if its responses are there: those of the examples that have one, or those of a
@@ -43,8 +62,7 @@ def _measure(trainer: "StudentTrainer", method: Method, examples: list[Example])
     All are collected at once, so that nothing depends on the size of a batch. Every process computes equally often, as
     sharded models need; what it computes to this end alone is not counted.
     """
-    args, model = trainer.args, trainer.model
-    assert isinstance(model, torch.nn.Module)
+    args, model = trainer.args, cast(nn.Module, trainer.model)
     own = examples[args.process_index :: args.world_size]
     collected = method.collect(own or examples[:1], trainer.writers, Step(0, args.seed, trainer.state.max_steps))
     parts = min(ceil(len(own or examples[:1]) / args.per_device_eval_batch_size), len(groups(collected)))
@@ -76,12 +94,13 @@ def _means(lines: list[tuple[EvaluatedPart, dict[str, float]]]) -> dict[str, flo
     return means
 
 
-def check_names(values: dict[str, float], line: Mapping[str, float]) -> dict[str, float]:
-    """The `values` of response metrics, none of which may have the name of a metric in `line`.
+def _response_metrics(trainer: "StudentTrainer", line: Mapping[str, float]) -> dict[str, float]:
+    """The trainer's response metrics, none of which may have the name of a metric in `line`.
 
     Raises:
         ValueError: naming it.
     """
+    values = {} if trainer.response_metrics is None else trainer.response_metrics(cast(nn.Module, trainer.model))
     if taken := line.keys() & values.keys():
         raise ValueError(f"a response metric is named {min(taken)}, as a metric of the trainer: rename it")
     return values

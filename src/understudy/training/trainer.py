@@ -41,7 +41,7 @@ from .best_checkpoint import LoadBestState
 from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint, step_of
 from .display import ShowProgress
-from .held_out import check_names, measure_parts
+from .held_out import held_out_line
 from .hyperparameters import given_hyperparameters, remedy
 from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
@@ -71,10 +71,10 @@ class StudentTrainer(Trainer):
         budget: the tokens or seconds that the run may spend; it ends when this or its steps are used up, and its
             schedules end with it.
         corpus: plain texts for methods with a language-modelling loss, their first token as the prompt.
-        console: where progress is shown.
         peft_config: adds adapters to the student.
         train_dataset, eval_dataset: of `Example`s, or of rows as `datasets.Dataset` or a list of dictionaries.
         data_options: of `examples_from_rows`, for datasets of rows.
+        console: where progress is shown.
         kwargs: everything else of `transformers.Trainer`: callbacks, optimizers …
     """
 
@@ -272,15 +272,7 @@ class StudentTrainer(Trainer):
         if isinstance(dataset, dict):
             parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        model = cast(nn.Module, self.model)
-        model.eval()
-        saved_state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
-        training, self.step_metrics = self.step_metrics, StepMetrics()  # evaluation has its own counts
-        line = measure_parts(self, list(cast(Any, dataset)))
-        self.step_metrics = training
-        if saved_state or self.method.state_dict():
-            self.method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
-        line |= check_names({} if self.response_metrics is None else self.response_metrics(model), line)
+        line = held_out_line(self, list(cast(Any, dataset)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
         super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
