@@ -79,7 +79,8 @@ def _measure(trainer: "StudentTrainer", method: Method, examples: list[Example])
             trainer.weighted_loss(model, batch, method, diagnose=False)
     line = trainer.step_metrics.log_line(trainer.accelerator)
     total, normalizer = trainer.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
-    return {"loss": float(total / normalizer)} | {k: v for k, v in line.items() if not k.startswith("seconds")}
+    loss = float(total / normalizer) + trainer.router.mean(line)
+    return {"loss": loss} | {k: v for k, v in line.items() if not k.startswith("seconds")}
 
 
 def _means(lines: list[tuple[EvaluatedPart, dict[str, float]]]) -> dict[str, float]:

@@ -47,6 +47,7 @@ from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
 from .preparation import adapted, check_trainable, compiles
+from .router_loss import RouterLoss
 from .saving import SaveCheckpoints
 from .spending import Spending, follow_budget
 from .state import load_state, save_state
@@ -129,7 +130,7 @@ class StudentTrainer(Trainer):
         self.vocabulary = vocabulary_size(processing_class)
         self.method, self.response_metrics = method, response_metrics
         self.step_metrics = StepMetrics()
-        self._fused = can_fuse(student)
+        self._fused, self.router = can_fuse(student), RouterLoss(student)
         self.pad = padding(processing_class)
         if teacher is not None:
             teacher.to(self.accelerator.device)
@@ -193,6 +194,7 @@ class StudentTrainer(Trainer):
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
         normalizer, tokens = self.accelerator.reduce(counts, reduction="sum")
         self.spending.tokens += int(tokens)
+        self.router.begin_step(batches, normalizer, self.accelerator)
         return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], normalizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -240,6 +242,7 @@ class StudentTrainer(Trainer):
             vocabulary=self.vocabulary,
             weights=None if method.late_weights else weights,
             fused=self._fused,
+            router=self.router.term(batch, model.training, self.step_metrics if diagnose else None),
         )
 
     def _is_logged(self) -> bool:
