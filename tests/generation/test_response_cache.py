@@ -80,6 +80,15 @@ def test_only_missing_responses_are_generated(tmp_path):
     assert [json.loads(line)["row"] for line in lines] == list(range(6))
 
 
+def test_a_process_that_has_all_responses_still_calls_the_rollout_as_others_may_miss_some(tmp_path, monkeypatch):
+    """A sharded model's weights are gathered by all processes together, or they wait for each other for ever."""
+    first = cached(tmp_path)[1](PROMPTS, Step(0))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    calls, again = cached(tmp_path)
+    assert again(PROMPTS, Step(3)) == first
+    assert calls == [0]
+
+
 def test_a_torn_file_loses_its_last_response_only(tmp_path):
     first = cached(tmp_path)[1](PROMPTS, Step(0))
     file = tmp_path / "deep" / "responses.jsonl"

@@ -397,9 +397,23 @@ class Forgetful(nn.Module):
         return CausalLMOutput(logits=self.inner(input_ids, attention_mask=attention_mask).logits)
 
 
-def test_a_model_without_a_cache_is_refused_with_a_sentence():
-    with pytest.raises(ValueError, match="Forgetful has no key-value cache; rollout generate needs a model"):
-        writer(Forgetful(), stop_ids=[2])(PROMPTS, Step(0))
+def test_a_model_without_a_cache_reads_the_whole_sequence_for_every_token_and_says_so(caplog):
+    options = {"stop_ids": [2, *range(5, 30)], "batch_size": 4}
+    expected = writer(tiny("llama"), **options)(PROMPTS, Step(0))
+    with caplog.at_level(logging.WARNING, "understudy.generation.cache_support"):
+        forgetful = Forgetful()
+        assert writer(forgetful, **options)(PROMPTS, Step(0)) == expected
+        assert writer(forgetful, **options)(PROMPTS[:1], Step(0)) == expected[:1]
+    assert caplog.text.count("Forgetful cannot generate with a key-value cache: it returns no past_key_values") == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_distribution_that_is_not_a_number_is_refused_with_a_sentence(value, temperature):
+    logits = torch.zeros(2, VOCABULARY)
+    logits[1, slice(None) if value < 0 else 7] = value
+    with pytest.raises(FloatingPointError, match=r"is not a number, so no token can be drawn: .* use an earlier check"):
+        sampling.draw(logits, torch.tensor([0.5, 0.5]), Sampling(temperature=temperature, top_p=0.9))
 
 
 def test_a_rollout_without_a_model_is_refused_with_a_remedy():

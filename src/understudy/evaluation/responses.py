@@ -95,7 +95,7 @@ def generate_responses(
         raise ValueError("for several responses to a prompt give several seeds, and leave the sampling's n at 1")
     rollout = rollout.bind(model, tokenizer, author)
     file = ResponseFile(path, {} if path is None else identity(model, rollout, sampling, author))
-    prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
+    prompts = [replace(example.last_turn(), row=row) for row, example in enumerate(examples.examples)]
 
     def response(seed: int, example: Example, text: str) -> Response:
         row = examples.rows[example.row]

@@ -16,10 +16,15 @@ from .head import Head, softmax_dtype
 
 @dataclass(frozen=True)
 class Projected:
-    """Distributions of a live model, projected from its hidden rows lazily."""
+    """Distributions of a live model, projected from its hidden rows lazily.
+
+    Under autocast the projection is in autocast's dtype, as in the model's own forward, unless it is `constant`: a
+    teacher's, whose forward is outside the student's autocast.
+    """
 
     hidden: Tensor  # (N, D)
     head: Head
+    constant: bool = False
 
     @property
     def requires_grad(self) -> bool:
@@ -31,14 +36,17 @@ class Projected:
         return self.head.vocabulary
 
     def detach(self) -> "Projected":
-        return Projected(self.hidden.detach(), self.head.detach())
+        """The same distributions as constants."""
+        return Projected(self.hidden.detach(), self.head.detach(), constant=True)
 
     def cut(self, vocabulary: int) -> "Projected":
         return replace(self, head=self.head.cut(vocabulary))
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
         """(C, V) log-probabilities of the rows `rows`, differentiable by autograd."""
-        return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
+        kind = self.hidden.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self.constant):
+            return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of `tokens` (N,), differentiable by autograd."""

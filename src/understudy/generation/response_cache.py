@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..batch import Author, Example
 from ..files import read_jsonl
 from ..rollout import Rollout, with_response
@@ -39,6 +41,11 @@ class CachedRollout(Rollout):
         """See `Rollout`."""
         return CachedRollout(self.rollout.bind(model, tokenizer, author), self.path, self.weights)
 
+    @property
+    def is_bound(self) -> bool:
+        """See `Rollout`."""
+        return self.rollout.is_bound
+
     def with_batch_size(self, batch_size: int) -> "CachedRollout":
         """See `Rollout`."""
         return CachedRollout(self.rollout.with_batch_size(batch_size), self.path, self.weights)
@@ -52,19 +59,25 @@ class CachedRollout(Rollout):
         missing = {
             key: prompt for key, prompt in zip(ids, prompts, strict=True) if len(self._lines.get(key, ())) < sampling.n
         }
-        if missing:
+        if missing or _has_other_processes():
             generated = self.rollout.generate(list(missing.values()), sampling, replace(step, number=0))
             lines = [
                 _with_check(file.line(step.seed, example, index=i % sampling.n, streams=_lists(example)))
                 for i, example in enumerate(generated)
             ]
-            file.append(lines)
+            if lines:
+                file.append(lines)
             self._lines |= {key: lines[i * sampling.n : (i + 1) * sampling.n] for i, key in enumerate(missing)}
         return [
             with_response(prompt, line["tokens"], "teacher", line["truncated"], line["streams"])
             for key, prompt in zip(ids, prompts, strict=True)
             for line in self._lines[key][: sampling.n]
         ]
+
+
+def _has_other_processes() -> bool:
+    """Do several processes generate? They must all call the rollout, which may gather a sharded model's weights."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:

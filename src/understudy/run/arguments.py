@@ -28,6 +28,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "report_to": "none",
         "logging_steps": 10,
         "save_total_limit": 2,
+        "disable_tqdm": False,  # by default this depends on how much transformers logs
     }
     names, hints = {f.name for f in fields(TrainingArguments) if f.init}, get_type_hints(TrainingArguments)
     for key, value in recipe.training.items():

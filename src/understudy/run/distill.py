@@ -12,6 +12,7 @@ The same command again resumes an interrupted run from its last complete checkpo
 """
 
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,22 @@ from rich import get_console
 from rich.console import Console
 from torch import nn
 
-from ..batch import Example
 from ..evaluation.evaluate import distance
-from ..files import remove, replace_folder, write_atomic
+from ..files import write_atomic
 from ..recipe import Recipe
 from ..step import Step
 from ..teacher import Capability
+from ..terminal import is_first_process, show
 from ..training.checkpoint import damaged
 from ..training.signals import Interrupted, StopOnSignal
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
+from .overview import show_overview
+from .save import save_student
 from .summary import summarize
+
+logger = logging.getLogger(__name__)
 
 
 def distill(
@@ -47,7 +52,7 @@ def distill(
         RecipeError: for what is wrong with the recipe, before anything is computed.
         Interrupted: after Ctrl-C, SIGTERM or the end of the terminal, with a checkpoint saved.
     """
-    console = console or get_console()
+    console = (console or get_console()) if is_first_process() else Console(quiet=True)
     arguments = training_arguments(recipe)
     folder = RunFolder(Path(arguments.output_dir or "."))
     is_first = arguments.process_index == 0
@@ -78,7 +83,7 @@ def _finished(
     if restart or not folder.is_finished or folder.is_extended_by(recipe, accept_changes):
         return None
     if (summary := folder.read_run_json()) is not None:
-        console.print(f"{folder.path} is finished already; --restart runs it again", soft_wrap=True)
+        show(f"{folder.path} is finished already; --restart runs it again", console)
     return summary
 
 
@@ -88,9 +93,10 @@ def _train(run: Run, accept_changes: bool, console: Console) -> dict[str, Any]:
     is_first = trainer.args.process_index == 0
     checkpoint = folder.last_checkpoint()
     for path, reason in damaged(folder.path):
-        console.print(f"{path} is left out: {reason}", soft_wrap=True)
+        show(f"{path} is left out: {reason}", console)
     if checkpoint:
-        console.print(f"resuming from {checkpoint}", soft_wrap=True)
+        show(f"resuming from {checkpoint}", console)
+    show_overview(run, folder.path, console)
     if is_first and (checkpoint is None or accept_changes):
         folder.save_inputs(run.inputs)
     before = _distance_before(run, resumed=checkpoint is not None)
@@ -99,6 +105,8 @@ def _train(run: Run, accept_changes: bool, console: Console) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal is not None:
         raise Interrupted(trainer.state.global_step, stop.signal)
+    if run.samples is not None:
+        run.samples.show_last(trainer.args, trainer.state)
     seconds = {"seconds": trainer.spending.run_seconds, "cpu_seconds": trainer.spending.cpu_seconds}
     metrics = trainer.evaluate() if run.held_out is not None else {}
     after = student_samples(run)
@@ -140,27 +148,10 @@ def student_samples(run: Run, count: int = 64) -> dict[str, float]:
     trainer, teacher = run.trainer, run.teacher
     if teacher is None or not teacher.can(Capability.TOP_K):
         return {}
-    dataset = run.held_out or run.train
-    prompts: list[Example] = [dataset[i] for i in range(min(count, len(dataset)))]
+    prompts = run.prompts(count)
+    if not prompts:
+        logger.warning("no prompt leaves room for a response: the distance on student samples is not measured")
+        return {}
     responses = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, teacher, responses, trainer.vocabulary)
-
-
-def save_student(run: Run) -> None:
-    """Save the student and its tokenizer in student/ atomically; adapters are merged if the recipe says so."""
-    trainer, partial = run.trainer, run.folder.student_partial
-    if trainer.args.should_save:
-        remove(partial)
-    trainer.accelerator.wait_for_everyone()
-    if run.recipe.student.merge:
-        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        if trainer.args.should_save:
-            model.save_pretrained(partial)
-            run.tokenizer.save_pretrained(partial)
-    else:
-        trainer.save_model(str(partial))
-    if trainer.args.should_save:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
-        replace_folder(partial, run.folder.student)
-    trainer.accelerator.wait_for_everyone()

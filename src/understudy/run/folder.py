@@ -280,7 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it does not contain one.
     """
-    return read_mapping(path, json.loads, path.read_text(encoding="utf-8"))
+    return read_mapping(path, json.loads, path.read_text(encoding="utf-8", errors="replace"))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], text: str) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any], text: str) -> dict[str
     """
     try:
         content = parse(text)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it is not a file that a run writes; move it away, or restore it")
