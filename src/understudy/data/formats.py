@@ -148,9 +148,7 @@ class Format:
         if self.as_chat:
             return self._user_message(row, recognized, prompt, references)
         if row.columns.get("tools"):
-            raise BadRow(
-                f'{where}: the column "tools" is for chat templates, and the prompt is plain text; set template: chat'
-            )
+            raise BadRow(f"{where}: tools are for chat templates, and the prompt is plain text; set template: chat")
         self._plain_prompts += 1
         return _pair(where, prompt, self._plain_references(row, recognized.answer))
 

@@ -5,6 +5,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import jinja2
@@ -72,13 +73,14 @@ class _Worker(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while (task := self.tasks.get()) is not None:
-            try:
-                result = task(), None
-            except Exception as error:
-                result = None, error
-            self.results.put(result)
-            del task, result
+        with suppress(SystemExit):  # of `end`
+            while (task := self.tasks.get()) is not None:
+                try:
+                    result = task(), None
+                except Exception as error:
+                    result = None, error
+                self.results.put(result)
+                del task, result
 
     def end(self) -> None:
         """Raise SystemExit in the thread, at its next instruction, or end it when its task is done."""
