@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from understudy.batch import Batch, Example
 from understudy.playground.rewards import brevity, correct
-from understudy.reward import Reward, RewardModel, advantages, function
+from understudy.reward import Reward, RewardModel, _warn_of_a_single_response, advantages, function
 
 EXAMPLES = [
     Example([4, 5], [6, 7, 2], "student", row=0, columns={"completion": "w6 w7"}),
@@ -76,7 +76,13 @@ def test_where_no_prompt_has_several_responses_all_are_compared():
     assert advantages([1.0, 2.0, 6.0], [0, 1, 2]) == pytest.approx([-3.0, -1.5, 4.5])
 
 
-def test_a_single_response_has_no_advantage():
+def test_a_single_response_has_no_advantage_which_is_said_once(caplog):
+    _warn_of_a_single_response.cache_clear()
+    for _ in range(2):
+        Reward([length]).score(EXAMPLES[:1], words())
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "a step has a single response, which can be compared with no other, so its reward teaches nothing"
+    ]
     assert advantages([7.0], [0]) == [0.0]
     assert advantages([7.0, 1.0, 3.0], [0, 1, 1]) == pytest.approx([0.0, -2.0, 2.0])
 

@@ -4,11 +4,12 @@ A reward is a number computed from texts, without any gradient. Methods learn fr
 mean reward of the other responses to the same prompt: the same expected policy gradient, with a smaller variance.
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -17,6 +18,8 @@ from .batch import Example
 from .method import from_all_processes, process_rank
 from .models.load import load_model, resolve
 from .registry import import_object
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[list[str], list[str], list[Mapping[str, Any]]], Sequence[float]]
 
@@ -111,8 +114,19 @@ def _shared_advantages(rewards: Sequence[float], groups: Sequence[int], normaliz
     """The advantages of this process's responses among those of all processes; no group is on two of them."""
     rank = process_rank()
     everyone = from_all_processes([((rank, group), reward) for group, reward in zip(groups, rewards, strict=True)])
+    if len(everyone) == 1:
+        _warn_of_a_single_response()
     values = advantages([reward for _, reward in everyone], [key for key, _ in everyone], normalize)
     return [value for ((process, _), _), value in zip(everyone, values, strict=True) if process == rank]
+
+
+@cache
+def _warn_of_a_single_response() -> None:
+    """Once in a process."""
+    logger.warning(
+        "a step has a single response, which can be compared with no other, so its reward teaches nothing: raise the "
+        "rollout's n or the batch size"
+    )
 
 
 class RewardModel:
@@ -131,8 +145,8 @@ class RewardModel:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.reads, self.batch_size = name, reads, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-        labels: Any = AutoConfig.from_pretrained(resolve(name)).label2id
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        labels: Any = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False).label2id
         if label is not None and label not in labels:
             raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
         if label is None and len(labels) > 1:

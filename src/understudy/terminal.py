@@ -54,7 +54,7 @@ def showing(what: str) -> Iterator[None]:
     """Log an error of something that is only shown, once for each `what`, instead of raising it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # rich ends the process where a pipe is closed
         if what not in _failed_displays:
             _failed_displays.add(what)
             reason = " ".join(str(error).split()) or type(error).__name__

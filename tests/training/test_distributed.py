@@ -68,6 +68,7 @@ def train(folder, case, processes, resume=None, **changed):
         num_train_epochs=2,
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=2,
+        per_device_eval_batch_size=2,  # one process has two batches, the other one
         **{"eval_strategy": "epoch", **changed},
     )
     run.train(resume_from_checkpoint=None if resume is None else str(resume))

@@ -151,6 +151,9 @@ def test_adapters_are_added_and_are_the_same_for_a_seed(home, tmp_path):
     assert same(one, again)
     assert not same(one, other)
     assert {name for name, p in runs[0].model.named_parameters() if p.requires_grad} == {n for n in one if "lora_" in n}
+    runs[0].save_model(str(tmp_path / "adapters"))
+    again = StudentTrainer(str(tmp_path / "adapters"), None, SFT(), args=arguments(tmp_path))
+    assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {n for n in one if "lora_" in n}
     with pytest.raises(ValueError, match="adapters already"):
         trainer(tmp_path, KD(), runs[0].model, options={"peft_config": LoraConfig(r=2)})
 

@@ -70,28 +70,17 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="The dataset's configuration on the hub.")] = None,
     split: options.Split = "test",
     limit: options.Limit = None,
-    columns: Annotated[
-        list[str] | None, typer.Option("--column", help="The data's own column names, such as completion=de.")
-    ] = None,
+    columns: options.Columns = None,
     template: Annotated[str | None, typer.Option(help="A format string over the data's columns: the prompt.")] = None,
-    chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="Arguments of the chat template, such as '{enable_thinking: false}'.")
-    ] = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
     protocol: Annotated[
         str, typer.Option(help="greedy, or minillm: T = 1, five seeds, 256 + 256 tokens. Options below change it.")
     ] = "greedy",
     max_new_tokens: options.MaxNewTokens = None,
     max_prompt_length: options.MaxPromptLength = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy.", show_default=False, callback=options.finite)
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option("--seed", min=0, help="Seed of sampling; several for several responses."),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Responses generated at once; by default the fastest number is found.")
-    ] = None,
+    temperature: options.Temperature = None,
+    seed: options.Seeds = None,
+    batch_size: options.BatchSize = None,
     metric: options.Metrics = None,
     exposure_bias: Annotated[
         bool, typer.Option("--exposure-bias", help="Measure exposure bias; the teacher generates responses as well.")
@@ -157,15 +146,7 @@ def compare(
     max_new_tokens: options.MaxNewTokens = None,
     max_prompt_length: options.MaxPromptLength = None,
     metrics: options.Metrics = None,
-    temperatures: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--temperature",
-            min=0,
-            help="Evaluate at this temperature, or several; 0 is greedy.",
-            callback=options.finite,
-        ),
-    ] = None,
+    temperatures: options.Temperatures = None,
     exposure: Annotated[
         int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on the first N prompts.")
     ] = 0,

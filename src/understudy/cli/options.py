@@ -20,6 +20,31 @@ MaxPromptLength = Annotated[
     int | None, typer.Option(min=1, help="The longest prompt; longer ones lose their beginning.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Delete the earlier run in the folder and begin again.")]
+Temperatures = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--temperature",
+        min=0,
+        help="Evaluate at this temperature, or several; 0 is greedy.",
+        callback=lambda values: finite(values),
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="0 is greedy.", show_default=False, callback=lambda value: finite(value)),
+]
+Seeds = Annotated[
+    list[int] | None, typer.Option("--seed", min=0, help="Seed of sampling; several for several responses.")
+]
+Columns = Annotated[
+    list[str] | None, typer.Option("--column", help="The data's own column names, such as completion=de.")
+]
+ChatTemplateKwargs = Annotated[
+    str | None, typer.Option(help="Arguments of the chat template, such as '{enable_thinking: false}'.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Responses generated at once; by default the fastest number is found.")
+]
 
 
 def finite(value: Any) -> Any:

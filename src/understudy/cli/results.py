@@ -23,7 +23,7 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print a run's results, and where its student is saved."""
     console = console or Console()
     distance = summary["student_samples"]
-    if distance["before"]:
+    if distance["before"] and distance["after"]:
         table = Table("on student samples", "before", "after", title="distance to the teacher, nats per token")
         for name in ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"):
             table.add_row(name, f"{distance['before'][name]:.4g}", f"{distance['after'][name]:.4g}")

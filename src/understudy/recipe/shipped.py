@@ -1,5 +1,6 @@
 """The recipes that come with the package, by name: `playground/gkd`."""
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def locate(path: str | Path) -> Path:
     So `playground/gkd` and `recipes/playground/gkd.yaml` name the same recipe in every working directory.
     """
     path = Path(path)
-    if not path.exists() and not path.is_absolute() and _plain(path.as_posix()) in names():
+    if not os.path.exists(path) and not path.is_absolute() and _plain(path.as_posix()) in names():
         return named(path.as_posix())
     return path
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from .. import metrics
+from ..batch import Example
 from ..data.examples import Examples
 from ..data.load import load_data
 from ..evaluation.evaluate import evaluate
@@ -49,7 +51,15 @@ class Run:
     held_out: Examples | None
     inputs: list[Input]
     origin: Origin  # of the student
+    context_length: int | None  # of prompt and response
     samples: ShowSamples | None = None
+
+    def prompts(self, count: int) -> list[Example]:
+        """Up to `count` examples, held out if there are such, whose prompts leave room for a student's response."""
+        longest = self.trainer.writers.student.sampling.max_new_tokens
+        dataset = (self.held_out or self.train).examples
+        room = float("inf") if self.context_length is None else self.context_length - longest
+        return list(islice((example for example in dataset if len(example.prompt) <= room), count))
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Configs:
 
     tokenizer: Any
     student: Any  # its configuration
-    context_length: int | None  # the shorter one of student and teacher
+    context_length: int | None  # of prompt and response: the shorter one of student and teacher, less a prefix
 
 
 class Prepared(NamedTuple):
@@ -119,7 +129,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         callbacks=[LogMetrics(folder.metrics)],
         console=console,
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs, origin)
+    parts = (recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs, origin)
+    run = Run(*parts, configs.context_length)
     _add_callbacks(run, console)
     return run
 
@@ -134,10 +145,9 @@ def prepare(recipe: Recipe) -> Prepared:
     except ValueError as error:
         raise recipe.error("rollout", str(error)) from None
     teacher = _teacher(recipe, method)
-    configs = _check_configs(recipe, teacher, uses_teacher(method))
-    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
+    configs = _check_configs(recipe, teacher, method)
     reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
-    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, configs.context_length, reserve)
     return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
@@ -164,7 +174,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     return teacher
 
 
-def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> Configs:
+def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> Configs:
     """Load tokenizers and configurations, and check that they fit together."""
     name = None if teacher is None else teacher.tokenizer_name
     with recipe.locating("student"):
@@ -175,10 +185,11 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> Co
     with recipe.locating("teacher"):
         if name is not None:
             check_tokenizers(tokenizer, load_tokenizer(name))
-        if teacher is not None and teacher.model_name is not None and is_used:
+        if teacher is not None and teacher.model_name is not None and uses_teacher(method):
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    return Configs(tokenizer, config, context_window(*configs))
+    window = context_window(*configs)
+    return Configs(tokenizer, config, None if window is None else window - method.teacher_prefix_tokens)
 
 
 def _reward(recipe: Recipe) -> Reward | None:
@@ -277,9 +288,7 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
         run.trainer.add_callback(EarlyStoppingCallback(block.patience))
-    dataset = run.held_out or run.train
-    examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
-    if examples:
+    if examples := run.prompts(block.show):
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
         writer, path = run.trainer.writers.student, run.folder.samples
         shows_each = block.show_every is not None

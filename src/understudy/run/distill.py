@@ -12,6 +12,7 @@ The same command again resumes an interrupted run from its last complete checkpo
 """
 
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from rich import get_console
 from rich.console import Console
 from torch import nn
 
-from ..batch import Example
 from ..evaluation.evaluate import distance
 from ..files import write_atomic
 from ..recipe import Recipe
@@ -35,6 +35,8 @@ from .folder import RunFolder
 from .overview import show_overview
 from .save import save_student
 from .summary import summarize
+
+logger = logging.getLogger(__name__)
 
 
 def distill(
@@ -146,8 +148,10 @@ def student_samples(run: Run, count: int = 64) -> dict[str, float]:
     trainer, teacher = run.trainer, run.teacher
     if teacher is None or not teacher.can(Capability.TOP_K):
         return {}
-    dataset = run.held_out or run.train
-    prompts: list[Example] = [dataset[i] for i in range(min(count, len(dataset)))]
+    prompts = run.prompts(count)
+    if not prompts:
+        logger.warning("no prompt leaves room for a response: the distance on student samples is not measured")
+        return {}
     responses = trainer.writers.student(prompts, Step(0, trainer.args.seed))
     assert isinstance(trainer.model, nn.Module)
     return distance(trainer.model, teacher, responses, trainer.vocabulary)

@@ -50,7 +50,7 @@ class ShowSamples(TrainerCallback):
         self.writer, self.examples, self.tokenizer = writer, list(examples), tokenizer
         self.every, self.path, self.shows_each = every, path, shows_each
         self.console = console or get_console()  # the progress bar's, so that they do not overwrite each other
-        self._last: tuple[int, Table] | None = None  # the step of the newest samples, and the samples
+        self._step, self._table = -1, Table.grid()  # of the newest samples
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -64,11 +64,12 @@ class ShowSamples(TrainerCallback):
 
     def show_last(self, args: Any, state: Any) -> None:
         """Print the samples of the student as it is at this step."""
-        if self._last is None or self._last[0] != state.global_step:
+        if self._step != state.global_step:
             self._generate(args, state)
-        if self._last is not None:
+        if self._step == state.global_step and state.is_world_process_zero:
             with showing("samples of the student"):
-                self.console.print(self._last[1])
+                show(f"samples of the student after step {self._step}", self.console)
+                self.console.print(self._table)
 
     def _generate(self, args: Any, state: Any) -> None:
         """Generate the samples of this step and append them to the file; they are only for looking at."""
@@ -77,15 +78,14 @@ class ShowSamples(TrainerCallback):
             if not state.is_world_process_zero or not responses:
                 return
             table = Table.grid(Column(no_wrap=True, style="dim"), Column(overflow="fold"), padding=(0, 1))
-            table.title, table.title_justify = f"samples of the student after step {state.global_step}", "left"
             for example, sample in zip(self.examples, responses, strict=True):
                 token_ids = {"prompt": example.prompt, "student": sample.response, "reference": example.response}
                 texts = {n: self.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in token_ids.items()}
                 for name, text in texts.items():
                     table.add_row(name, Text(self._shortened(text)))
-                table.add_row("", "")
+                table.add_row("", "")  # an empty line
                 append_jsonl(self.path, {"step": state.global_step, **texts})
-            self._last = state.global_step, table
+            self._step, self._table = state.global_step, table
 
     def _shortened(self, text: str) -> str:
         """The end of a text in one paragraph, with a sign where lines end."""
@@ -140,7 +140,8 @@ class ShowProgress(TrainerCallback):
     def stop(self) -> None:
         """End the bar, which restores the terminal's cursor."""
         with showing("progress"):
-            self.progress.stop()
+            if self.progress.live.is_started:
+                self.progress.stop()
 
     def _position(self, state: Any) -> tuple[int, int, str]:
         """Steps done, steps expected, and the share of the budget that is spent."""

@@ -56,11 +56,12 @@ def as_student(student: nn.Module | str | Path, peft_config: Any, seed: int) -> 
     Raises:
         ValueError: if it has adapters already.
     """
-    model = student if isinstance(student, nn.Module) else load_model(str(student), dtype="float32")
+    name = None if isinstance(student, nn.Module) else str(student)
+    model = student if name is None else load_model(name, trainable=True, dtype="float32")
     if peft_config is None:
         return model
     if hasattr(model, "peft_config"):
-        raise ValueError("the student has adapters already: merge them first, or leave out peft_config")
+        raise ValueError("the student has adapters already: merge them first, or train them without a peft_config")
     from peft import get_peft_model
 
     if peft_config.task_type is None:

@@ -63,8 +63,7 @@ def test_methods_are_listed_with_their_options(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert "gkd: " in printed
-    assert "on_policy = 1.0" in printed
+    assert "  gkd:\n    on_policy: 1.0\n" in printed
 
 
 @pytest.mark.parametrize("where", ["understudy.cli.app", "understudy.registry.Registry.names"])
