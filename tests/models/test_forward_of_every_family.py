@@ -1,7 +1,9 @@
 """Every family of models: fused and plain losses, soft prompts, and responses generated alone and in a batch."""
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import families
 import pytest
@@ -11,6 +13,7 @@ from gradients import assert_same, loss_and_gradients
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon
+from understudy.generation.cache_support import CacheSupport, cache_support
 from understudy.models.forward import score_no_grad
 from understudy.models.parity import can_fuse
 from understudy.models.soft_prompt import check_soft_prompt, token_embeddings
@@ -24,8 +27,17 @@ HARD = [5, 6, 7]
 LONGER = Batch.from_examples([replace(e, prompt=HARD + e.prompt) for e in EXAMPLES], 0)
 PROMPTS = ragged_examples(5, families.VOCABULARY, seed=3, responses=False)
 TEACHER = BigramTeacher(families.VOCABULARY).score(BATCH)
-NO_SOFT_PROMPT = {"gemma3n_text", "gemma4_text"}  # they look up further embeddings by token id
-PLAIN = {"recurrent_gemma"}  # its soft-cap is not known to understudy
+PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text("utf-8")
+
+
+def listed(heading, number=0):
+    """The families in a list of the documentation's page, the first or another one below a heading."""
+    lists = re.findall(r"(?:^- `.*`\n)+", PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0], re.MULTILINE)
+    return set(re.findall(r"`(.*)`", lists[number]))
+
+
+NO_SOFT_PROMPT, PLAIN = listed("Soft prompts"), listed("Logits of all positions")
+NO_CACHE, ROWS_STAY = listed("Key-value caches"), listed("Key-value caches", 1)
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
 
 
@@ -69,6 +81,8 @@ def test_a_soft_prompt_of_tokens_is_those_tokens_in_front(family):
 @every_family
 def test_a_greedy_response_generated_alone_is_the_same_in_a_batch(family):
     """Rows end at different times, so that they are dropped from the batch where the cache can drop them."""
+    support = CacheSupport(family not in NO_CACHE, family not in ROWS_STAY)
+    assert cache_support(model(family), families.VOCABULARY) == support
     rollout = GenerateRollout().bind(model(family), words(families.VOCABULARY))
     sampling = Sampling(max_new_tokens=6, temperature=0, stop_ids=tuple(range(4, families.VOCABULARY, 5)))
     together = rollout.generate(PROMPTS, sampling, Step(0))

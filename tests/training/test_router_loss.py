@@ -91,6 +91,14 @@ def test_equal_micro_batches_give_the_loss_of_one(tmp_path):
         torch.testing.assert_close(gradient, two[name], rtol=1e-6, atol=1e-9)
 
 
+def test_recomputed_activations_give_the_same_gradients(tmp_path):
+    plain, recomputed = (
+        step_gradients(tmp_path, mixtral(), EXAMPLES[:4], gradient_checkpointing=option)[1] for option in (False, True)
+    )
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, recomputed[name], rtol=1e-6, atol=1e-9)
+
+
 def test_without_the_setting_there_is_no_router_s_loss(tmp_path):
     options = {"per_device_train_batch_size": 4, "max_steps": 1}
     with_it, without = (trainer(tmp_path, mixtral(asks), **options) for asks in (True, False))

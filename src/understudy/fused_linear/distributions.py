@@ -6,6 +6,7 @@ Shapes: N rows, C rows of a tile, V vocabulary, K tokens of a top-K distribution
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,8 +45,7 @@ class Projected:
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
         """(C, V) log-probabilities of the rows `rows`, differentiable by autograd."""
-        kind = self.hidden.device.type
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self.constant):
+        with torch.autocast(self.hidden.device.type, enabled=False) if self.constant else nullcontext():
             return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
 
     def chosen(self, tokens: Tensor) -> Tensor:

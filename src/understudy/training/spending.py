@@ -10,7 +10,11 @@ Tokens are the response tokens trained on, of all processes. Seconds are the fir
 import math
 from collections.abc import Callable, Sequence
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
 
 from ..budget import Budget
 
@@ -103,3 +107,8 @@ def follow_budget(scheduler: Any, spending: Spending, steps: int, warmup: int) -
     if hasattr(scheduler, "lr_lambdas"):
         scheduler.lr_lambdas = [by_share(rate) for rate in scheduler.lr_lambdas]
     return scheduler
+
+
+def first_process_s(seconds: float, device: torch.device) -> float:
+    """The first process's seconds, so that all processes end at the same step."""
+    return float(cast(Tensor, broadcast(torch.tensor(seconds, dtype=torch.float64, device=device))))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -49,7 +48,7 @@ from .method_output import checked_loss, checked_metrics
 from .preparation import adapted, check_trainable, compiles
 from .router_loss import RouterLoss
 from .saving import SaveCheckpoints
-from .spending import Spending, follow_budget
+from .spending import Spending, first_process_s, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
 from .writers import bind_writers
@@ -115,7 +114,7 @@ class StudentTrainer(Trainer):
         limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
         if budget is not None:
-            callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
+            callbacks = [StopAtBudget(self.spending, lambda s: first_process_s(s, args.device)), *callbacks]
         super().__init__(
             model=student,
             args=args,
@@ -153,11 +152,6 @@ class StudentTrainer(Trainer):
     def tokens_seen(self) -> int:
         """Response tokens trained on, by all processes, over the whole run."""
         return self.spending.tokens
-
-    def _first_process_s(self, seconds: float) -> float:
-        """The first process's seconds, so that all processes end at the same step."""
-        tensor = torch.tensor(seconds, dtype=torch.float64, device=self.args.device)
-        return float(cast(Tensor, broadcast(tensor)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         existing = self.lr_scheduler
