@@ -46,7 +46,7 @@ def test_tokens_beyond_the_number_of_tokens_are_trained_generated_and_end_a_resp
     run = StudentTrainer(student(), teacher(), SFT(), args=arguments(tmp_path), **data)
     batch = Batch.from_examples([Example([4, VOCABULARY - 2], [5, VOCABULARY - 1])], 0)
     own = run.model(batch.input_ids).logits[batch.predicts].log_softmax(-1)
-    loss = run._weighted_loss(run.model, batch, diagnose=False)
+    loss = run.weighted_loss(run.model, batch, run.method, diagnose=False)
     assert float(loss) == pytest.approx(-float(own.gather(-1, batch.tokens[:, None]).detach().sum()), rel=1e-5)
     model = tiny("phi")
     with torch.no_grad():
