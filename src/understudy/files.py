@@ -19,12 +19,12 @@ from typing import Any
 _BLOCK, _BLOCKS = 1 << 16, 32
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically: under another name first, then moved into place."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, text in UTF-8: under another name first, then moved into place."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -111,6 +111,7 @@ def check_folders(output: Path, kind: marker.Kind, runs: Sequence[PlannedRun], r
             message = f"{folder.path} holds {state} run of {run.variant.name} with other settings or another budget"
             raise RecipeError(f"{message}: {_REMEDY}, or delete it")
         folder.check_free(recipe, restart=False)
+        folder.check_unlocked(recipe)
 
 
 def _content(recipe: Recipe) -> dict[str, object]:

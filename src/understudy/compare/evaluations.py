@@ -49,7 +49,7 @@ def with_format_of(settings: NamedSettings, recipe: Recipe) -> dict[str, EvalSet
 
 def reference_folder(output: Path, model: str) -> RunFolder:
     """The folder in which a comparison saves the evaluation of a model that it did not train."""
-    return RunFolder(output / "reference" / hashlib.sha256(model.encode()).hexdigest()[:8])
+    return RunFolder(output / "reference" / hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:8])
 
 
 def evaluate_into(folder: RunFolder, model: str, settings: NamedSettings) -> None:

@@ -36,7 +36,7 @@ from ..scores import DIVERGENCE_METRICS
 from ..teacher import Capability, Teacher
 from . import exposure_bias as bias
 from .distance import distances
-from .responses import BatchSizeSearch, Response, Responses, generate_responses
+from .responses import BatchSizeSearch, Response, Responses, check_resumable, generate_responses
 
 Curve = Mapping[str, Sequence[float | None]]  # a number's name: its values at the first position, the second, …
 
@@ -92,6 +92,11 @@ def evaluate(
         options["on_progress"] = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
         return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, _is_correct, **options)
 
+    live_teacher: Any = teacher
+    teacher_path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
+    if exposure_bias and teacher_path is not None:  # before the student's responses are generated
+        common = (tokenizer, examples, rollout, sampling, seeds)
+        check_resumable(live_teacher.model, *common, "teacher", teacher_path)
     generated = generate("student", model, output)
     numbers, signatures = _response_metrics(generated, len(examples), metrics)
     curves: dict[str, Curve] = {}
@@ -103,9 +108,8 @@ def evaluate(
         numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
     if exposure_bias:
-        live_teacher: Any = teacher
-        path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
-        teacher_samples = [response.example for response in generate("teacher", live_teacher.model, path).responses]
+        generated_by_teacher = generate("teacher", live_teacher.model, teacher_path)
+        teacher_samples = [response.example for response in generated_by_teacher.responses]
         exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, vocabulary, batch_size)
         numbers["exposure_bias"] = float(exposure.percent[-1])
         curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}

@@ -95,7 +95,7 @@ def generate_responses(
         raise ValueError("for several responses to a prompt give several seeds, and leave the sampling's n at 1")
     rollout = rollout.bind(model, tokenizer, author)
     file = ResponseFile(path, {} if path is None else identity(model, rollout, sampling, author))
-    prompts = [replace(example.last_turn(), row=row) for row, example in enumerate(examples.examples)]
+    prompts = _prompts(examples)
 
     def response(seed: int, example: Example, text: str) -> Response:
         row = examples.rows[example.row]
@@ -120,6 +120,30 @@ def generate_responses(
                 tokens, seconds = tokens + _tokens(generated), seconds + batch_seconds
                 on_progress(len(generated))
     return Responses([responses[seed, prompt.row] for seed in seeds for prompt in prompts], tokens, seconds)
+
+
+def check_resumable(
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    rollout: Rollout,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    author: Author,
+    path: Path,
+) -> None:
+    """Check that a file of responses, if there is one, can be continued by this model; does not change it.
+
+    Raises:
+        ValueError: as `generate_responses`.
+    """
+    if path.is_file():
+        file = ResponseFile(path, identity(model, rollout.bind(model, tokenizer, author), sampling, author))
+        _resumed(file, seeds, _prompts(examples), author)
+
+
+def _prompts(examples: Examples) -> list[Example]:
+    return [replace(example.last_turn(), row=row) for row, example in enumerate(examples.examples)]
 
 
 def identity(model: Any, rollout: Rollout, sampling: Sampling, author: Author) -> dict[str, Any]:

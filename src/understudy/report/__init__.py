@@ -5,7 +5,6 @@ content.py, curves.py   all numbers in a dictionary     drawing.py, page.py, pag
 text.py                 a summary, numbers as text      responses.py                 the same prompts, side by side
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ def write_report(
     from .content import content as content_of
     from .drawing import png
     from .page import page
+    from .records import dumps
     from .responses import side_by_side
 
     output = output or (places[0] / "report" if len(places) == 1 else Path("runs/report"))
@@ -61,7 +61,7 @@ def write_report(
     (output / "png").mkdir(exist_ok=True)
     for chart in (chart for section in sections.values() for chart in section):
         png(chart, output / "png" / f"{chart.name}.png")
-    write_atomic(output / "report.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_atomic(output / "report.json", dumps(content))
     write_atomic(output / "report.html", page(content, sections, None if ended else again))
     return output / "report.html", ended
 

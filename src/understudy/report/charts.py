@@ -1,4 +1,4 @@
-"""Charts of training curves, quality and time, from the report's content; further ones in positions.py and sweeps.py.
+"""Charts of training curves, and quality, from the report's content; more in activities.py, positions.py, sweeps.py.
 
 They are small multiples: the panels of a chart have the same axes, and lines are labelled at their ends. A single run
 has a panel for each quantity; with several runs, there is a panel for each quantity and variant, with the other
@@ -10,10 +10,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from .activities import by_activity
 from .drawing import (
     ACCENT,
     FAINT,
     INK,
+    MOST,
+    MOST_ROWS,
     PAPER,
     SOFT,
     Chart,
@@ -21,8 +24,11 @@ from .drawing import (
     in_percent,
     label_ends,
     label_points,
+    limited,
     limits_of,
     plain,
+    thinned,
+    with_file_names,
 )
 from .positions import by_position
 from .sweeps import swept
@@ -42,23 +48,31 @@ _GROUPS = (
 )
 _ALWAYS_OPEN = ("loss", "reverse_kl")
 _ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}  # the background of a text that lines cross
-_GREY_POINTS = 60  # of a grey line
-_ACTIVITIES = {"generate": ACCENT, "score": SOFT, "learn": INK, "other": FAINT}
+_GREY_POINTS, _POINTS = 40, 400  # of a grey line, of a line
+_GREY_LINES = 8  # behind a variant's own
 
 
 def charts(content: Mapping[str, Any]) -> dict[str, list[Chart]]:
     """The charts of each section of the page; empty where there is nothing to draw."""
     runs = content["runs"]
     several = len(runs) > 1
-    return {
+    sections = {
         "quality": [
             *(swept(content) or _intervals(content)),
             *(_against_time(content) if several else _learning(runs[0])),
         ],
-        "curves": list(_multiples(runs) if several else _quantities(runs[0])),
+        "curves": list(_multiples(_ranked(content)) if several else _quantities(runs[0])),
         "positions": list(by_position(content)),
-        "time": list(_time(runs)),
+        "time": list(by_activity(runs)),
     }
+    return with_file_names({section: list(map(limited, of)) for section, of in sections.items()})
+
+
+def _ranked(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs, those of the best variants first where there is a ranking."""
+    names = ((content["comparison"] or {}).get("ranking") or {"names": []})["names"]
+    places = {name: place for place, name in enumerate(names)}
+    return sorted(content["runs"], key=lambda run: places.get(run["name"], len(places)))
 
 
 def _quantities(run: Mapping[str, Any]) -> Iterator[Chart]:
@@ -81,7 +95,7 @@ def _curves(title: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Panel
     def draw(axes: Axes) -> None:
         ends = []
         for (name, series), colour in zip(lines, (ACCENT, INK, SOFT, *[FAINT] * len(lines)), strict=False):
-            points = _points(series)
+            points = thinned(_points(series), _POINTS)
             axes.plot(*zip(*points, strict=True), color=colour, marker="o" if len(points) == 1 else None, ms=2.5)
             ends.append((points[-1][1], label(name), SOFT if colour == FAINT else colour))
         plain(axes, shares=all(is_share(name) for name, _ in lines))
@@ -96,9 +110,11 @@ def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     for run in runs:
         variants.setdefault(run["name"], []).append(run)
     logged = dict.fromkeys(name for run in runs for name in run["series"] if len(_points(run["series"][name])) > 1)
+    first = f"; the first {MOST} of {len(variants)} recipes" if len(variants) > MOST else ""
+    variants = dict(list(variants.items())[:MOST])
     title_of = {name: title for title, names in _GROUPS for name in names[:1]}
     order = [name for _, names in _GROUPS for name in names if name in logged]
-    for name in [*order, *(n for n in logged if n not in order)]:
+    for name in [*order, *(n for n in logged if n not in order)][:MOST]:
         series = {v: [r["series"][name] for r in group if name in r["series"]] for v, group in variants.items()}
         series = {variant: lines for variant, lines in series.items() if lines}
         if name == "truncated" and not any(v for lines in series.values() for line in lines for _, v in _points(line)):
@@ -111,7 +127,7 @@ def _multiples(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
         title = title_of.get(name, heading(name))
         title = title if name not in ("reverse_kl", "response_length") else heading(name)
         about = "each method's own objective, beside runs of the same method" if name == "loss" else "over the steps"
-        yield Chart(f"curves-{name}", title, about, panels, open=name in _ALWAYS_OPEN)
+        yield Chart(f"curves-{name}", title, about + first, panels, open=name in _ALWAYS_OPEN)
 
 
 def _variant(variant: str, name: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:
@@ -119,14 +135,12 @@ def _variant(variant: str, name: str, series: Mapping[str, Sequence[Mapping[str,
     limits = limits_of([value for lines in series.values() for line in lines for _, value in _points(line)])
 
     def draw(axes: Axes) -> None:
-        for other, lines in series.items():
-            points = _points(lines[0]) if other != variant else []
-            if points:
-                points = points[:: max(1, len(points) // _GREY_POINTS)] + points[-1:]
+        for other in [other for other in series if other != variant][:_GREY_LINES]:
+            if points := thinned(_points(series[other][0]), _GREY_POINTS):
                 axes.plot(*zip(*points, strict=True), color=FAINT, linewidth=0.7)
         last = None
         for run_series in series[variant]:
-            if points := _points(run_series):
+            if points := thinned(_points(run_series), _POINTS):
                 axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.3)
                 last = points[-1][1] if last is None else last
         axes.set_ylim(limits)
@@ -154,7 +168,7 @@ def _intervals(content: Mapping[str, Any]) -> Iterator[Chart]:
 
 def _bars(title: str, metric: str, rows: Sequence[tuple[str, Any]], references: Mapping[str, float | None]) -> Panel:
     """Horizontal bars from 0, names above them, with the interval of Student's t where there are several seeds."""
-    rows = sorted(rows, key=lambda row: row[1]["mean"])
+    rows = sorted(rows, key=lambda row: row[1]["mean"])[-MOST_ROWS:]
     lines = {name: value for name, value in references.items() if value is not None}
 
     def draw(axes: Axes) -> None:
@@ -235,45 +249,6 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
             panels.append(Panel(f"Held out: {label(name.removeprefix('eval_'))}", _description(name, line) + ".", draw))
     if panels:
         yield Chart("quality-time", "Quality against seconds of training", "on held-out data", panels)
-
-
-def _time(runs: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """Seconds of training by activity, a bar for each run."""
-    timed = [run for run in runs if run["seconds_by_activity"]]
-    if not timed:
-        return
-    names = [run["name"] for run in timed]
-    labels = [f"{r['name']}, seed {r['seed']}" if names.count(r["name"]) > 1 else r["name"] for r in timed]
-
-    def draw(axes: Axes) -> None:
-        for row, (run, text) in enumerate(zip(reversed(timed), reversed(labels), strict=True)):
-            left = 0.0
-            for name, colour in _ACTIVITIES.items():
-                seconds = run["seconds_by_activity"][name]
-                axes.barh(row, seconds, left=left, height=0.34, color=colour)
-                left += seconds
-            axes.text(0, row + 0.26, text, fontsize=7, va="bottom", color=INK)
-            axes.text(left, row, f" {duration(left)}", fontsize=7, va="center", color=SOFT)
-        for index, (name, colour) in enumerate(_ACTIVITIES.items()):
-            place = 0.25 * index
-            over = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "bottom"}
-            axes.text(place, len(timed) - 0.1, "■", color=colour, **over)
-            axes.text(place + 0.05, len(timed) - 0.1, name, color=SOFT, **over)
-        axes.set_ylim(-0.4, len(timed) + 0.4)
-        axes.set_yticks([])
-        plain(axes, steps=False)
-        axes.set_xlabel("seconds", fontsize=7, labelpad=2)
-
-    about = [f"{text}: {_shares(run['seconds_by_activity'])}" for text, run in zip(labels, timed, strict=True)]
-    panel = Panel(
-        "Time by activity", "; ".join(about) + ".", draw, height=0.85 + 0.27 * len(timed), left=0.03, right=0.86
-    )
-    yield Chart("time", "Time by activity", "seconds of the main process", [panel])
-
-
-def _shares(split: Mapping[str, float]) -> str:
-    total = sum(split.values())
-    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())
 
 
 def _points(line: Mapping[str, Any] | None, along: str = "step") -> list[tuple[float, float]]:

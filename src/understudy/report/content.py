@@ -22,7 +22,7 @@ from .text import summary
 
 _ACTIVITIES = ("generate", "score", "learn", "other")
 _TOTALS = ("train_", "total_flos", "seconds_", "epoch", "step", "tokens")  # logged, but not drawn as curves
-_CURVES = ("exposure_bias", "distance")
+_CURVES = {"exposure_bias": "percent", "distance": "alive"}  # each with what it has at every position
 _EXPOSURE_BIAS = (EXPOSURE, "exposure_bias")
 
 
@@ -53,17 +53,17 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "name": run.name,
         "seed": run.seed,
         "folder": str(run.folder.path),
-        "method": next(iter(dig(run.recipe, "method") or []), None) if run.recipe else None,
+        "method": next(iter(dig(run.recipe, "method") or []), None),
         "state": "failed" if run.failed else "finished" if run.summary else "unfinished",
         "failed": run.failed,
         "logged": datetime.fromtimestamp(run.changed, timezone.utc).isoformat(timespec="seconds")
         if run.lines
         else None,
-        "steps": ended.get("steps", last),
+        "steps": _first(ended.get("steps"), last),
         "max_steps": ended.get("steps") or dig(run.recipe, "training", "max_steps"),
-        "seconds": ended.get("seconds", sum(split.values())),
+        "seconds": _first(ended.get("seconds"), sum(split.values())),
         "cpu_seconds": ended.get("cpu_seconds"),
-        "tokens": ended.get("tokens", sum(line.get("tokens", 0) for line in run.lines)),
+        "tokens": _first(ended.get("tokens"), sum(line.get("tokens", 0) for line in run.lines)),
         "seconds_by_activity": split if any(split.values()) else {},
         "peak_memory_mb": _peak(ended, run.lines),
         "facts": _facts(ended, run),
@@ -75,6 +75,10 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "positions": _positions(run),
         "recipe": run.recipe_text,
     }
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _facts(summary: Mapping[str, Any], run: RunRecord) -> dict[str, Any]:
@@ -128,8 +132,9 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[floa
 def _positions(run: RunRecord) -> dict[str, dict[str, Any]]:
     """Curves by position in the response, by kind, of the first evaluation that has them."""
     parts = [*run.measurements.values(), *(dig(run.evaluation, "results") or {}).values()]
-    curves = {kind: next((c for part in parts if (c := dig(part, "curves", kind))), None) for kind in _CURVES}
-    return {kind: curve for kind, curve in curves.items() if curve}
+    curves = {kind: [dig(part, "curves", kind) or {} for part in parts] for kind in _CURVES}
+    complete = {kind: [curve for curve in of if curve.get(_CURVES[kind])] for kind, of in curves.items()}
+    return {kind: of[0] for kind, of in complete.items() if of}
 
 
 def _comparison(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, Any] | None:
@@ -218,6 +223,7 @@ def reference_models(runs: Sequence[RunRecord]) -> dict[str, str]:
     """The names or folders of the teacher and of the warm start, where all runs share one."""
     recipes = [run.recipe for run in runs if run.recipe]
     teachers = {dig(fields, "model") for recipe in recipes for fields in (dig(recipe, "teacher") or {}).values()}
+    teachers = {name for name in teachers if name is None or isinstance(name, str)}
     starts = {dig(recipe, "student", "model") for recipe in recipes}
     models = {"teacher": teachers - {None}, "warm start": starts}
     return {name: str(next(iter(paths))) for name, paths in models.items() if len(paths) == 1 and None not in paths}
@@ -246,9 +252,11 @@ def _ranking(
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of NaN and infinities, which JSON does not have."""
+    """The value with None in place of NaN and infinities, which JSON does not have; texts without lone surrogates."""
     if isinstance(value, Mapping):
-        return {str(key): finite(part) for key, part in value.items()}
+        return {finite(str(key)): finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,12 +3,14 @@
 A point of a curve is a `Spread`, like a cell of the table: a mean with an interval over seeds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile, zip_longest
 from typing import Any
 
 from ..compare.statistics import Spread
+from .records import is_number
 
 KLS = ("reverse_kl", "forward_kl")
 _DECADES = 30  # positive values whose largest is more than this times the smallest get a logarithmic axis
@@ -25,7 +27,7 @@ def sweep(record: Mapping[str, Any], evaluated: Sequence[str]) -> dict[str, Any]
     if not points:
         return None
     values = [point["value"] for point in points.values()]
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numbers = all(is_number(value) and math.isfinite(value) for value in values)
     axis = "words" if not numbers else "log" if min(values) > 0 and max(values) > _DECADES * min(values) else "linear"
     recipes: dict[str, list[dict[str, Any]]] = {}
     for name, point in points.items():

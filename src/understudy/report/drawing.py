@@ -7,7 +7,7 @@ follow the page's light or dark mode. Text stays text.
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ..files import write_atomic
 
 # CSS variable → its colour on the light page; all colours are different.
 PALETTE = {
@@ -74,6 +76,39 @@ class Chart:
     open: bool = True  # False: folded
 
 
+MOST = 24  # panels of a chart, and quantities that are drawn
+MOST_ROWS = 60  # bars of a chart
+
+
+def limited(chart: Chart) -> Chart:
+    """The chart with its first panels, and a note where there are more."""
+    if len(chart.panels) <= MOST:
+        return chart
+    note = f"{chart.about}; the first {MOST} of {len(chart.panels)}, all numbers are in report.json"
+    return replace(chart, about=note, panels=chart.panels[:MOST])
+
+
+def with_file_names(sections: Mapping[str, Sequence[Chart]]) -> dict[str, list[Chart]]:
+    """The charts, each with a name of its own that a file can have; metrics may be called anything."""
+    taken: set[str] = set()
+    named: dict[str, list[Chart]] = {}
+    for section, charts in sections.items():
+        for chart in charts:
+            name = plain_name = re.sub(r"[^A-Za-z0-9_.-]", "_", chart.name)[:80]
+            number = 2
+            while name in taken:
+                name, number = f"{plain_name}-{number}", number + 1
+            taken.add(name)
+            named.setdefault(section, []).append(replace(chart, name=name))
+    return {section: named.get(section, []) for section in sections}
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most about `most` of a line's points, with the first and the last."""
+    every = max(1, len(points) // most)
+    return [*points[::every], *(points[-1:] if (len(points) - 1) % every else [])]
+
+
 def svg(panel: Panel, name: str) -> str:
     """The panel as an inline SVG with a title and a description; `name` keeps its ids apart from other panels'."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -104,7 +139,9 @@ def png(chart: Chart, path: Path) -> None:
         figure = Figure(figsize=(columns * WIDTH, rows * tall + 0.3))
         figure.suptitle(chart.title, x=0.02, ha="left", fontsize=9)
         _fill(figure, chart.panels, columns, titled=True)
-        figure.savefig(path, dpi=160)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=160)
+    write_atomic(path, picture.getvalue())
 
 
 def _fill(figure: Figure, panels: Sequence[Panel], columns: int, titled: bool = False) -> None:

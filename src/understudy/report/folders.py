@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..files import read_jsonl
+from ..recipe.yaml_nodes import read_yaml
 from ..run.folder import RunFolder, read_json, read_mapping
+from . import records
+from .records import checked, numeric
 
 _DEPTHS = ("*", "*/*", "*/*/*")  # OUTPUT/<recipe>/<option>=<value>/seed-<n>
 _SEED = re.compile(r"seed-(\d+)")
@@ -92,12 +93,15 @@ def read_runs(places: Sequence[Path]) -> list[RunRecord]:
         base = homes[0]  # so that runs have the names that they have in the comparison
     else:
         base = Path(os.path.commonpath([path.resolve() for path in paths])) if len(paths) > 1 else None
-    return [_read(RunFolder(path), _name(path, base)) for path in paths]
+    named = [(place, read_comparison(place).get("folders", {})) for place in homes]
+    known = {place / folder: name for place, folders in named for folder, name in folders.items()}
+    return [_read(RunFolder(path), known.get(path.resolve().parent) or _name(path, base)) for path in paths]
 
 
 def read_comparison(place: Path) -> dict[str, Any]:
     """The content of comparison.json in a comparison's folder; empty if there is none yet."""
-    return read_json(place / _COMPARISON) if (place / _COMPARISON).is_file() else {}
+    path = place / _COMPARISON
+    return checked(path, read_json(path), records.Comparison) if path.is_file() else {}
 
 
 def _is_run(path: Path) -> bool:
@@ -114,19 +118,23 @@ def _name(path: Path, base: Path | None) -> str:
 
 
 def _read(folder: RunFolder, name: str) -> RunRecord:
-    text = folder.recipe.read_text(encoding="utf-8") if folder.recipe.is_file() else ""
+    text = folder.recipe.read_text(encoding="utf-8", errors="replace") if folder.recipe.is_file() else ""
+    recipe = read_mapping(folder.recipe, lambda text: read_yaml(text)[0], text) if text else {}
+    before, summary, evaluation = folder.read_before(), folder.read_run_json(), folder.read_evaluation()
     return RunRecord(
         folder=folder,
         name=name,
-        recipe=read_mapping(folder.recipe, yaml.safe_load, text) if text else {},
+        recipe=checked(folder.recipe, recipe, records.RecipeRecord),
         recipe_text=text,
-        lines=read_jsonl(folder.metrics),
+        lines=[numeric(line) for line in read_jsonl(folder.metrics)],
         samples=read_jsonl(folder.samples),
-        before=(folder.read_before() or {}).get("student_samples", {}),
-        summary=folder.read_run_json(),
+        before=checked(folder.before, before or {}, records.Before).get("student_samples", {}),
+        summary=None if summary is None else checked(folder.run_json, summary, records.Summary),
         failed=folder.read_failed(),
-        evaluation=folder.read_evaluation(),
-        measurements=folder.read_measurements(),
+        evaluation=None if evaluation is None else checked(folder.evaluation, evaluation, records.Evaluation),
+        measurements={
+            name: checked(folder.path / name, part, records.Part) for name, part in folder.read_measurements().items()
+        },
         responses=folder.read_responses(),
         changed=folder.metrics.stat().st_mtime if folder.metrics.is_file() else 0.0,
     )

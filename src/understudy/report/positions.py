@@ -5,10 +5,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, limits_of, plain
+from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, limits_of, plain, thinned
 from .text import label
 
 _BANDS = {1: "± one standard error over prompts", 2: "from one seed to the other", 3: "95 % interval over seeds"}
+_GREY_LINES, _GREY_POINTS = 8, 40  # behind a variant's own
 _UNSETTLED = 5  # the first fifth of the positions does not set the axis of exposure bias
 
 
@@ -38,9 +39,10 @@ def _exposure(variant: str, all_curves: Mapping[str, Mapping[str, Any]], limits:
     points, low, high = (_points(curve[name]) for name in ("mean", "low", "high"))
 
     def draw(axes: Axes) -> None:
-        for other in all_curves:
+        for other in list(all_curves)[: _GREY_LINES + 1]:
             if other != variant:
-                axes.plot(*zip(*_points(all_curves[other]["mean"]), strict=True), color=FAINT, linewidth=0.7)
+                grey = thinned(_points(all_curves[other]["mean"]), _GREY_POINTS)
+                axes.plot(*zip(*grey, strict=True), color=FAINT, linewidth=0.7)
         positions = [position for position, _ in low]
         axes.fill_between(positions, [v for _, v in low], [v for _, v in high], color=ACCENT, alpha=0.18, linewidth=0)
         axes.plot(*zip(*points, strict=True), color=ACCENT)

@@ -42,7 +42,7 @@ def side_by_side(runs: Sequence[RunRecord], places: Sequence[Path], count: int, 
     if not reason:
         try:
             return finite(_generate(students, count))
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())
     saved = _evaluated(runs, places, count) or _samples(runs, count)
     tokens = f"No models were loaded ({reason}), so that no token-level disagreement is shown."

@@ -17,6 +17,7 @@ _COLOURS = (ACCENT, INK, SOFT)  # the lines of one panel, best first
 _LEFT, _RIGHT = 0.13, 0.72
 _OFFSET = 0.12  # distance between recipes at a word, as a share of the distance to the next word
 _LETTER = 3.9  # the approximate width of a letter of a tick's label, in points
+_GREY_LINES = 8  # behind a recipe's own
 _FAR = 0.75  # a reference farther away than this times the height of the curves is named, and not drawn
 
 Point = tuple[float, Mapping[str, float], str]  # place on the axis, spread, the value as it was written
@@ -101,7 +102,8 @@ def _panel(title: str, curves: _Curves, colours: Mapping[str, str]) -> Panel:
         if curves.axis == "log":
             axes.set_xscale("log")
         ends = []
-        for recipe in sorted(curves.lines, key=lambda recipe: colours[recipe] != FAINT):
+        grey = [recipe for recipe in curves.lines if recipe not in named][:_GREY_LINES]
+        for recipe in [*grey, *named]:
             colour, points = colours[recipe], curves.lines[recipe]
             linestyle = "none" if curves.axis == "words" else "-"
             offset = (

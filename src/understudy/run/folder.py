@@ -99,10 +99,7 @@ class RunFolder:
             unfinished = sorted(self.path.glob("responses-*.jsonl"), key=lambda file: file.stat().st_mtime)
             files = {match[1]: file for file in unfinished if (match := _RESPONSES.fullmatch(file.name))}
         lines = {name: read_jsonl(file) for name, file in files.items() if file.is_file()}
-        return {
-            name: sorted(part, key=lambda line: (line.get("seed", 0), line.get("row", 0)))
-            for name, part in lines.items()
-        }
+        return {name: sorted(part, key=_seed_and_row) for name, part in lines.items()}
 
     def last_checkpoint(self) -> str | None:
         """The newest complete checkpoint."""
@@ -272,6 +269,11 @@ RUN = _kind(
     RunFolder.report,
     nested={str(RunFolder.report): REPORT},
 )
+
+
+def _seed_and_row(line: dict[str, Any]) -> tuple[int, int]:
+    seed, row = (line.get(name) for name in ("seed", "row"))
+    return seed if isinstance(seed, int) else 0, row if isinstance(row, int) else 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
