@@ -369,3 +369,21 @@ def test_the_distance_uses_the_logits_of_a_model_that_transforms_them():
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predicts]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     assert means["student_entropy"] == pytest.approx(float(entropy), rel=1e-5)
+
+
+def test_a_file_that_no_teacher_wrote_is_refused_before_the_student_s_responses_are_generated(tmp_path):
+    class Counting(GenerateRollout):
+        calls = 0
+
+        def generate(self, prompts, sampling, step):
+            Counting.calls += 1
+            return super().generate(prompts, sampling, step)
+
+    examples = examples_from_rows([{"prompt": "1+1="}], TOKENIZER)
+    model = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "model"))
+    (tmp_path / "responses.teacher.jsonl").write_text("mine\n")
+    options = {"exposure_bias": True, "output": tmp_path / "responses.jsonl"}
+    with pytest.raises(ValueError, match=r"responses\.teacher\.jsonl:1 is not a response that understudy generated"):
+        evaluate(model, TOKENIZER, examples, Counting(), Sampling(4), LocalTeacher(model), **options)
+    assert Counting.calls == 0
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["responses.teacher.jsonl"]

@@ -87,20 +87,18 @@ def evaluate(
     check(examples, sampling, teacher, seeds, metrics, exposure_bias)
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
-        options: dict[str, Any] = {"author": author, "path": path}
-        options["search"] = None if first_batch_size is None else BatchSizeSearch(first_batch_size)
+        search = first_batch_size and BatchSizeSearch(first_batch_size)
+        options: dict[str, Any] = {"author": author, "path": path, "search": search}
         options["on_progress"] = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
         return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, _is_correct, **options)
 
     live_teacher: Any = teacher
-    teacher_path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
-    if exposure_bias and teacher_path is not None:  # before the student's responses are generated
-        common = (tokenizer, examples, rollout, sampling, seeds)
-        check_resumable(live_teacher.model, *common, "teacher", teacher_path)
+    path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
+    if exposure_bias and path is not None:  # before the student's responses are generated
+        check_resumable(live_teacher.model, tokenizer, examples, rollout, sampling, seeds, "teacher", path)
     generated = generate("student", model, output)
-    numbers, signatures = _response_metrics(generated, len(examples), metrics)
-    curves: dict[str, Curve] = {}
-    samples, vocabulary = [response.example for response in generated.responses], vocabulary_size(tokenizer)
+    (numbers, signatures), curves = _response_metrics(generated, len(examples), metrics), dict[str, Curve]()
+    samples, vocabulary = [r.example for r in generated.responses], vocabulary_size(tokenizer)
     if teacher is not None:
         on_progress = _task(progress, "distance to the teacher", len(samples))
         parts = [samples[start : start + len(examples)] for start in range(0, len(samples), len(examples))]
@@ -108,9 +106,8 @@ def evaluate(
         numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
     if exposure_bias:
-        generated_by_teacher = generate("teacher", live_teacher.model, teacher_path)
-        teacher_samples = [response.example for response in generated_by_teacher.responses]
-        exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, vocabulary, batch_size)
+        samples_of_teacher = [r.example for r in generate("teacher", live_teacher.model, path).responses]
+        exposure = bias.exposure_bias(model, live_teacher, samples, samples_of_teacher, vocabulary, batch_size)
         numbers["exposure_bias"] = float(exposure.percent[-1])
         curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}
     return Evaluation([response.line for response in generated.responses], numbers, signatures, curves)
