@@ -97,7 +97,7 @@ def _train(run: Run, accept_changes: bool, console: Console) -> dict[str, Any]:
     if checkpoint:
         show(f"resuming from {checkpoint}", console)
     show_overview(run, folder.path, console)
-    if is_first and (checkpoint is None or accept_changes):
+    if is_first and (checkpoint is None or accept_changes or not folder.inputs.is_file()):
         folder.save_inputs(run.inputs)
     before = _distance_before(run, resumed=checkpoint is not None)
     with StopOnSignal() as stop:
