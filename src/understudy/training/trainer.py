@@ -102,8 +102,6 @@ class StudentTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         sampling, teacher = sampling or Sampling(), as_teacher(teacher)
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
@@ -241,8 +239,7 @@ class StudentTrainer(Trainer):
 
     def _is_logged(self) -> bool:
         """Will this step's metrics be logged? Only then are the two models compared for logging."""
-        every = max(int(self.state.logging_steps or 1), 1)
-        step = self.state.global_step
+        step, every = self.state.global_step, max(int(self.state.logging_steps or 1), 1)
         return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
