@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .load import reason
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,13 @@ def check_saved(folder: Path, expected: Tensor, model: Any, rounding: bool = Fal
     for what, load in ways.items():
         try:
             loaded = load().to(model.device)
-            check_same(expected, loaded, what, rounding or model.dtype in _HALF)
-            del loaded
         except (torch.OutOfMemoryError, MemoryError):
             logger.warning("there is no memory to load the saved student and compare it with the trained one")
             return
+        except Exception as error:  # loading raises anything
+            raise SavedModelDiffers(f"{what} cannot be loaded ({reason(error)})") from error
+        check_same(expected, loaded, what, rounding or model.dtype in _HALF)
+        del loaded
 
 
 def check_adapters(base: nn.Module, model: Any) -> None:

@@ -37,7 +37,7 @@ from ..teacher import Capability, Teacher
 from ..teachers import check_provides
 from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, ShowProgress, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint
-from .preparation import adapt, check_trainable, compiles
+from .preparation import adapt, check_same_tokenizer, check_trainable, compiles
 from .spending import Spending, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
@@ -85,6 +85,7 @@ class StudentTrainer(Trainer):
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         check_provides(teacher, method.requires, type(method).__name__)
         check_trainable(student, teacher)
+        check_same_tokenizer(processing_class, teacher)
         limit = adapt(args)
         self.spending = Spending(budget)
         if budget is not None:
