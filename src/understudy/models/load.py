@@ -110,6 +110,12 @@ def holds_adapters(name: str) -> bool:
         return adapter_config(resolve(name)) is not None
 
 
+def is_soft_prompt(name: str) -> bool:
+    """Are these adapters of a kind that adds tokens to the prompt (or keys and values), and no weights?"""
+    kind = (adapter_config(resolve(name)) or {}).get("peft_type")
+    return kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
     """Refuse a model with fewer embeddings than its tokenizer has tokens; further embeddings are padding.
 
