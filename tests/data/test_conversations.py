@@ -155,7 +155,8 @@ def trained_text(tokenizer, example):
 @pytest.mark.parametrize("marked", [False, True])
 def test_all_turns_of_the_assistant_can_be_trained_on(marked):
     turn = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
-    template = CHATML.replace("{{ m.content }}<|im_end|>", f"{turn}{{{{ m.content }}}}<|im_end|>{{% endif %}}")
+    newline = "{{ '\\n' }}"  # one after a block would be removed
+    template = CHATML.replace("{{ m.content }}<|im_end|>\n", turn + "{{ m.content }}<|im_end|>{% endif %}" + newline)
     tokenizer = byte_level(chat=template if marked else CHATML)
     [last] = loaded = examples_from_rows([{"messages": LONG_CHAT}], tokenizer)
     [example] = every = examples_from_rows([{"messages": LONG_CHAT}], tokenizer, train_on="all")
