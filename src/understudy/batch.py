@@ -90,7 +90,7 @@ class Batch:
         if not examples:
             raise ValueError("a batch needs at least one example")
         for example in examples:
-            _check(example)
+            check_example(example)
         width = max(map(len, examples))
         input_ids = torch.tensor([[*e.prompt, *e.response] + [pad] * (width - len(e)) for e in examples])
         predicts = torch.zeros(len(examples), width, dtype=torch.bool)
@@ -195,7 +195,12 @@ class Batch:
         return len(self.tokens) if reduction == "token" else len(self.examples)
 
 
-def _check(example: Example) -> None:
+def check_example(example: Example) -> None:
+    """Refuse an example that cannot be trained on.
+
+    Raises:
+        ValueError: naming its row and what is wrong.
+    """
     if not example.prompt or not example.response:
         part = "prompt" if not example.prompt else "response"
         raise ValueError(f"the example of row {example.row} has an empty {part}; every example needs both")
@@ -204,7 +209,7 @@ def _check(example: Example) -> None:
             f"the example of row {example.row} has {len(example.response)} response tokens, but a `trained` mask of "
             f"length {len(example.trained)}: give one value per response token"
         )
-    if not example.trained_tokens:
+    if example.trained is not None and not any(example.trained):
         raise ValueError(f"the example of row {example.row} has no response token to train on: leave the row out")
 
 

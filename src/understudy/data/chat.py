@@ -48,7 +48,8 @@ class ResponseEnd:
         except Exception:  # templates raise anything; rows that are conversations will report it
             return cls()
         added: Any = tokenizer.get_added_vocab  # which transformers' base class does not declare
-        tokens = sorted({*added(), *tokenizer.all_special_tokens}, key=len, reverse=True)
+        tokens = {token for token in (*added(), *tokenizer.all_special_tokens) if token.strip()}
+        tokens = sorted(tokens, key=len, reverse=True)
         token = re.search("|".join(map(re.escape, tokens)), suffix) if tokens else None
         return cls(suffix, suffix[: token.end()], token.group()) if token else cls(suffix)
 

@@ -29,6 +29,7 @@ from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
 from ..metrics.final_answer import agree
+from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout
 from ..sampling import Sampling
 from ..scores import DIVERGENCE_METRICS
@@ -83,7 +84,7 @@ def evaluate(
             seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(examples, sampling, teacher, seeds, metrics, exposure_bias)
+    check(examples, sampling, teacher, seeds, metrics, exposure_bias)
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
         options: dict[str, Any] = {"author": author, "path": path}
@@ -94,18 +95,18 @@ def evaluate(
     generated = generate("student", model, output)
     numbers, signatures = _response_metrics(generated, len(examples), metrics)
     curves: dict[str, Curve] = {}
-    samples = [response.example for response in generated.responses]
+    samples, vocabulary = [response.example for response in generated.responses], vocabulary_size(tokenizer)
     if teacher is not None:
         on_progress = _task(progress, "distance to the teacher", len(samples))
         parts = [samples[start : start + len(examples)] for start in range(0, len(samples), len(examples))]
-        by_seed = [distances(model, teacher, part, len(tokenizer), batch_size, on_progress) for part in parts]
+        by_seed = [distances(model, teacher, part, vocabulary, batch_size, on_progress) for part in parts]
         numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
     if exposure_bias:
         live_teacher: Any = teacher
         path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
         teacher_samples = [response.example for response in generate("teacher", live_teacher.model, path).responses]
-        exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, len(tokenizer), batch_size)
+        exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, vocabulary, batch_size)
         numbers["exposure_bias"] = float(exposure.percent[-1])
         curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}
     return Evaluation([response.line for response in generated.responses], numbers, signatures, curves)
@@ -119,7 +120,7 @@ def distance(
     return {name: means[name] for name in DIVERGENCE_METRICS}
 
 
-def _check(
+def check(
     examples: Examples,
     sampling: Sampling,
     teacher: Teacher | None,
@@ -127,7 +128,11 @@ def _check(
     metrics: Sequence[str],
     exposure_bias: bool,
 ) -> None:
-    """Refuse settings that would fail or be meaningless, before any response is generated."""
+    """Refuse settings that would fail or be meaningless, before any response is generated.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     text_metrics.check(metrics)
     diversity = [name for name in metrics if text_metrics.compares_responses(name)]
     quality = [name for name in metrics if name not in diversity]

@@ -29,6 +29,7 @@ from ..budget import Budget
 from ..registry import Registry, UnknownName, did_you_mean, nearest
 from ..sampling import Sampling
 from .arguments import arguments, construct, name_and_fields
+from .shipped import locate
 from .yaml_text import Places, RecipeError, place, read
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -48,6 +49,7 @@ class Student(_Block):
     peft: dict[str, Any] | None = None  # LoraConfig
     merge: bool = False  # save the model with its adapters merged
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # auto: as it came, if narrower
     options: dict[str, Any] = {}  # further arguments of from_pretrained
     tokenizer: str | None = None  # default: the model's own, else the teacher's
 
@@ -57,7 +59,7 @@ class Student(_Block):
         if len(origins) != 1:
             names = " and ".join(origins) or "none of them"
             raise ValueError(f"a student comes from exactly one of model, fresh and layers, and this has {names}")
-        if self.merge and self.peft is None:
+        if self.merge and self.peft is None and self.model is None:
             raise ValueError("merge is for adapters: give the student a peft block, or leave merge out")
         if self.peft is not None and self.model is None and not self.merge:
             raise ValueError(
@@ -98,8 +100,8 @@ class Evaluate(_Block):
     limit: int | None = 500
     metrics: list[str] = []  # of greedy responses to the held-out prompts
     patience: int | None = Field(default=None, gt=0)  # evaluations without improvement after which training stops
-    show: int = Field(default=3, ge=0)  # sample responses to print
-    show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
+    show: int = Field(default=3, ge=0)  # sample responses to print when training has ended
+    show_every: int | None = Field(default=None, gt=0)  # print them during training too, with this many steps between
 
 
 class Reward(_Block):
@@ -206,11 +208,12 @@ def _content(block: BaseModel) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply dotted overrides, `key.key=value`, whose values are YAML.
+    """Read a recipe by path, or by name one that comes with the package, and apply dotted overrides in YAML.
 
     Raises:
         RecipeError: for anything that is not a recipe, with the file, the line and the remedy.
     """
+    path = locate(path)
     content, places = read(path, overrides)
     return parse(content, str(path), places)
 
