@@ -174,6 +174,12 @@ def test_a_greeting_is_not_trained_on_and_a_single_turn_is_as_ever(chatml):
     assert example.last_turn() is example
 
 
+def test_of_prompt_and_completion_only_the_completion_is_trained_on(chatml):
+    [example] = examples_from_rows([{"prompt": LONG_CHAT[:-1], "completion": LONG_CHAT[-1:]}], chatml, train_on="all")
+    assert example.trained is None
+    assert texts(chatml, example)[1] == "You.<|im_end|>"
+
+
 def test_a_cut_conversation_trains_on_the_turns_that_are_complete(chatml):
     [whole] = examples_from_rows([{"messages": LONG_CHAT}], chatml, train_on="all")
     behind_first = len(whole.prompt) + 1
