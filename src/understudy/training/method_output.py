@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..method import Method
 from ..scores import DIVERGENCE_METRICS
+from . import router_loss
 
 _LOGGED = {"loss", "grad_norm", "learning_rate", "epoch", "step", "tokens", "tokens_per_second", "response_length"}
-_RESERVED = _LOGGED | {"truncated", *DIVERGENCE_METRICS}
+_RESERVED = _LOGGED | {"truncated", router_loss.NAME, *DIVERGENCE_METRICS}
 _PREFIXES = ("eval_", "train_", "seconds_")
 
 
