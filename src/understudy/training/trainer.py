@@ -223,7 +223,8 @@ class StudentTrainer(Trainer):
                 if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
                     self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.step_metrics.record(checked_metrics(method.metrics(teacher, student, batch), method))
+                    metrics = method.metrics(cast(Any, teacher), student, batch)
+                    self.step_metrics.record(checked_metrics(metrics, method))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
