@@ -4,6 +4,7 @@ Shapes: R rows, V vocabulary.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,8 +18,8 @@ from .decoder import Decoder
 
 _log = logging.getLogger(__name__)
 _LENGTHS, _LONGEST = (6, 2, 4), 3  # of the prompts that are tried, and of their continuations
-_MAX_LOGITS_ERROR = 0.05  # over the standard deviation of the model's own; in half precision, which changes routing …
-_MAX_LOGITS_ERROR_HALF = 0.3  # … to experts, this
+_MAX_LOGITS_ERROR = 0.05  # over the standard deviation of the model's own logits …
+_MAX_LOGITS_ERROR_HALF = 0.3  # … and in half precision, whose rounding may choose other experts
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
     own = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[..., :vocabulary].float()
     rows, lengths = torch.arange(len(_LENGTHS), device=device), torch.tensor(_LENGTHS, device=device)
     prompts = [ids[row, :length].tolist() for row, length in enumerate(_LENGTHS)]
-    name = type(without_adapters(model)).__name__
+    name, limit = type(without_adapters(model)).__name__, _error_limit(model)
     try:
         decoder = Decoder(model, prompts, _LONGEST)
         logits = [decoder.prompts(), decoder.tokens(ids[rows, lengths])]
         expected = [own[rows, lengths - 1], own[rows, lengths]]
-        problem = _difference(torch.stack(logits), torch.stack(expected))
+        problem = _difference(torch.stack(logits), torch.stack(expected), limit)
     except Exception as error:  # models raise anything
         problem = _message(error)
     if problem is not None:
@@ -68,7 +69,7 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
     try:
         problem = None if decoder.drop(keep) else "its cache has no way to select rows"
         if problem is None:
-            problem = _difference(decoder.tokens(ids[keep, lengths[keep] + 1]), own[keep, lengths[keep] + 1])
+            problem = _difference(decoder.tokens(ids[keep, lengths[keep] + 1]), own[keep, lengths[keep] + 1], limit)
     except Exception as error:
         problem = _message(error)
     if problem is not None:
@@ -76,11 +77,19 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
     return CacheSupport(drops_rows=problem is None)
 
 
-def _difference(logits: Tensor, expected: Tensor) -> str | None:
-    """What is wrong with these logits; None: nothing."""
-    limit = _MAX_LOGITS_ERROR if logits.dtype in (torch.float32, torch.float64) else _MAX_LOGITS_ERROR_HALF
-    error = float((logits[..., : expected.shape[-1]].float() - expected).std() / expected.std())
-    return None if error <= limit else f"its logits would be off by {error:.0%} of their standard deviation"
+def _error_limit(model: Any) -> float:
+    """The largest error of logits for the model's precision; Accelerate sets autocast as `forward` of the instance."""
+    weight = model.get_input_embeddings().weight
+    exact = weight.dtype in (torch.float32, torch.float64) and "forward" not in vars(model)
+    return _MAX_LOGITS_ERROR if exact else _MAX_LOGITS_ERROR_HALF
+
+
+def _difference(logits: Tensor, expected: Tensor, limit: float) -> str | None:
+    """What is wrong with these logits; None: nothing, or the model's own are no numbers, which sampling reports."""
+    error, deviation = float((logits[..., : expected.shape[-1]].float() - expected).std()), float(expected.std())
+    if error <= limit * deviation or not math.isfinite(deviation):
+        return None
+    return f"its logits would be off by {error / max(deviation, 1e-9):.0%} of their standard deviation"
 
 
 def _message(error: Exception) -> str:
