@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
 from folders import VOCABULARY, characters, described, jsonl, llama, sums, write
 
 from understudy import cli
+from understudy.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -531,6 +533,25 @@ def test_a_full_disk(error, refused, home, monkeypatch):
     assert message.startswith("the disk is full: free some space and run the same command again")
 
 
+@pytest.mark.parametrize(
+    ("fails", "sentence"),
+    [
+        (
+            lambda: torch.save(torch.zeros(10**6), "/dev/full"),
+            "a checkpoint could not be written, probably because the",
+        ),
+        (lambda: torch.empty(10**15), "the memory is full: lower training.per_device_train_batch_size"),
+        (lambda: bytearray(10**18), "the memory is full: lower training.per_device_train_batch_size"),
+    ],
+    ids=["torch.save", "torch", "Python"],
+)
+def test_a_disk_or_memory_that_is_full_in_the_words_of_libraries(fails, sentence, refused, home, monkeypatch):
+    if sentence.startswith("a checkpoint") and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", lambda *_, **__: fails())
+    assert refused("distill", recipe_of(home, {"method": "sft"})).startswith(sentence)
+
+
 def test_a_full_gpu(refused, home, monkeypatch):
     def train(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -544,11 +565,16 @@ def test_a_full_gpu(refused, home, monkeypatch):
 @pytest.mark.parametrize("bug", ["KeyError", "ValueError", "unpack", "RuntimeError"])
 def test_a_bug_is_reported_as_unexpected(bug, say, home, monkeypatch):
     def train(*_, **__):
+        if bug == "KeyError":
+            {}["deep inside"]
+        if bug == "ValueError":
+            int("deep inside")
         if bug == "unpack":
             (_,) = []
-        raise {"KeyError": KeyError, "ValueError": ValueError, "RuntimeError": RuntimeError}[bug]("deep inside")
+        torch.zeros(2) @ torch.zeros(3)
 
-    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", train)
+    inside = FunctionType(train.__code__, vars(trainer), closure=train.__closure__)  # as a function of understudy
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", inside)
     code, _, err = say("distill", recipe_of(home, {"method": "sft"}))
     assert code == 2
     assert matches(r"^error: unexpected (Key|Value|Runtime)Error: .*--debug shows where", err)

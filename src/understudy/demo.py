@@ -77,7 +77,7 @@ def _evaluate(name: str, model: str, run: dict[str, Any] | None, folder: Path, q
     settings = named_settings(EvalSettings(Data(dataset=TEACHER, split="test", limit=20 if quick else 500)))
     place = RunFolder(Path(run["folder"]) if run else folder / "teacher")
     evaluate_into(place, model, settings)
-    result = read_result(place, settings)
+    result = read_result(place, model, settings)
     assert isinstance(result, Result)
     return {
         "model": name,

@@ -9,10 +9,13 @@ import linecache
 import logging
 import os
 import sys
+import sysconfig
 import traceback
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from rich import get_console
 from rich.console import Console
@@ -101,17 +104,32 @@ def explain(error: Exception) -> int:
     message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
     if name == "Interrupted":
         sys.stderr.write(f"{escape(message)}\n")
-        return INTERRUPTED
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
-        message = (
-            "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
-        )
-    elif name == "OutOfMemoryError":
-        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
+        return getattr(error, "exit_code", INTERRUPTED)
+    if (full := _what_is_full(error)) is not None:
+        message = full
+    elif (own_class := _raised_by(error)) is not None:
+        message = f"{own_class[0]} raised {name}: {message} ({own_class[1]}; --debug shows how it was called)"
     elif not _is_for_users(error):
         message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
     sys.stderr.write(f"error: {escape(message)}\n")
     return 2
+
+
+def _what_is_full(error: BaseException) -> str | None:
+    """The sentence about a full disk or memory, in the words of the system, PyTorch or safetensors; else None."""
+    name, message = type(error).__name__, str(error)
+    codes = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    if getattr(error, "errno", None) in codes or any(f"os error {code}" in message for code in codes):
+        return "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
+    if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save does not say more
+        message = "a checkpoint could not be written, probably because the disk is full: free some space and run the "
+        return message + "same command again; it resumes from the last complete checkpoint"
+    remedy = "lower training.per_device_train_batch_size or the rollout's batch_size"
+    if name == "OutOfMemoryError" or "CUDA out of memory" in message or "_STATUS_ALLOC_FAILED" in message:
+        return f"the GPU's memory is full: {remedy}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in message or "not enough memory" in message:
+        return f"the memory is full: {remedy}, or end other programs"
+    return None if error.__cause__ is None else _what_is_full(error.__cause__)
 
 
 def _is_for_users(error: Exception) -> bool:
@@ -124,3 +142,30 @@ def _is_for_users(error: Exception) -> bool:
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     source_line = linecache.getline(frame.f_code.co_filename, line)
     return frame.f_globals.get("__name__", "").startswith("understudy.") and "raise " in source_line
+
+
+def _raised_by(error: Exception) -> tuple[str, str] | None:
+    """The function of a user's own class or module that raised an error, as name and place; None for other errors.
+
+    An error that understudy raised for users while such a function called it is understudy's.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    own = [i for i, module in enumerate(modules) if module.partition(".")[0] == "understudy"]
+    theirs = [i for i, (frame, _) in enumerate(frames) if own and i > own[0] and i not in own and _is_theirs(frame)]
+    if not theirs or (_is_for_users(error) and own[-1] > theirs[-1]):
+        return None
+    frame, line = frames[theirs[-1]]
+    instance = frame.f_locals.get("self")
+    owner = "" if instance is None else f"{type(instance).__name__}."
+    return f"{owner}{frame.f_code.co_name}", f"{frame.f_code.co_filename}, line {line}"
+
+
+def _is_theirs(frame: FrameType) -> bool:
+    """Is this code of a user: a method of a class derived from one of understudy's, or in no installed package?"""
+    cls, *bases = type(frame.f_locals.get("self")).__mro__
+    if not cls.__module__.startswith("understudy.") and any(b.__module__.startswith("understudy.") for b in bases):
+        return True
+    file, paths = Path(frame.f_code.co_filename), sysconfig.get_paths()
+    installed = (paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return file.is_file() and not any(file.is_relative_to(path) for path in installed)

@@ -82,8 +82,10 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys, where):
 
 
 def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
+    from understudy.compare.experiment import Comparison
+
     reported = []
-    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: "the table")
+    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: Comparison("the table", 0))
     monkeypatch.setattr("understudy.report.write_report", lambda places: (reported.extend(places) or "page", True))
     write(tmp_path / "sft.yaml", described(tmp_path))
     for options, expected in (([], []), (["--report"], [tmp_path])):

@@ -1,28 +1,25 @@
 """Trainer callbacks: complete log files, Ctrl-C, gradients that are not finite, synced rollouts."""
 
 import json
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes import ScriptedRollout, tiny
 from loop import trainer
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerState
 
 from understudy.methods.kd import KD
 from understudy.training.callbacks import (
     CheckGradients,
     LogMetrics,
-    StopOnInterrupt,
 )
 
 ARGS = SimpleNamespace(seed=0, world_size=1, fp16=False, output_dir="runs/x")
 
 
-def state_at(step, total=10):
-    return TrainerState(global_step=step, max_steps=total, is_world_process_zero=True)
+def state_at(step, total=10, **fields):
+    return TrainerState(global_step=step, max_steps=total, is_world_process_zero=True, **fields)
 
 
 def lines_of(path):
@@ -39,13 +36,15 @@ def test_every_log_line_becomes_a_line_of_the_file(tmp_path):
     assert [line["forward_kl"] for line in lines] == [line["forward_kl"] for line in logged]
 
 
-def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
+def test_a_resumed_run_writes_the_file_as_it_was_at_its_checkpoint(tmp_path):
+    """Without what was logged after the checkpoint, at its own step too, and without torn or lost lines."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "loss": 3}\n{"step": 7, "lo')
+    path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "train_runtime": 2}\n{"step": 6, "loss": 3}\n{"step": 7, "lo')
     watch = LogMetrics(path)
-    watch.on_train_begin(ARGS, state_at(4), None)
+    history = [{"loss": 1, "step": 2}, {"loss": 2, "note": "a\u2028b", "step": 4}]
+    watch.on_train_begin(ARGS, state_at(4, log_history=history), None)
     watch.on_log(ARGS, state_at(6), None, {"loss": 5.0})
-    assert lines_of(path) == [{"step": 2, "loss": 1}, {"step": 4, "loss": 2}, {"step": 6, "loss": 5.0}]
+    assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == [*history, {"step": 6, "loss": 5.0}]
 
 
 def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
@@ -55,34 +54,12 @@ def test_a_run_from_the_start_begins_with_an_empty_file(tmp_path):
     assert path.read_text() == ""
 
 
-def test_lines_without_a_step_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('12\nnull\n{"loss": 1}\n[]\n{"step": 1}\n')
-    LogMetrics(path).on_train_begin(ARGS, state_at(4), None)
-    assert lines_of(path) == [{"step": 1}]
-
-
 def test_only_the_first_process_writes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     other = TrainerState(global_step=1, is_world_process_zero=False)
     LogMetrics(path).on_train_begin(ARGS, other, None)
     LogMetrics(path).on_log(ARGS, other, None, {"loss": 1.0})
     assert not path.exists()
-
-
-def test_an_interrupt_stops_after_the_step_with_a_checkpoint():
-    before = signal.getsignal(signal.SIGINT)
-    watch, control = StopOnInterrupt(), TrainerControl()
-    watch.on_train_begin(ARGS, state_at(0), control)
-    watch.on_step_end(ARGS, state_at(1), control)
-    assert not control.should_training_stop
-    os.kill(os.getpid(), signal.SIGINT)
-    watch.on_step_end(ARGS, state_at(2), control)
-    assert control.should_save
-    assert control.should_training_stop
-    assert signal.getsignal(signal.SIGINT) is before, "a second one ends the run at once"
-    watch.on_train_end(ARGS, state_at(2), control)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -7,6 +7,7 @@ every epoch divides evenly: otherwise Accelerate gives the processes some exampl
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 import torch
 from fakes import ragged_examples, tiny, writer
 from loop import difference, logged, short_sampling, student, trainer, weights
+from transformers import TrainerCallback
 
-from understudy.batch import Batch
-from understudy.divergences import JensenShannon
+from understudy.batch import Batch, Example
+from understudy.divergences import JensenShannon, ReverseKL
 from understudy.methods.dpkd import DPKD
 from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
@@ -26,9 +28,12 @@ from understudy.methods.promptkd import PromptKD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
 from understudy.models.forward import score
+from understudy.reward import Reward
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
+from understudy.training.checkpoint import last_checkpoint
+from understudy.training.signals import StopOnSignal
 
 CASES = {
     "sft": lambda: SFT(),
@@ -39,11 +44,20 @@ CASES = {
     "seqkd": lambda: SeqKD(),
     "promptkd": lambda: PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=2),
     "dpkd": lambda: DPKD(),
+    "dpkd that keeps responses": lambda: DPKD(refresh=3),
+    "gkd with a reward": lambda: GKD(distillation=0.5, divergence=ReverseKL(), reward=Reward([short])),
 }
 NUMBERS = ("loss", "grad_norm", "forward_kl", "tokens", "response_length", "truncated", "eval_loss", "eval_tokens")
+NUMBERS += ("reward", "eval_loss_on_policy", "eval_loss_dataset")
+CORPUS = [Example([1], [4 + i, 5 + i % 7, 2], "corpus", row=i) for i in range(20)]
+KEPT = "dpkd that keeps responses"
 
 
-def train(folder, case, processes):
+def short(prompts, responses, rows):
+    return [-float(len(r.split())) for r in responses]
+
+
+def train(folder, case, processes, resume=None, **changed):
     """Two epochs of two steps; eight examples per step, over all processes. In float64, because of Adam."""
     run = trainer(
         folder / "run",
@@ -53,15 +67,25 @@ def train(folder, case, processes):
         None,
         short_sampling(stop_ids=[2, *range(5, 15)]),
         ragged_examples(16),
-        options={"eval_dataset": ragged_examples(5, seed=4)},
+        options={"eval_dataset": ragged_examples(5, seed=4), "corpus": CORPUS},
         max_steps=-1,
         num_train_epochs=2,
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=2,
-        eval_strategy="epoch",
+        per_device_eval_batch_size=2,  # one process has two batches, the other one
+        **{"eval_strategy": "epoch", **changed},
     )
-    run.train()
+    run.train(resume_from_checkpoint=None if resume is None else str(resume))
     return weights(run.model), {name: logged(run, name) for name in NUMBERS}
+
+
+def train_to_the_third_step(folder, processes):
+    """With a checkpoint in the middle of the second epoch."""
+    return train(folder, KEPT, processes, save_strategy="steps", save_steps=3, eval_strategy="no")
+
+
+def train_from(folder, checkpoint, processes):
+    return train(folder, KEPT, processes, checkpoint / "run" / "checkpoint-3", eval_strategy="no")[0]
 
 
 def train_for_seconds(folder):
@@ -84,6 +108,22 @@ def train_for_seconds(folder):
     finally:
         spending.perf_counter = clock
     return {"steps": run.state.global_step, "seconds": run.spending.seconds, "rates": logged(run, "learning_rate")}
+
+
+class Terminate(TrainerCallback):
+    """SIGTERM reaches the second process alone, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_by_a_signal(folder):
+    with StopOnSignal() as stop:
+        options = {"callbacks": [Terminate(), stop]}
+        run = trainer(folder, SFT(), examples=ragged_examples(64), options=options, max_steps=6, save_strategy="steps")
+        run.train()
+    return {"steps": run.state.global_step, "signal": stop.signal, "saved": last_checkpoint(folder)}
 
 
 SHARDED = Batch.from_examples(ragged_examples(6), 0)
@@ -135,7 +175,11 @@ def worker(folder):
         torch.save(changed, folder / f"{case}-{rank}.pt")
         if rank == 0:
             (folder / f"{case}.json").write_text(json.dumps(numbers))
+    train_to_the_third_step(folder / "two", 2)
+    for processes in ("one", "two"):
+        torch.save(train_from(folder / "resumed", folder / processes, 2), folder / f"from-{processes}-{rank}.pt")
     (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
+    (folder / f"signal-{rank}.json").write_text(json.dumps(stop_by_a_signal(folder / "signal")))
     for tied in (False, True):
         sharded = loss_and_gradients(shard(tied), lambda grad: grad.full_tensor())
         torch.save(sharded, folder / f"sharded-{tied}-{rank}.pt")
@@ -146,6 +190,7 @@ def worker(folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
+    train_to_the_third_step(folder / "one", 1)
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with socket.socket() as free:
@@ -177,10 +222,29 @@ def test_two_processes_train_as_one_does(case, results, tmp_path):
         assert together[name] == pytest.approx(numbers[name], rel=1e-5), name
 
 
+@pytest.mark.parametrize("before", ["one", "two"])
+@pytest.mark.parametrize("after", ["one", "two"])
+def test_responses_that_are_kept_are_resumed_whatever_the_number_of_processes(before, after, results, tmp_path):
+    uninterrupted, _ = train(tmp_path / "whole", KEPT, 1, eval_strategy="no")
+    if after == "one":
+        resumed = train_from(tmp_path / "part", results / before, 1)
+    else:
+        resumed = torch.load(results / f"from-{before}-0.pt")
+        assert difference(resumed, torch.load(results / f"from-{before}-1.pt")) == 0
+    assert difference(uninterrupted, resumed) < 1e-10
+
+
 def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(results):
     first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
     assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint(results):
+    for rank in range(2):
+        stopped = json.loads((results / f"signal-{rank}.json").read_text())
+        assert (stopped["steps"], stopped["signal"]) == (2, signal.SIGTERM)
+        assert stopped["saved"].endswith("checkpoint-2")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -38,18 +38,20 @@ app.command()(environment.env)
 
 def main() -> None:
     """Run the command line. An error is one sentence with exit code 2; --debug prints its traceback before it."""
+    from ..run.output import lasting_output
     from ..terminal import INTERRUPTED, explain, prepare
 
     prepare()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    try:
-        code = app(arguments, standalone_mode=False)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        code = explain(error)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
-        typer.echo("interrupted", err=True)
+    with lasting_output():
+        try:
+            code = app(arguments, standalone_mode=False)
+        except Exception as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            code = explain(error)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
+            typer.echo("interrupted", err=True)
     sys.exit(code or 0)

@@ -34,6 +34,10 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the first example; write and train nothing.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Resume with another recipe, data, models or packages than it began."),
+    ] = False,
 ) -> None:
     """Train a student by a recipe. The same command again resumes an interrupted run."""
     from ..recipe import load
@@ -47,7 +51,7 @@ def distill(
         from ..run.dry_run import dry_run as show_plan
 
         return show_plan(loaded, restart=restart)
-    summary = distill(loaded, restart=restart)
+    summary = distill(loaded, restart=restart, accept_changes=accept_changes)
     if is_first_process():
         show_run(summary)
 
@@ -169,12 +173,15 @@ def compare(
     settings = EvalSettings(block, metrics=tuple(metrics or ()))
     settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     changes: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": seeds}
-    show(compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline))
+    comparison = compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline)
+    show(comparison.table)
     if page:
         from ..report import write_report
 
         show(f"report: {write_report([output])[0]}")
     show(f"everything: {output}")
+    if comparison.failed:
+        raise typer.Exit(1)
 
 
 def report(

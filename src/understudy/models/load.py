@@ -1,7 +1,6 @@
 """Load models, tokenizers and configurations by name or folder, and check that they belong together."""
 
 import errno
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +10,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..playground.names import resolve
+from ..playground.names import resolve as resolve_playground
 from ..recipe import RecipeError
+from .vocabulary import vocabulary_size
+from .weights import adapter_config, load_weights
 
 logger = logging.getLogger(__name__)
 _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
@@ -49,31 +50,50 @@ def loading(what: str, name: str) -> Iterator[None]:
         ) from error
 
 
+def resolve(name: str) -> str:
+    """The folder or hub name that a name stands for.
+
+    That is the playground's folder, the path with `~` expanded, or student/ of a run's folder.
+    """
+    path = Path(resolve_playground(name)).expanduser()
+    if not path.is_dir():
+        return str(path) if name.startswith("~") else resolve_playground(name)
+    configs = ("config.json", "adapter_config.json")
+    if not any((path / file).exists() for file in configs) and any((path / "student" / f).exists() for f in configs):
+        path = path / "student"
+    return str(path)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer by name or folder.
+    """A tokenizer by name or folder; for adapters that come without one, that of the model below them.
 
     Raises:
         RecipeError: if there is none, saying what to do.
     """
     path = resolve(name)
     with loading("tokenizer", name):
+        adapters = adapter_config(path) if Path(path).is_dir() else None
+        if adapters is not None and not any(Path(path).glob("tokenizer*")):
+            return load_tokenizer(adapters["base_model_name_or_path"])
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not len(tokenizer):  # transformers returns this for a folder with a model and no tokenizer
             raise ValueError("it has no tokens")
     return tokenizer
 
 
-def load_model(name: str, **options: Any) -> Any:
-    """A causal language model by name or folder, which may hold adapters.
+def load_model(name: str, auto_class: Any = AutoModelForCausalLM, trainable: bool = False, **options: Any) -> Any:
+    """A causal language model (or one of another class) by name or folder, which may hold adapters.
+
+    Args:
+        trainable: of adapters; otherwise they are frozen.
+        options: further arguments of `from_pretrained`.
 
     Raises:
-        RecipeError: if there is none, saying what to do.
+        RecipeError: if there is none, or some of its weights are missing, saying what to do.
     """
     path = resolve(name)
     with loading("model", name):
-        # An absolute path, because adapters save the path of the model below them.
-        place = Path(path).resolve() if Path(path).is_dir() else path
-        return AutoModelForCausalLM.from_pretrained(place, **without_remote_code(options))
+        return load_weights(auto_class, path, trainable, **without_remote_code(options))
 
 
 def load_config(name: str) -> Any:
@@ -84,9 +104,9 @@ def load_config(name: str) -> Any:
     """
     path = resolve(name)
     with loading("model", name):
-        adapters = Path(path) / "adapter_config.json"
-        if adapters.is_file():
-            return load_config(json.loads(adapters.read_text())["base_model_name_or_path"])
+        adapters = adapter_config(path)
+        if adapters is not None:
+            return load_config(adapters["base_model_name_or_path"])
         return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
 
 
@@ -101,16 +121,22 @@ def without_remote_code(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "trust_remote_code": False}
 
 
+def holds_adapters(name: str) -> bool:
+    """Are these adapters, rather than a whole model?"""
+    with loading("model", name):
+        return adapter_config(resolve(name)) is not None
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
     """Refuse a model with fewer embeddings than its tokenizer has tokens; further embeddings are padding.
 
     Raises:
         RecipeError: with both numbers.
     """
-    rows = getattr(config, "vocab_size", None)
-    if rows is not None and rows < len(tokenizer):
+    rows, size = getattr(config, "vocab_size", None), vocabulary_size(tokenizer)
+    if rows is not None and rows < size:
         raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens and {whose} embeddings for {rows} only: "
+            f"the tokenizer has {size} tokens and {whose} embeddings for {rows} only: "
             f"use the tokenizer that belongs to the model, or a model that belongs to this tokenizer"
         )
 
@@ -161,6 +187,10 @@ def _remedy(path: str, error: Exception) -> str:
         return "install what is missing"
     if isinstance(error, SafetensorError):
         return "a file of weights is damaged: copy or download it again"
+    if isinstance(error, ValueError) and "do not fit together" in str(error):
+        return "copy or export the model again, with all of its weights"
+    if Path(path).exists() and any(Path(path).glob("checkpoint-*")):
+        return "it is the folder of an unfinished run: finish the run, or name one of its checkpoints"
     if Path(path).exists():
         return "the folder must hold a model and its tokenizer as save_pretrained writes them"
     return "there is no such folder here, and the hub gave none: check the name, the path and the network"

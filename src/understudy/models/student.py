@@ -3,13 +3,14 @@
 import copy
 from typing import Any
 
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..recipe import Recipe
 from ..registry import did_you_mean
-from .adapters import add_adapters, lora_config
-from .load import load_config, load_model, reason
+from .adapters import add_adapters, lora_config, merged
+from .layers import config_of_layers, take_layers
+from .load import holds_adapters, load_config, load_model, reason
+from .origin import repair_generation_config
 
 
 def student_config(recipe: Recipe, teacher: str | None) -> Any:
@@ -21,23 +22,60 @@ def student_config(recipe: Recipe, teacher: str | None) -> Any:
     if student.peft is not None:
         lora_config(recipe, student.peft)
     if student.model is not None:
-        return load_config(student.model)
+        config = load_config(student.model)
+        _check_adapters_of(recipe, student.model)
+        return config
     if student.fresh is not None:
         return _fresh_config(recipe, student.fresh, teacher)
     return _layers_config(recipe, student.layers or [], teacher)
 
 
 def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
-    """The model that a recipe's student block describes, where `config` is its `student_config`."""
+    """The model that a recipe's student block describes, where `config` is its `student_config`.
+
+    Adapters are trained further, or, with a peft block, merged below new ones.
+    """
     student = recipe.student
     if student.model is not None:
-        model = load_model(student.model, **{"dtype": student.dtype, **student.options})
+        model = _named_model(recipe, student.model)
     elif student.fresh is not None:
         model = _new_model(recipe, config)
     else:
         assert teacher is not None
         model = _with_layers(recipe, config, student.layers or [], teacher)
+    repair_generation_config(model)
     return model if student.peft is None else add_adapters(recipe, model, lora_config(recipe, student.peft))
+
+
+def _check_adapters_of(recipe: Recipe, name: str) -> None:
+    """Check what becomes of the adapters that a student comes with, if it comes with any."""
+    student, adapters = recipe.student, holds_adapters(name)
+    if adapters and student.peft is not None and not student.merge:
+        raise recipe.error(
+            "student.peft",
+            f"{name} holds adapters already, and new ones on top of them would be saved without them: leave peft out "
+            "to go on training them, or add merge: true to merge them and train new ones",
+        )
+    if student.merge and student.peft is None and not adapters:
+        message = f"merge is for adapters, and {name} has none: give the student a peft block, or leave merge out"
+        raise recipe.error("student.merge", message)
+
+
+def _named_model(recipe: Recipe, name: str) -> Any:
+    student, adapters = recipe.student, holds_adapters(name)
+    options = {"dtype": student.dtype, **student.options}
+    model = load_model(name, trainable=adapters and student.peft is None, **options)
+    if not adapters:
+        return model
+    try:
+        if student.peft is not None:
+            return merged(model)
+        if student.merge:
+            merged(load_model(name, **options))
+    except Exception as error:  # PEFT's merges raise anything
+        message = f"the adapters of {name} cannot be merged ({reason(error)}): leave merge out"
+        raise recipe.error("student.merge", message) from error
+    return model
 
 
 def tokenizer_name(recipe: Recipe, teacher: str | None) -> str:
@@ -117,35 +155,27 @@ def _update_dependent_fields(config: Any, base: Any, fields: dict[str, Any]) -> 
 def _layers_config(recipe: Recipe, layers: list[int], teacher: str | None) -> Any:
     if teacher is None:
         raise recipe.error("student.layers", "a student of the teacher's layers needs a local teacher: add one")
-    config = copy.deepcopy(load_config(teacher))
+    config = load_config(teacher)
     depth = config.num_hidden_layers
     if not layers or any(not 0 <= layer < depth for layer in layers):
         message = f"the teacher's layers are numbered from 0 to {depth - 1}; choose some of these, not {layers}"
         raise recipe.error("student.layers", message)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
-    config.num_hidden_layers = len(layers)
-    return config
+    try:
+        return config_of_layers(config, layers)
+    except Exception as error:  # configurations check themselves in many ways
+        message = f"a {config.model_type} cannot be configured with these layers alone: {reason(error)}"
+        raise recipe.error("student.layers", message) from error
 
 
 def _with_layers(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
     """The teacher with only some of its layers: a student that starts from the teacher's weights."""
     teacher_model = load_model(teacher, dtype=recipe.student.dtype)
-    depth = teacher_model.config.get_text_config().num_hidden_layers
-    lists = [name for name, m in teacher_model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    stacks = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype, trust_remote_code=False)
-    if len(stacks) != 1 or not hasattr(student, stacks[0].partition(".")[0]):
-        message = f"the list of layers of a {config.model_type} cannot be identified; use a fresh student"
-        raise recipe.error("student.layers", message)
-    prefix = stacks[0] + "."
-    weights = teacher_model.state_dict()
-    student_weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
-    for new, old in enumerate(layers):
-        start = f"{prefix}{old}."
-        student_weights |= {
-            f"{prefix}{new}.{n.removeprefix(start)}": w for n, w in weights.items() if n.startswith(start)
-        }
-    student.load_state_dict(student_weights)
+    if holds_adapters(teacher):
+        teacher_model = teacher_model.merge_and_unload()
+    try:
+        student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype, trust_remote_code=False)
+        take_layers(teacher_model, student, layers)
+    except Exception as error:  # models check their configurations in many ways
+        raise recipe.error("student.layers", reason(error)) from error
     student.generation_config = copy.deepcopy(teacher_model.generation_config)
     return student

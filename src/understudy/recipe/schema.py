@@ -49,6 +49,7 @@ class Student(_Block):
     peft: dict[str, Any] | None = None  # LoraConfig
     merge: bool = False  # save the model with its adapters merged
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # auto: as it came, if narrower
     options: dict[str, Any] = {}  # further arguments of from_pretrained
     tokenizer: str | None = None  # default: the model's own, else the teacher's
 
@@ -58,7 +59,7 @@ class Student(_Block):
         if len(origins) != 1:
             names = " and ".join(origins) or "none of them"
             raise ValueError(f"a student comes from exactly one of model, fresh and layers, and this has {names}")
-        if self.merge and self.peft is None:
+        if self.merge and self.peft is None and self.model is None:
             raise ValueError("merge is for adapters: give the student a peft block, or leave merge out")
         if self.peft is not None and self.model is None and not self.merge:
             raise ValueError(
@@ -76,6 +77,8 @@ class Data(_Block):
     columns: dict[str, str] | None = None
     template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    train_on: Literal["last", "all"] = "last"  # of a conversation's messages of the assistant
+    text_as: Literal["chunks", "lines", "files"] = "chunks"  # what a .txt file holds
     max_length: int = 512
     max_prompt_length: int | None = None
     text_prompt: int = 32

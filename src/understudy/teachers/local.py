@@ -10,9 +10,8 @@ from torch import nn
 from ..batch import Batch
 from ..fused_linear.distributions import Projected
 from ..models.forward import score_no_grad
-from ..models.load import loading, without_remote_code
-from ..models.parity import can_fuse
-from ..playground.names import resolve
+from ..models.load import load_model
+from ..models.parity import can_fuse, log_plain_path
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
@@ -61,7 +60,10 @@ class LocalTeacher(Teacher):
     @cached_property
     def fused(self) -> bool:
         """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
-        return not _is_sharded(self.model) and can_fuse(self.model)
+        if _is_sharded(self.model):
+            log_plain_path(self.model, "its weights are gathered only during a forward")
+            return False
+        return can_fuse(self.model)
 
     def to(self, device: torch.device) -> None:
         if self._device is None and self._quantization is None and not hasattr(self.model, "hf_device_map"):
@@ -77,7 +79,7 @@ class LocalTeacher(Teacher):
         return Scores(batch.tokens, replace(distributions[0], hidden=hidden))
 
     def _load(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         assert self.model_name is not None
         options = dict(self._options)
@@ -85,9 +87,7 @@ class LocalTeacher(Teacher):
             options["quantization_config"] = BitsAndBytesConfig(**self._quantization)
         if self._device is not None:
             options["device_map"] = self._device
-        with loading("model", self.model_name):
-            options = without_remote_code(options)
-            return AutoModelForCausalLM.from_pretrained(resolve(self.model_name), dtype=self._dtype, **options)
+        return load_model(self.model_name, dtype=self._dtype, **options)
 
 
 def _frozen(model: nn.Module) -> nn.Module:

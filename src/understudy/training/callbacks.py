@@ -1,9 +1,6 @@
-"""Trainer callbacks: schedules, budget, gradient check, Ctrl-C, metrics file."""
+"""Trainer callbacks: schedules, budget, gradient check, metrics file."""
 
 import math
-import shutil
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from ..files import append_jsonl, read_jsonl, write_jsonl
 from ..method import Method
 from ..rollout import Rollout
 from ..step import Step
-from .checkpoint import checkpoints
+from .hyperparameters import remedy
 from .spending import Spending
 
 
@@ -77,65 +74,20 @@ class CheckGradients(TrainerCallback):
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient became {norm} at step {state.global_step}, though the loss is a number; nothing was "
-                f"updated with it. Resume from the last checkpoint in {args.output_dir} with a lower learning_rate"
+                f"updated with it. {remedy(args.output_dir)}"
             )
 
 
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
-
-    With several processes the signal would reach them at different steps, so there Ctrl-C has its usual effect.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous_handler: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._interrupt)
-
-    def _interrupt(self, *_: Any) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous_handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-
-
-class LimitCheckpoints(TrainerCallback):
-    """Keeps the newest `limit` checkpoints, and the best one.
-
-    Replaces transformers' own rotation, which orders by modification time and deletes any folder named checkpoint-*.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.should_save:
-            return
-        best = None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).resolve()
-        newest_first = [path for path in reversed(checkpoints(args.output_dir)) if path.resolve() != best]
-        keep = max(1, self.limit - (best is not None))
-        for path in newest_first[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 class LogMetrics(TrainerCallback):
-    """Appends every log line to a JSONL file; a resumed run first removes the lines that it will write again."""
+    """Appends every log line to a JSONL file; a resumed run first writes it anew as it was at its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            drop_lines_after(self.path, state.global_step)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(self.path, [{"step": line["step"], **line} for line in state.log_history])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if state.is_world_process_zero:
