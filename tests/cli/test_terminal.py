@@ -70,7 +70,8 @@ def test_a_terminal_shows_a_bar_with_steps_remaining_time_and_loss(home):
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is visible again"
 
 
-def test_without_a_terminal_there_is_a_line_for_every_logging_step_in_any_encoding(home, encoding="ascii"):
+def test_without_a_terminal_there_is_a_line_for_every_logging_step_in_ascii(home):
+    encoding = "ascii"
     done = subprocess.run(
         command("distill", home / "mine.yaml", "--restart"),
         capture_output=True,
