@@ -13,9 +13,10 @@ import sysconfig
 import traceback
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich import get_console
 from rich.console import Console
@@ -59,6 +60,11 @@ def showing(what: str) -> Iterator[None]:
             _failed_displays.add(what)
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning("%s cannot be shown (%s); the run goes on without", what, reason)
+
+
+def working(what: str, console: Console) -> AbstractContextManager[Any]:
+    """Show on a terminal, and only there, that something takes a while."""
+    return console.status(Text(f"{what} …")) if console.is_terminal else nullcontext()
 
 
 def is_first_process() -> bool:

@@ -26,7 +26,7 @@ from ..files import write_atomic
 from ..recipe import Recipe
 from ..step import Step
 from ..teacher import Capability
-from ..terminal import is_first_process, show
+from ..terminal import is_first_process, show, working
 from ..training.checkpoint import damaged
 from ..training.signals import Interrupted, StopOnSignal
 from .arguments import training_arguments
@@ -64,7 +64,8 @@ def distill(
     if (summary := _finished(folder, recipe, restart, accept_changes, console)) is not None:
         return summary
 
-    run = build(recipe, arguments, console)
+    with working("loading data and models", console):
+        run = build(recipe, arguments, console)
     if not restart:
         folder.check_unchanged(recipe, run.inputs, accept_changes)
     run.trainer.accelerator.wait_for_everyone()  # nothing is deleted before every process has built its run

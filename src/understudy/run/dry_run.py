@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..batch import Example
 from ..recipe import Recipe
-from ..terminal import escape, is_first_process, show
+from ..terminal import escape, is_first_process, show, working
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
@@ -37,7 +37,8 @@ def dry_run(recipe: Recipe, restart: bool = False, console: Console | None = Non
     folder = RunFolder(Path(arguments.output_dir or "."))
     folder.check_free(recipe, restart)
     with TemporaryDirectory() as temporary:  # the Trainer creates its folder when it is built
-        run = build(recipe, replace(arguments, output_dir=temporary), console)
+        with working("loading data and models", console):
+            run = build(recipe, replace(arguments, output_dir=temporary), console)
         show_overview(run, folder.path, console)
         for name, text in lengths(run.train):
             show(f"{name:9} {text}", console)
