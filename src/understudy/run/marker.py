@@ -60,9 +60,8 @@ def mark(folder: Path, kind: Kind) -> None:
     """Note in the folder's marker that it holds files of this kind, before the first of them is written."""
     names = kinds(folder)
     if kind.name not in names:
-        write_atomic(
-            folder / MARKER, json.dumps({"understudy": version("understudy"), "holds": [*names, kind.name]}) + "\n"
-        )
+        content = {"understudy": version("understudy"), "holds": [*names, kind.name]}
+        write_atomic(folder / MARKER, json.dumps(content) + "\n")
 
 
 def clear(folder: Path, kind: Kind, keep: tuple[str, ...] = ()) -> None:
