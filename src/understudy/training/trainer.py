@@ -45,7 +45,7 @@ from .hyperparameters import given_hyperparameters, remedy
 from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
-from .preparation import adapted, check_trainable, compiles
+from .preparation import adapted, check_same_tokenizer, check_trainable, compiles
 from .router_loss import RouterLoss
 from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
@@ -108,6 +108,7 @@ class StudentTrainer(Trainer):
         processing_class = as_tokenizer(processing_class, student)
         student = as_student(student, peft_config, args.seed)
         check_trainable(student, teacher)
+        check_same_tokenizer(processing_class, teacher)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
         limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
@@ -222,7 +223,8 @@ class StudentTrainer(Trainer):
                 if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
                     self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.step_metrics.record(checked_metrics(method.metrics(teacher, student, batch), method))
+                    metrics = method.metrics(cast(Any, teacher), student, batch)
+                    self.step_metrics.record(checked_metrics(metrics, method))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
