@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from understudy import GenerateRollout, Sampling
 from understudy.data.load import load_data
-from understudy.demo import recipes
 from understudy.evaluation.evaluate import evaluate
 from understudy.generation.stop_tokens import stop_ids
 from understudy.models.load import load_model, load_tokenizer
@@ -49,7 +48,7 @@ def accuracy(model: Any) -> float:
 
 
 def warm_up(folder: str) -> dict[str, Any]:
-    recipe = load(recipes() / "playground" / "warm_start.yaml", [f"training.output_dir={folder}", "evaluate.show=0"])
+    recipe = load("playground/warm_start", [f"training.output_dir={folder}", "evaluate.show=0"])
     summary = distill(recipe, restart=True)
     return {"seconds": summary["seconds"], "accuracy": accuracy(load_model(f"{folder}/student", dtype="float32"))}
 
@@ -59,7 +58,7 @@ def understudy(student: str, steps: int) -> dict[str, Any]:
         changes = [f"student.model={student}", f"training.output_dir={folder}/run", f"training.max_steps={steps}"]
         changes += ["method.gkd.on_policy=0.5", "method.gkd.reduction=token", "evaluate.show=0"]
         changes += ["training.logging_steps=1000", f"training.learning_rate={RATE}"]
-        recipe = load(recipes() / "playground" / "gkd.yaml", changes)
+        recipe = load("playground/gkd", changes)
         summary = distill(recipe, restart=True)
         model = load_model(f"{folder}/run/student", dtype="float32")
     return {"seconds": summary["seconds"], "accuracy": accuracy(model)}

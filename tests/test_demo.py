@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from understudy.data.load import load_data
-from understudy.demo import TEACHER, recipes, run_demo
+from understudy.demo import TEACHER, run_demo
 from understudy.evaluation.evaluate import evaluate
 from understudy.generation.stop_tokens import stop_ids
 from understudy.models.load import load_model, load_tokenizer
@@ -40,7 +40,7 @@ def test_the_shortened_demo_runs_to_its_table(tmp_path):
 
 
 def test_both_methods_of_the_demo_start_alike_and_train_on_the_same_problems():
-    kd, gkd = (load(recipes() / "playground" / f"{name}.yaml") for name in ("kd", "gkd"))
+    kd, gkd = (load(f"playground/{name}") for name in ("kd", "gkd"))
     assert (kd.student, kd.teacher, kd.data) == (gkd.student, gkd.teacher, gkd.data)
     assert {**kd.training, "max_steps": 0} == {**gkd.training, "max_steps": 0}
 

@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
 from folders import VOCABULARY, characters, described, jsonl, llama, sums, write
 
 from understudy import cli
+from understudy.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,8 @@ def test_no_recipe_file(refused, tmp_path):
     assert "is a folder" in refused("distill", tmp_path)
 
 
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(10))
+MERGED = "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9) if i else '{x: 1}'}]}}\n" for i in range(10))
 TEXTS = {  # the recipe as text, and what is said of it
     "not YAML": ("student: {model: a\nmethod: gkd\n", r"line 2: this cannot be read as YAML"),
     "a tab": ("student:\n\tmodel: a\n", r"line 2: this cannot be read as YAML.*'\\t'"),
@@ -118,6 +122,20 @@ TEXTS = {  # the recipe as text, and what is said of it
     "two documents": ("a: 1\n---\nb: 2\n", r"this cannot be read as YAML.*another document"),
     "a block inside itself": ("student: &s\n  options: *s\n", r"line 2: .*contains itself"),
     "a number as key": ("1: a\n", r"line 1: 1: keys should be strings"),
+    "a word of YAML's as key": ("data:\n  dataset: a\n  on: b\n", r"line 3: on: keys should be strings"),
+    "a list as key": ("? [a, b]\n: c\n", r"line 1: a key is a word, not a list"),
+    "many aliases": (ALIASES, r"line \d+: this holds more than 10,000 values, aliases included"),
+    "many merged aliases": (MERGED, r"line \d+: this holds more than 10,000 values, aliases included"),
+    "deep lists": ("a: " + "[" * 5000 + "]" * 5000, r"mine.yaml.*: blocks are nested more than 20 deep"),
+    "deep blocks": ("a: " + "{b: " * 30 + "1" + "}" * 30, r"line 1: blocks are nested more than 20 deep"),
+    "a date that is none": ("data: {dataset: !!timestamp 2024-13-45}\n", r"line 1: '2024-13-45' cannot be read"),
+    "a long number": (f"budget: {{tokens: {'9' * 5000}}}\n", r"line 1: '9+.* cannot be read: Exceeds the limit"),
+    "a large number": (f"budget: {{tokens: {'9' * 17}}}\n", r"line 1: 9{17} is too large a number"),
+    "no number": ("training: {learning_rate: .nan}\n", r"line 1: \.nan is not a finite number"),
+    "infinity": ("training:\n  learning_rate: 1e999\n", r"line 2: 1e999 is not a finite number"),
+    "a set": ("training: !!omap [a]\n", r"line 1: .*"),
+    "a large file": ("# " + "x" * 100_000, r"mine.yaml has more than 100,000 bytes; a recipe is a short YAML file"),
+    "a control code": ("student: \x1b[31m\n", r"mine.yaml.*cannot be read.*special characters are not allowed"),
     "a Python object": ("student: !!python/object/apply:os.system [ls]\n", r"line 1: this cannot be read"),
 }
 
@@ -129,6 +147,22 @@ def test_a_file_that_is_not_a_recipe(case, refused, tmp_path):
     message = refused("distill", tmp_path / "mine.yaml")
     assert f"{tmp_path}/mine.yaml" in message
     assert matches(sentence, message)
+
+
+def test_a_recipe_that_is_no_file_is_not_read(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", "/dev/zero"):
+        assert matches(rf"the recipe {path} is no regular file", refused("distill", path))
+    assert matches(r"the recipe x+.yaml cannot be read: File name too long", refused("distill", "x" * 300 + ".yaml"))
+
+
+def test_foreign_text_in_an_error_is_no_command_to_the_terminal(refused, tmp_path):
+    message = refused("distill", write(tmp_path / "mine.yaml", {"\x1b]0;title\x07": "\x1b[2J"}))
+    assert "unknown key" in message
+    assert message.isprintable()
+    folder = tmp_path / "[/red]\x1b[31m"
+    folder.mkdir(parents=True)
+    assert "[/red]\N{REPLACEMENT CHARACTER}[31m" in refused("distill", folder / "none.yaml")
 
 
 def test_a_recipe_that_is_not_text(refused, tmp_path):
@@ -512,11 +546,16 @@ def test_a_full_gpu(refused, home, monkeypatch):
 @pytest.mark.parametrize("bug", ["KeyError", "ValueError", "unpack", "RuntimeError"])
 def test_a_bug_is_reported_as_unexpected(bug, say, home, monkeypatch):
     def train(*_, **__):
+        if bug == "KeyError":
+            {}["deep inside"]
+        if bug == "ValueError":
+            int("deep inside")
         if bug == "unpack":
             (_,) = []
-        raise {"KeyError": KeyError, "ValueError": ValueError, "RuntimeError": RuntimeError}[bug]("deep inside")
+        torch.zeros(2) @ torch.zeros(3)
 
-    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", train)
+    inside = FunctionType(train.__code__, vars(trainer), closure=train.__closure__)  # as a function of understudy
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", inside)
     code, _, err = say("distill", recipe_of(home, {"method": "sft"}))
     assert code == 2
     assert matches(r"^error: unexpected (Key|Value|Runtime)Error: .*--debug shows where", err)
@@ -546,13 +585,13 @@ def test_debug_shows_the_traceback_and_then_the_sentence(say, home):
             r"--column answer should be column=name",
         ),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--column", "answr=a"), r'"answr".* did you mean "answer"'),
-        (("{home}/teacher", "--data", "{home}/sums.jsonl", "--limit", "0"), r"limit is 0"),
+        (("{home}/teacher", "--data", "{home}/sums.jsonl", "--limit", "0"), r"'--limit': .*greater than or equal to 1"),
         (
             ("{home}/teacher", "--data", "{home}/sums.jsonl", "--max-new-tokens", "64"),
             r"--max-new-tokens 64 leaves no room for a prompt in a context length of 64",
         ),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--max-new-tokens", "x"), r"--max-new-tokens"),
-        (("{home}/teacher", "--data", "{home}/sums.jsonl", "--temperature", "-1"), r"temperature >= 0"),
+        (("{home}/teacher", "--data", "{home}/sums.jsonl", "--temperature", "-1"), r"'--temperature': .*or equal to 0"),
         (("playground:chess", "--data", "{home}/sums.jsonl"), r"there is no 'playground:chess'"),
         (("{home}/narrow", "--data", "{home}/sums.jsonl"), r"the model has embeddings for"),
         (("{home}/teacher", "--data", "playground:arithmetic", "--split", "tst"), r"no split 'tst'"),

@@ -1,6 +1,5 @@
 """Classes by name: those of the package, of a module in the working directory, and of entry points."""
 
-import dataclasses
 import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -8,8 +7,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 
 from understudy.divergences import Divergence
-from understudy.method import Method
-from understudy.methods import METHODS, describe
+from understudy.methods import METHODS
 from understudy.metrics import METRICS
 from understudy.registry import Registry, UnknownName, did_you_mean, import_object, nearest
 from understudy.rollouts import ROLLOUTS
@@ -202,23 +200,3 @@ def test_a_builtin_name_takes_precedence_over_an_entry_point_with_a_warning(entr
     assert METHODS.get("gkd").__module__ == "understudy.methods.gkd"
     assert "the entry point other_package.methods:GKD of that name is not used" in caplog.text
     assert METHODS.names().count("gkd") == 1
-
-
-def test_a_method_of_another_package_is_described(module, entry_points):
-    text = "import dataclasses\n" + subclass_of(Method).replace("class Mine", "@dataclasses.dataclass\nclass Mine")
-    text += '    """Another method."""\n    share: float\n    beta: float = 0.5\n    names: list = dataclasses.field('
-    entry_points("understudy.methods", another=f"{module(text + 'default_factory=list)')}:Mine")
-    assert describe("another").endswith("  share (required)\n  beta = 0.5\n  names = []")
-    plain = module(subclass_of(Method) + "    def __init__(self, share, beta=0.5): ...\n", "plain_module")
-    assert describe(f"{plain}:Mine").endswith("  share (required)\n  beta = 0.5")
-
-
-@pytest.mark.parametrize("name", METHODS.names())
-def test_a_method_is_described_with_its_paper_and_every_option(name):
-    text = describe(name)
-    method = METHODS.get(name)
-    assert text.startswith(f"{name}: ")
-    assert method.paper in text
-    for field in (field.name for field in dataclasses.fields(method)):
-        assert f"  {field} = " in text
-    assert issubclass(method, Method)

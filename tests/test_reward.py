@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from understudy.batch import Batch, Example
 from understudy.playground.rewards import brevity, correct
-from understudy.reward import Reward, RewardModel, advantages, function
+from understudy.reward import Reward, RewardModel, _warn_of_a_single_response, advantages, function
 
 EXAMPLES = [
     Example([4, 5], [6, 7, 2], "student", row=0, columns={"completion": "w6 w7"}),
@@ -28,7 +28,7 @@ def exact(prompts, responses, rows):
 
 
 def test_a_reward_is_the_weighted_sum_of_its_functions_and_constant_over_a_response():
-    examples = Reward({length: 0.5, exact: 2.0}).score(EXAMPLES, words())
+    examples = Reward({length: 0.5, exact: 2.0}).score(EXAMPLES, words(), groups=[0, 0, 1])
     assert [e.streams for e in examples] == [
         {"reward": [3.0] * 3, "reward_length": [2.0] * 3, "reward_exact": [1.0] * 3, "advantage": [2.5] * 3},
         {"reward": [0.5] * 2, "reward_length": [1.0] * 2, "reward_exact": [0.0] * 2, "advantage": [-2.5] * 2},
@@ -46,7 +46,7 @@ def test_a_reward_of_one_function_has_no_parts_and_other_streams_stay():
 
 
 def test_rewards_and_advantages_are_streams_of_a_batch():
-    batch = Batch.from_examples(Reward([length]).score(EXAMPLES, words()), pad=0)
+    batch = Batch.from_examples(Reward([length]).score(EXAMPLES, words(), groups=[0, 0, 1]), pad=0)
     assert batch.stream("reward").tolist() == [2.0] * 3 + [1.0] * 2 + [3.0] * 3
     assert batch.stream("advantage").tolist() == [1.0] * 3 + [-1.0] * 2 + [0.0] * 3
 
@@ -66,11 +66,23 @@ def test_an_advantage_is_the_reward_less_the_mean_of_the_other_responses_to_the_
     assert advantages([1.0, 2.0, 6.0, 5.0, 5.0], [0, 0, 0, 1, 1]) == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0])
 
 
+def test_without_groups_all_responses_are_compared_whatever_their_rows():
+    scored = Reward([length]).score(EXAMPLES, words())
+    assert [e.streams["advantage"][0] for e in scored] == pytest.approx([0.0, -1.5, 1.5])
+    assert Reward([length]).score([], words()) == []
+
+
 def test_where_no_prompt_has_several_responses_all_are_compared():
     assert advantages([1.0, 2.0, 6.0], [0, 1, 2]) == pytest.approx([-3.0, -1.5, 4.5])
 
 
-def test_a_single_response_has_no_advantage():
+def test_a_single_response_has_no_advantage_which_is_said_once(caplog):
+    _warn_of_a_single_response.cache_clear()
+    for _ in range(2):
+        Reward([length]).score(EXAMPLES[:1], words())
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "a step has a single response, which can be compared with no other, so its reward teaches nothing"
+    ]
     assert advantages([7.0], [0]) == [0.0]
     assert advantages([7.0, 1.0, 3.0], [0, 1, 1]) == pytest.approx([0.0, -2.0, 2.0])
 

@@ -43,6 +43,24 @@ class Example:
             return list(range(len(self.response)))
         return [place for place, is_trained in enumerate(self.trained) if is_trained]
 
+    def last_turn(self) -> "Example":
+        """The example with the last part of the response that is trained on as its response, and all before as prompt.
+
+        In a conversation of which all turns of the assistant are trained on, this is the last one: what a model is to
+        generate.
+        """
+        places = self.trained_tokens
+        first = next(
+            (place for place, before in zip(places[:0:-1], places[-2::-1], strict=True) if place - before > 1), 0
+        )
+        if self.trained is None or not first:
+            return self
+        prompt = [*self.prompt, *self.response[:first]]
+        teacher_prompt = self.teacher_prompt and [*self.teacher_prompt, *self.response[:first]]
+        streams = {name: values[first:] for name, values in self.streams.items()}
+        changes = {"prompt": prompt, "teacher_prompt": teacher_prompt, "streams": streams}
+        return replace(self, response=self.response[first:], trained=self.trained[first:], **changes)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,7 +90,7 @@ class Batch:
         if not examples:
             raise ValueError("a batch needs at least one example")
         for example in examples:
-            _check(example)
+            check_example(example)
         width = max(map(len, examples))
         input_ids = torch.tensor([[*e.prompt, *e.response] + [pad] * (width - len(e)) for e in examples])
         predicts = torch.zeros(len(examples), width, dtype=torch.bool)
@@ -177,7 +195,12 @@ class Batch:
         return len(self.tokens) if reduction == "token" else len(self.examples)
 
 
-def _check(example: Example) -> None:
+def check_example(example: Example) -> None:
+    """Refuse an example that cannot be trained on.
+
+    Raises:
+        ValueError: naming its row and what is wrong.
+    """
     if not example.prompt or not example.response:
         part = "prompt" if not example.prompt else "response"
         raise ValueError(f"the example of row {example.row} has an empty {part}; every example needs both")
@@ -186,7 +209,7 @@ def _check(example: Example) -> None:
             f"the example of row {example.row} has {len(example.response)} response tokens, but a `trained` mask of "
             f"length {len(example.trained)}: give one value per response token"
         )
-    if not example.trained_tokens:
+    if example.trained is not None and not any(example.trained):
         raise ValueError(f"the example of row {example.row} has no response token to train on: leave the row out")
 
 

@@ -5,7 +5,6 @@ solutions of the dataset, GKD on student samples.
 """
 
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from .recipe import Data, load
 from .report import write_report
 from .run.distill import distill
 from .run.folder import RunFolder
+from .terminal import show
 
 TEACHER = "playground:arithmetic"
 _QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", "evaluate.show=1"]
@@ -39,7 +39,7 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     def train(name: str, *overrides: str) -> dict[str, Any]:
         console.rule(name)
         common = [f"training.seed={seed}", f"training.output_dir={folder / name}", *(_QUICK if quick else [])]
-        recipe = load(recipes() / "playground" / f"{name}.yaml", [*common, *overrides])
+        recipe = load(f"playground/{name}", [*common, *overrides])
         return distill(recipe, restart=True, console=console)
 
     warm = train("warm_start")
@@ -59,20 +59,14 @@ def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console 
     _show(rows, console)
     runs = [Path(run["folder"]) for run in (warm, supervised, on_policy)]
     page, _ = write_report(runs, folder / "report", models=not quick)
-    console.print(f"report: {page}", soft_wrap=True)
-    console.print(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", soft_wrap=True)
+    show(f"report: {page}", console)
+    show(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", console)
     return rows
-
-
-def recipes() -> Path:
-    """The folder of recipes: inside the installed package, or at the root of a checkout."""
-    installed = Path(str(resources.files("understudy"))) / "recipes"
-    return installed if installed.exists() else Path(str(resources.files("understudy"))).parents[1] / "recipes"
 
 
 def _dataset_tokens_per_step() -> float:
     """The mean number of response tokens in a step of supervised training, to give both methods the same number."""
-    recipe = load(recipes() / "playground" / "kd.yaml")
+    recipe = load("playground/kd")
     examples = load_data(recipe.data.model_copy(update={"limit": 2000}), load_tokenizer(TEACHER), None, 1)
     mean = sum(len(example.response) for example in examples) / len(examples)
     return mean * recipe.training["per_device_train_batch_size"]
@@ -83,7 +77,7 @@ def _evaluate(name: str, model: str, run: dict[str, Any] | None, folder: Path, q
     settings = named_settings(EvalSettings(Data(dataset=TEACHER, split="test", limit=20 if quick else 500)))
     place = RunFolder(Path(run["folder"]) if run else folder / "teacher")
     evaluate_into(place, model, settings)
-    result = read_result(place, settings)
+    result = read_result(place, model, settings)
     assert isinstance(result, Result)
     return {
         "model": name,

@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from .batch import Author, Batch, Example, Reduction
 from .divergences import Divergence
 from .rollout import Writers
+from .sampling import Sampling
 from .scores import Scores
 from .step import Step
 from .teacher import Capability, Teacher
@@ -30,9 +32,39 @@ class MethodContext:
     corpus: Sequence[Example] = ()  # plain texts with one token as the prompt, for methods that use a corpus
 
 
+class EvaluatedPart(NamedTuple):
+    """A part of what a method's held-out loss is composed of; its own loss is logged as `eval_loss_<name>`."""
+
+    method: "Method"  # what is evaluated; it generates all its responses anew
+    share: float = 1.0  # of the held-out loss; a part without a share is only logged, where it can be measured
+    name: str = ""  # without a name the part is the whole
+
+
 def for_divergence(divergence: Divergence) -> frozenset[Capability]:
     """What a teacher must provide for a divergence: its top tokens, or all of them where both sides are softened."""
     return frozenset({Capability.TOP_K if divergence.temperature == 1.0 else Capability.FULL})
+
+
+_Item = TypeVar("_Item")
+
+
+def is_distributed() -> bool:
+    """Does this run have several processes?"""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def process_rank() -> int:
+    """The number of this process among those of the run."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def from_all_processes(items: list[_Item]) -> list[_Item]:
+    """The lists of all processes one after the other, on every process; all must call this equally often."""
+    if not is_distributed():
+        return items
+    lists: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 class Method(ABC):
@@ -61,6 +93,18 @@ class Method(ABC):
     def teacher_prefix_tokens(self) -> int:
         """How many positions of the teacher's context window the method uses before every prompt."""
         return 0
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse sampling parameters that the method cannot follow. Called before models are loaded.
+
+        Raises:
+            ValueError: naming the parameter; by default for several responses per prompt where none is generated.
+        """
+        if sampling.n > 1 and self.authors == {"dataset"}:
+            raise ValueError(
+                f"{type(self).__name__} trains on the dataset's responses, of which there is one per row: set the "
+                f"rollout's n to 1, not {sampling.n}"
+            )
 
     def setup(self, context: MethodContext) -> Teacher | None:
         """Prepare for a run; called once, before training. Returns the teacher whose scores are passed to `loss`."""
@@ -92,8 +136,17 @@ class Method(ABC):
     def after_step(self, step: Step) -> None:
         """Advance schedules; called once after each optimizer step."""
 
+    def evaluated_parts(self) -> list[EvaluatedPart]:
+        """What evaluation on held-out data measures. Default: the method itself, whose state is restored afterwards."""
+        return [EvaluatedPart(self)]
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors to save in a checkpoint for an exact resume."""
+        """The tensors to save in a checkpoint for an exact resume.
+
+        The first process's are saved, and every process loads them, whose number may be another one. So a state must be
+        the same on all processes. What a process collects from its own rows is shared by `from_all_processes` when it
+        is collected, keyed by row.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -4,18 +4,22 @@ A reward is a number computed from texts, without any gradient. Methods learn fr
 mean reward of the other responses to the same prompt: the same expected policy gradient, with a smaller variance.
 """
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, cast
 
 import torch
 
 from .batch import Example
+from .method import from_all_processes, process_rank
 from .models.load import load_model, resolve
 from .registry import import_object
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[list[str], list[str], list[Mapping[str, Any]]], Sequence[float]]
 
@@ -54,12 +58,18 @@ class Reward:
         """The logged metrics: the sum, and its parts if there are several."""
         return ("reward", *(f"reward_{name}" for name in self.functions if len(self.functions) > 1))
 
-    def score(self, examples: Sequence[Example], tokenizer: Any) -> list[Example]:
+    def score(self, examples: Sequence[Example], tokenizer: Any, groups: Sequence[int] | None = None) -> list[Example]:
         """The examples with the streams `reward`, its parts and `advantage`, each constant over a response.
+
+        Responses of the same number in `groups` are compared with each other; by default all are, those of all
+        processes together, so every process must call this equally often.
 
         Raises:
             ValueError: if a function returns something else than a finite number for every response.
         """
+        if not examples:  # this process has none to compare with those of the others
+            _shared_advantages([], [], self.normalize)
+            return []
         prompts = tokenizer.batch_decode([e.prompt for e in examples], skip_special_tokens=True)
         responses = tokenizer.batch_decode([e.response for e in examples], skip_special_tokens=True)
         rows = [e.columns for e in examples]
@@ -70,27 +80,27 @@ class Reward:
         totals = [sum(w * parts[name][i] for name, (_, w) in self.functions.items()) for i in range(len(examples))]
         several = {f"reward_{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
         values = {"reward": totals, **several}
-        values["advantage"] = advantages(totals, [e.row for e in examples], self.normalize)
+        values["advantage"] = _shared_advantages(totals, groups or range(len(totals)), self.normalize)
         return [
             replace(e, streams={**e.streams, **{name: [v[i]] * len(e.response) for name, v in values.items()}})
             for i, e in enumerate(examples)
         ]
 
 
-def advantages(rewards: Sequence[float], rows: Sequence[int], normalize: bool = False) -> list[float]:
+def advantages(rewards: Sequence[float], groups: Sequence[Hashable], normalize: bool = False) -> list[float]:
     """Each reward minus the mean of the other rewards of its group (leave-one-out, RLOO; Kool et al., 2019).
 
-    A group is the responses to one row, or all responses where no row has several. Leaving a response's own reward out
-    of its baseline keeps the policy gradient unbiased. The advantage in a group of one is 0.
+    A group is the responses that were drawn for one prompt, or all responses where no group has several. Leaving a
+    response's own reward out of its baseline keeps the policy gradient unbiased. The advantage in a group of one is 0.
     """
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[row].append(index)
-    if all(len(group) == 1 for group in groups.values()):
-        groups = {0: list(range(len(rewards)))}
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    if all(len(group) == 1 for group in members.values()):
+        members = {0: list(range(len(rewards)))}
     result = [0.0] * len(rewards)
-    for group in groups.values():
-        if len(group) == 1:
+    for group in members.values():
+        if len(group) < 2:
             continue
         mean = sum(rewards[i] for i in group) / len(group)
         deviation = math.sqrt(sum((rewards[i] - mean) ** 2 for i in group) / (len(group) - 1))
@@ -98,6 +108,25 @@ def advantages(rewards: Sequence[float], rows: Sequence[int], normalize: bool = 
         for i in group:
             result[i] = (rewards[i] - mean) * scale
     return result
+
+
+def _shared_advantages(rewards: Sequence[float], groups: Sequence[int], normalize: bool) -> list[float]:
+    """The advantages of this process's responses among those of all processes; no group is on two of them."""
+    rank = process_rank()
+    everyone = from_all_processes([((rank, group), reward) for group, reward in zip(groups, rewards, strict=True)])
+    if len(everyone) == 1:
+        _warn_of_a_single_response()
+    values = advantages([reward for _, reward in everyone], [key for key, _ in everyone], normalize)
+    return [value for ((process, _), _), value in zip(everyone, values, strict=True) if process == rank]
+
+
+@cache
+def _warn_of_a_single_response() -> None:
+    """Once in a process."""
+    logger.warning(
+        "a step has a single response, which can be compared with no other, so its reward teaches nothing: raise the "
+        "rollout's n or the batch size"
+    )
 
 
 class RewardModel:
@@ -116,8 +145,8 @@ class RewardModel:
         from transformers import AutoConfig, AutoTokenizer
 
         self.name, self.reads, self.batch_size = name, reads, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-        labels: Any = AutoConfig.from_pretrained(resolve(name)).label2id
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        labels: Any = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False).label2id
         if label is not None and label not in labels:
             raise ValueError(f'the reward model {name} has no label "{label}"; it has {", ".join(labels)}')
         if label is None and len(labels) > 1:

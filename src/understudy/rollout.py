@@ -1,7 +1,7 @@
 """A rollout: an engine that generates responses to prompts with a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,11 @@ class Rollout(ABC):
     """
 
     batch_size: int | None = None  # sequences generated at once; None: as many as there are
+
+    @property
+    def is_bound(self) -> bool:
+        """Does this rollout have a model to generate with? Default: it has, as an engine with a model of its own."""
+        return True
 
     @abstractmethod
     def bind(self, model: Any, tokenizer: Any, author: Author = "student") -> "Rollout":
@@ -66,9 +71,9 @@ class Writer:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __call__(self, prompts: Sequence[Example], step: Step, **sampling_changes: Any) -> list[Example]:
-        """Responses to `prompts`; the keywords replace fields of the sampling, such as n=1, for this call."""
+        """Responses in the `last_turn` of `prompts`; the keywords replace fields of the sampling, such as n=1."""
         sampling = replace(self.sampling, **sampling_changes) if sampling_changes else self.sampling
-        return self.rollout.generate(prompts, sampling, step)
+        return self.rollout.generate([prompt.last_turn() for prompt in prompts], sampling, step)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,20 @@ class Writers:
 
     _student: Writer | None = None
     _teacher: Writer | None = None
+
+    def can_generate(self, authors: Iterable[Author]) -> bool:
+        """Is there a rollout of each of these authors that generates?"""
+        writers = {"student": self._student, "teacher": self._teacher}
+        return all(writers.get(author, True) is not None for author in authors)
+
+    def check(self, authors: Iterable[Author]) -> None:
+        """Refuse a method's authors of which one cannot generate.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        for author in sorted({"student", "teacher"}.intersection(authors)):
+            getattr(self, author)
 
     @property
     def student(self) -> Writer:
@@ -88,6 +107,7 @@ class Writers:
     def teacher(self) -> Writer:
         if self._teacher is None:
             raise ValueError(
-                "this method trains on the teacher's responses: give it a rollout and a teacher that can generate"
+                "this method trains on the teacher's responses: give it a rollout and a teacher that can generate, or "
+                "a teacher_rollout"
             )
         return self._teacher

@@ -1,5 +1,6 @@
 """Sampling parameters: length, temperature, top-k, top-p, number of responses and stop tokens of generated text."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,7 +25,7 @@ class Sampling:
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling needs {name} >= 1, not {getattr(self, name)}")
         for name in ("temperature", "top_k"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"sampling needs {name} >= 0, not {getattr(self, name):g}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling needs top_p in (0, 1], not {self.top_p:g}")

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from folders import llama
+from folders import jsonl, llama
 from rich.console import Console
 
 from understudy import cli
 from understudy.compare.evaluations import evaluate_into, named_settings, read_result, with_format_of
-from understudy.compare.experiment import compare
+from understudy.compare.experiment import VariantRun, compare
 from understudy.compare.statistics import Result
 from understudy.compare.variants import Variant, budget_override, common_dataset, variants
 from understudy.evaluation.settings import EvalSettings
 from understudy.files import read_jsonl
 from understudy.models.load import load_tokenizer
 from understudy.recipe import Data, RecipeError, load
-from understudy.run.folder import RunFolder
+from understudy.run import marker
+from understudy.run.folder import RUN, RunFolder
+from understudy.terminal import explain
 
 QUIET = Console(quiet=True)
 
@@ -56,10 +58,12 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
     output = home / "out"
     compared = [
         *variants([home / "kd.yaml", home / "gkd.yaml"]),
-        Variant("lost", home / "kd.yaml", ("data.dataset=./nowhere.jsonl",)),
+        Variant("lost", home / "kd.yaml", ("training.learning_rate=1e30",)),
     ]
     settings, options = settings_on(home, metrics=("chrf",)), {"temperatures": (0.0, 1.0), "exposure": 5}
-    text = compare(compared, output, settings, **options, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    comparison = compare(compared, output, settings, **options, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    assert comparison.failed == 1
+    text = comparison.table
     for name in ("kd", "gkd"):
         for seed in range(1):
             folder = output / name / f"seed-{seed}"
@@ -80,7 +84,7 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
         "| gkd",
         "| lost (1 failed)",
     ]
-    assert "nowhere" in text
+    assert "learning_rate" in text
     content = json.loads((output / "comparison.json").read_text())
     assert content["rows"][1]["difference"].keys() == {"greedy", "T=1"}
     assert (output / "comparison.md").read_text() == text
@@ -151,7 +155,7 @@ def test_a_sweep_with_a_budget_reports_both_and_runs_that_ended_before_it(home):
 
     output = home / "swept"
     compared = variants([home / "kd.yaml"], [budget_override("tokens=15")], "training.max_steps=1,9")
-    text = compare(compared, output, settings_on(home), console=QUIET, parallel=2, baseline=compared[1].name)
+    text = compare(compared, output, settings_on(home), console=QUIET, parallel=2, baseline=compared[1].name).table
     assert "- Every run could spend 15 response tokens." in text
     assert "- kd max_steps=1, seed 0: max_steps ended the run with" in text
     assert "- kd max_steps=9" not in text
@@ -198,6 +202,156 @@ def test_mistakes_are_found_before_anything_is_run(call, error, home):
     assert not Path(home / "no").exists()
 
 
+def without_references(home):
+    path = home / "prompts.jsonl"
+    path.write_text('{"prompt": "1+1="}\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1, not 0"),
+        ({"parallel": 0}, "--parallel must be at least 1, not 0"),
+        ({"exposure": -1}, "--exposure-bias must be at least 0, not -1"),
+        ({"temperatures": [-1.0]}, "--temperature must be 0 or more, not -1"),
+        ({"temperatures": [float("nan")]}, "--temperature must be 0 or more, not nan"),
+        ({"temperatures": [1.0, 1.0]}, "--temperature 1 is given twice"),
+        ({"temperatures": []}, "no --temperature"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 64}, "--max-new-tokens 64 leaves no room for a prompt"),
+        ({"metrics": ("nosuch",)}, 'no metric "nosuch"'),
+        ({"metrics": ("self_bleu",)}, "self_bleu compares the responses to a prompt with each other"),
+        ({"dataset": "./nowhere.jsonl"}, 'kd: there is no file or folder "./nowhere.jsonl"'),
+        ({"split": "nosuch"}, "nosuch"),
+        ({"dataset": without_references, "metrics": ("chrf",)}, "has a reference for chrf"),
+        ({"set": "data.columns={completion: nosuch}"}, "nosuch"),
+        ({"set": "data.dataset=./nowhere.jsonl"}, 'no file or folder "./nowhere.jsonl"'),
+        ({"set": "teacher.local.model=./nowhere"}, "nowhere"),
+        ({"set": "student.model=./nowhere"}, "nowhere"),
+        ({"set": "method.gkd.divergence=nosuch", "recipe": "gkd"}, 'no divergence "nosuch"'),
+        ({"set": "training.seed=3"}, "training.seed cannot be set in a comparison: --seeds sets it"),
+        ({"set": "training.nosuch=3"}, 'no field "nosuch"'),
+        ({"sweep": "training.learning_rate=1,2,1"}, 'has the value "1" twice'),
+    ],
+)
+def test_what_would_fail_after_training_is_found_before(options, error, home, tmp_path, capsys):
+    options = dict(options)
+    overrides = [options.pop("set")] if "set" in options else []
+    recipe = home / f"{options.pop('recipe', 'kd')}.yaml"
+    block = {name: options.pop(name) for name in ("dataset", "split", "limit") if name in options}
+    block["dataset"] = block.get("dataset", str(home / "test"))
+    block["dataset"] = str(block["dataset"](home)) if callable(block["dataset"]) else block["dataset"]
+    of_settings = {name: options.pop(name) for name in ("metrics", "max_new_tokens") if name in options}
+    settings, sweep = EvalSettings(Data(**{"split": "test", **block}), **of_settings), options.pop("sweep", None)
+    with pytest.raises(ValueError, match=error) as caught:
+        compare(variants([recipe], overrides, sweep), tmp_path / "out", settings, **options)
+    explain(caught.value)
+    assert "probably a bug" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_recipe_that_is_not_finished_is_refused(home, tmp_path):
+    [variant] = variants([home / "kd.yaml"])
+    folder = variant.folder(tmp_path / "out", 0)
+    folder.path.mkdir(parents=True)
+    marker.mark(folder.path, RUN)
+    folder.recipe.write_text(yaml.safe_dump(variant.recipe_in(folder, 0).resolved()))
+    folder.teacher_responses.write_text("")
+    other = variants([home / "kd.yaml"], ["training.max_steps=3"])
+    with pytest.raises(RecipeError, match="holds an unfinished run of kd with other settings or another budget"):
+        compare(other, tmp_path / "out", settings_on(home), console=QUIET)
+    assert folder.teacher_responses.exists()
+
+
+@pytest.mark.parametrize("value", ["runs/a/student", "..", "a b", "x" * 300, "é|[/red]\x1b", ""])
+def test_every_value_of_a_sweep_has_a_folder_of_its_own_at_the_same_depth(value, home, tmp_path):
+    swept = variants([home / "kd.yaml"], sweep=f"student.tokenizer=other,{value}")
+    places = [variant.folder(tmp_path, 0).path.relative_to(tmp_path).parts for variant in swept]
+    assert [len(parts) for parts in places] == [3, 3]
+    assert len({parts[1] for parts in places}) == 2
+    (tmp_path / "/".join(places[1])).mkdir(parents=True)
+    assert [path.name for path in (tmp_path / "kd").iterdir()] == [places[1][1]]
+
+
+def evaluated(home, folder):
+    """A folder of a run with a student, evaluated, without any training."""
+    llama(folder.student, seed=3)
+    folder.run_json.write_text("{}")
+    named = named_settings(settings_on(home))
+    evaluate_into(folder, str(folder.student), named)
+    return named
+
+
+def test_an_evaluation_counts_until_the_model_or_the_data_change(home, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    data = jsonl(tmp_path / "test.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    llama(folder.student, seed=3)
+    named = named_settings(EvalSettings(Data(dataset=str(data))))
+
+    def outcome():
+        return read_result(folder, str(folder.student), named)
+
+    evaluate_into(folder, str(folder.student), named)
+    assert isinstance(outcome(), Result)
+    llama(folder.student, seed=4)
+    assert outcome() == "model or data have changed since the evaluation"
+    evaluate_into(folder, str(folder.student), named)
+    assert isinstance(outcome(), Result)
+    jsonl(data, [{"prompt": "2+2=", "completion": "4"}])
+    assert outcome() == "model or data have changed since the evaluation"
+
+
+def test_an_evaluation_of_a_run_that_is_not_finished_is_no_result(home, tmp_path):
+    [variant] = variants([home / "kd.yaml"])
+    folder = RunFolder(tmp_path / "run")
+    run = VariantRun(variant, 0, folder, evaluated(home, folder))
+    assert isinstance(run.result(), Result)
+    folder.run_json.unlink()
+    assert run.result() == "the process was killed"
+
+
+def test_an_evaluation_that_is_damaged_is_made_again(home, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    named = evaluated(home, folder)
+    content = folder.evaluation.read_text()
+    damaged = [content[:length] for length in range(0, len(content), len(content) // 20)][:20]
+    damaged += [
+        content.replace('"metrics"', '"other"'),
+        content.replace('"accuracy": ', '"accuracy": "x" , "": '),
+        "[]",
+    ]
+    damaged += [content.replace('"results": {', '"results": 3, "x": {'), "\x00" * 100, "[" * 100_000]
+    for text in damaged:
+        folder.evaluation.write_text(text)
+        assert isinstance(read_result(folder, str(folder.student), named), str)
+    evaluate_into(folder, str(folder.student), named)
+    assert isinstance(read_result(folder, str(folder.student), named), Result)
+
+
+def test_scores_are_by_prompt_where_each_has_several_responses(home, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    llama(folder.student, seed=3)
+    named = named_settings(settings_on(home, seeds=(1, 2, 3)), temperatures=[1.0])
+    evaluate_into(folder, str(folder.student), named)
+    result = read_result(folder, str(folder.student), named)
+    assert isinstance(result, Result)
+    assert len(result.scores["T=1"]) == 12
+    assert sum(result.scores["T=1"]) / 12 == pytest.approx(result.metrics["T=1"]["accuracy"])
+
+
+def test_the_command_ends_with_1_where_a_run_failed(home, tmp_path, monkeypatch, capsys):
+    """The processes are replaced: both runs are as if they had been killed."""
+    monkeypatch.setattr("understudy.compare.experiment.run_in_processes", lambda *_: None)
+    command = ["compare", home / "kd.yaml", home / "gkd.yaml", "--output", tmp_path / "out", "--data", home / "test"]
+    monkeypatch.setattr("sys.argv", ["understudy", *map(str, command)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "- kd, seed 0: the process was killed" in capsys.readouterr().out
+
+
 def test_recipes_with_different_datasets_need_a_dataset_to_be_evaluated_on(home):
     other = Variant("other", home / "kd.yaml", ("data.dataset=elsewhere",))
     assert common_dataset(variants([home / "kd.yaml", home / "gkd.yaml"])) == str(home / "train")
@@ -231,7 +385,7 @@ def test_the_evaluation_of_a_student_is_the_same_by_every_command(home, tmp_path
     settings = with_format_of(named_settings(EvalSettings(block)), changed)
     folder = RunFolder(tmp_path / "run")
     evaluate_into(folder, str(student), settings)
-    result = read_result(folder, settings)
+    result = read_result(folder, str(student), settings)
     assert isinstance(result, Result)
 
     by_command, by_comparison = read_jsonl(output), folder.read_responses()["greedy"]

@@ -34,7 +34,7 @@ def continuous(model, author="student", **options):
 
 def cached(folder, model, **options):
     below = generate(model, "teacher", **options)
-    return Writer(CachedRollout(below.rollout, folder / "responses.jsonl"), below.sampling)
+    return Writer(CachedRollout(below.rollout, folder / "responses.jsonl", "abc"), below.sampling)
 
 
 RESTRICTED = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}

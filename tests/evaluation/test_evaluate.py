@@ -40,14 +40,14 @@ def evaluated(rows, *responses):
     return evaluate(None, TOKENIZER, examples_from_rows(rows, TOKENIZER), FixedRollout(*responses), Sampling())
 
 
-def test_where_every_reference_has_a_final_answer_only_that_counts():
+def test_where_a_reference_has_a_final_answer_only_that_counts():
     rows = [{"prompt": f"{i}+1=", "completion": f"it is\n#### {i + 1}"} for i in range(4)]
     result = evaluated(rows, "#### 1", "so 2 #### 2", "#### 30", "it is 4")
     assert [line["correct"] for line in result.responses] == [True, True, False, False]
     assert result.metrics["accuracy"] == 0.5
 
 
-def test_otherwise_a_response_is_correct_if_it_matches_any_reference():
+def test_without_a_final_answer_a_response_is_correct_if_it_equals_any_reference_of_its_own_row():
     rows = [
         {"prompt": "a city", "completion": ["paris", "rome, italy"]},
         {"prompt": "a sum", "completion": "#### 2"},

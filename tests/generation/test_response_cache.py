@@ -20,8 +20,8 @@ def cached(folder, **sampling):
     return rollout.calls, writer(rollout, folder, **sampling)
 
 
-def writer(rollout, folder, **sampling):
-    bound = CachedRollout(rollout, folder / "deep" / "responses.jsonl").bind(None, None)
+def writer(rollout, folder, weights="abc", **sampling):
+    bound = CachedRollout(rollout, folder / "deep" / "responses.jsonl", weights).bind(None, None)
     return Writer(bound, Sampling(**{"max_new_tokens": 6, **sampling}))
 
 
@@ -49,6 +49,28 @@ def test_responses_outlive_the_run(tmp_path):
     assert calls == []
 
 
+def test_responses_of_other_weights_are_not_used(tmp_path):
+    first = cached(tmp_path)[1](PROMPTS, Step(0))
+    rollout = ScriptedRollout()
+    writer(rollout, tmp_path, weights="xyz")(PROMPTS, Step(0))
+    assert len(rollout.calls) == 1
+    calls, again = cached(tmp_path)
+    assert again(PROMPTS, Step(0)) == first
+    assert calls == [], "those of the first weights are still there"
+
+
+def test_a_response_that_was_changed_is_generated_again(tmp_path, caplog):
+    first = cached(tmp_path)[1](PROMPTS, Step(0))
+    file = tmp_path / "deep" / "responses.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["tokens"] = [5, 2]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    calls, again = cached(tmp_path)
+    assert again(PROMPTS, Step(0)) == first
+    assert len(calls) == 1
+    assert "1 responses in" in caplog.text
+
+
 def test_only_missing_responses_are_generated(tmp_path):
     cached(tmp_path)[1](PROMPTS[:4], Step(0))
     calls, again = cached(tmp_path)
@@ -56,6 +78,15 @@ def test_only_missing_responses_are_generated(tmp_path):
     assert len(calls) == 1
     lines = (tmp_path / "deep" / "responses.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(6))
+
+
+def test_a_process_that_has_all_responses_still_calls_the_rollout_as_others_may_miss_some(tmp_path, monkeypatch):
+    """A sharded model's weights are gathered by all processes together, or they wait for each other for ever."""
+    first = cached(tmp_path)[1](PROMPTS, Step(0))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    calls, again = cached(tmp_path)
+    assert again(PROMPTS, Step(3)) == first
+    assert calls == [0]
 
 
 def test_a_torn_file_loses_its_last_response_only(tmp_path):

@@ -31,5 +31,15 @@ def test_a_tokenizer_without_an_end_of_sequence_token_leaves_the_model_s(ids, ex
     assert stop_ids(tokenizer, model_ending_with(ids)) == expected
 
 
+def test_an_added_token_of_white_space_ends_no_response():
+    tokenizer = words()
+    tokenizer.add_tokens(["\n", " "])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w9"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n {% endfor %}"
+    assert stop_ids(tokenizer) == [2]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n w9{% endfor %}"
+    assert stop_ids(tokenizer) == [2, 9]
+
+
 def test_ids_beyond_the_vocabulary_are_left_out():
     assert stop_ids(words(), model_ending_with([5, 53, 60])) == [2, 5]

@@ -2,23 +2,28 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from fakes import VOCABULARY, BigramTeacher, some_examples, tiny, words
 from loop import difference, student, teacher, trainer, weights, whole_and_accumulated
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon, ReverseKL
 from understudy.fused_linear.distributions import Dense
 from understudy.method import MethodContext
+from understudy.methods import promptkd
 from understudy.methods.promptkd import PromptKD, _kl, _recompute_layers
 from understudy.models.forward import score
 from understudy.scores import Scores
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
+from understudy.training.state import STATE_FILE
 
 HARD = [5, 6, 7]
 BATCH = Batch.from_examples(some_examples(), 0)
@@ -44,6 +49,55 @@ def test_a_prompt_of_real_tokens_is_the_teacher_on_the_prefixed_text(kind):
     longer = Batch.from_examples([replace(e, prompt=HARD + e.prompt) for e in some_examples()], 0)
     assert_close = torch.testing.assert_close
     assert_close(teacher.score(BATCH).log_probs, teacher.plain.score(longer).log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "biogpt", "gpt2", "bert"])
+def test_a_prompt_that_begins_as_a_text_is_this_text_in_front(family):
+    """Also where the model scales its embeddings (Gemma, BioGPT), in float64."""
+    method = PromptKD(prompt_tokens=3, prompt="w5 w6 w7")
+    teacher = method.setup(context(LocalTeacher(families.model(family).double()), words()))
+    longer = Batch.from_examples([replace(e, prompt=HARD + e.prompt) for e in some_examples()], 0)
+    assert teacher.prompt.dtype == torch.float64
+    soft, hard = teacher.score(BATCH).log_probs, teacher.plain.score(longer).log_probs
+    torch.testing.assert_close(soft, hard, rtol=1e-5, atol=1e-5)
+
+
+def test_a_random_prompt_is_as_large_as_the_embeddings_that_the_layers_receive():
+    method = PromptKD(prompt_tokens=40, initialize="random")
+    teacher = method.setup(context(LocalTeacher(families.model("gemma3_text")), words()))
+    rows = teacher.model.get_input_embeddings()(torch.arange(families.VOCABULARY))
+    assert float(teacher.prompt.std() / rows.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_teacher_that_reads_embeddings_otherwise_is_refused_unless_there_is_no_prompt():
+    model = families.model("gemma4_text")
+    with pytest.raises(
+        ValueError, match=r"texts of Gemma4ForCausalLM, which does not read embeddings .* prompt_tokens: 0"
+    ):
+        PromptKD(prompt_tokens=3).setup(context(LocalTeacher(model), words()))
+    teacher = PromptKD(prompt_tokens=0).setup(context(LocalTeacher(model), words()))
+    assert torch.equal(teacher.score(BATCH).log_probs, teacher.plain.score(BATCH).log_probs)
+
+
+def test_the_best_checkpoint_s_prompt_comes_back_with_its_weights(tmp_path):
+    method = PromptKD(prompt_tokens=3, prompt_lr=1e-1, prompt_warmup=0)
+    strategies = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    run = trainer(
+        tmp_path,
+        method,
+        options={"eval_dataset": some_examples()},
+        max_steps=3,
+        learning_rate=1.0,  # so that the first step is the best one
+        load_best_model_at_end=True,
+        **strategies,
+    )
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name != "checkpoint-3"
+    saved = load_file(best / STATE_FILE)["method.prompt"]
+    assert torch.equal(run.teacher.prompt.detach(), saved)
+    assert not torch.equal(saved, load_file(tmp_path / "checkpoint-3" / STATE_FILE)["method.prompt"])
+    assert run.spending.tokens > 0
 
 
 def test_no_prompt_is_the_teacher_itself():
@@ -215,9 +269,10 @@ def test_a_teacher_that_is_no_live_model_is_refused(tmp_path):
         trainer(tmp_path, PromptKD(), with_teacher=BigramTeacher())
 
 
-def test_gpt2_xl_gets_eleven_thousand_parameters(caplog):
+def test_gpt2_xl_gets_eleven_thousand_parameters(caplog, monkeypatch):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
+    monkeypatch.setattr(promptkd, "check_soft_prompt", lambda model: None)  # tensors on "meta" have no values
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         tokenizer = SimpleNamespace(encode=lambda *a, **k: [1] * 7)
         teacher = PromptKD().setup(context(SimpleNamespace(model=model), tokenizer))
@@ -226,14 +281,15 @@ def test_gpt2_xl_gets_eleven_thousand_parameters(caplog):
     assert "11200 parameters, 0.00072 % of the teacher's 1557611200" in caplog.text
 
 
-def test_the_learned_prompt_loads_in_peft(tmp_path, caplog):
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_learned_prompt_loads_in_peft(kind, tmp_path, caplog):
     from peft import PeftModel
 
-    method, teacher = prompted()
+    method, teacher = prompted(kind)
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         method.export(tmp_path)
     assert "nearest to the learned prompt" in caplog.text
-    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "soft_prompt").eval()
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path / "soft_prompt").eval()
     logits = loaded(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits[:, 3:][BATCH.predicts]
     torch.testing.assert_close(logits.log_softmax(-1), teacher.score(BATCH).log_probs, rtol=1e-4, atol=1e-4)
 

@@ -8,9 +8,11 @@ import os
 from dataclasses import replace
 
 import fakes
+import families
 import pytest
 import torch
 from fakes import VOCABULARY, ragged_examples, tiny, words
+from loop import arguments
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -29,10 +31,13 @@ from understudy.batch import Example
 from understudy.fused_linear.tiles import tiling
 from understudy.generation import decoder, sampling
 from understudy.generation.sampling import inverse_cdf, restrict
+from understudy.methods.gkd import GKD
+from understudy.methods.kd import KD
 from understudy.rollouts import generate
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import Sampling
 from understudy.step import Step
+from understudy.training.trainer import StudentTrainer
 
 LAST = 1 - 2**-53  # the largest uniform number that can be drawn
 
@@ -397,9 +402,41 @@ class Forgetful(nn.Module):
         return CausalLMOutput(logits=self.inner(input_ids, attention_mask=attention_mask).logits)
 
 
-def test_a_model_without_a_cache_is_refused_with_a_sentence():
-    with pytest.raises(ValueError, match="Forgetful has no key-value cache; rollout generate needs a model"):
-        writer(Forgetful(), stop_ids=[2])(PROMPTS, Step(0))
+def test_a_model_without_a_cache_reads_the_whole_sequence_for_every_token_and_says_so(caplog):
+    options = {"stop_ids": [2, *range(5, 30)], "batch_size": 4}
+    expected = writer(tiny("llama"), **options)(PROMPTS, Step(0))
+    with caplog.at_level(logging.WARNING, "understudy.generation.cache_support"):
+        forgetful = Forgetful()
+        assert writer(forgetful, **options)(PROMPTS, Step(0)) == expected
+        assert writer(forgetful, **options)(PROMPTS[:1], Step(0)) == expected[:1]
+    assert caplog.text.count("Forgetful cannot generate with a key-value cache: it returns no past_key_values") == 1
+
+
+@pytest.mark.parametrize("method", [KD(), GKD()])
+@pytest.mark.parametrize("family", ["openai-gpt", "mamba", "falcon_h1"])
+def test_models_without_a_cache_or_one_that_keeps_its_rows_are_trained(family, method, tmp_path):
+    examples = ragged_examples(4, families.VOCABULARY)
+    run = StudentTrainer(
+        families.model(family),
+        families.model(family, seed=1),
+        method,
+        GenerateRollout(),
+        Sampling(max_new_tokens=4),
+        processing_class=words(families.VOCABULARY),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=examples,
+    )
+    run.train()
+    assert 0 < run.state.log_history[0]["loss"] < 100
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_distribution_that_is_not_a_number_is_refused_with_a_sentence(value, temperature):
+    logits = torch.zeros(2, VOCABULARY)
+    logits[1, slice(None) if value < 0 else 7] = value
+    with pytest.raises(FloatingPointError, match=r"is not a number, so no token can be drawn: .* use an earlier check"):
+        sampling.draw(logits, torch.tensor([0.5, 0.5]), Sampling(temperature=temperature, top_p=0.9))
 
 
 def test_a_rollout_without_a_model_is_refused_with_a_remedy():

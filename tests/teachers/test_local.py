@@ -26,6 +26,15 @@ def test_its_scores_are_those_of_the_models_own_logits(kind):
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).detach(), atol=2e-5, rtol=0)
 
 
+def test_its_log_probabilities_do_not_depend_on_the_students_autocast():
+    scores = LocalTeacher(tiny("phi")).score(BATCH)
+    expected = scores.log_probs
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh = LocalTeacher(tiny("phi")).score(BATCH)
+        assert torch.equal(fresh.log_probs, expected)
+        torch.testing.assert_close(fresh.chosen, expected.gather(-1, BATCH.tokens[:, None])[:, 0])
+
+
 def test_a_live_model_provides_everything():
     assert LocalTeacher(tiny("llama")).provides == frozenset(Capability)
     assert TEACHERS.get("local") is LocalTeacher

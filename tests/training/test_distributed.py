@@ -17,8 +17,8 @@ import torch
 from fakes import ragged_examples, tiny, writer
 from loop import difference, logged, short_sampling, student, trainer, weights
 
-from understudy.batch import Batch
-from understudy.divergences import JensenShannon
+from understudy.batch import Batch, Example
+from understudy.divergences import JensenShannon, ReverseKL
 from understudy.methods.dpkd import DPKD
 from understudy.methods.gkd import GKD
 from understudy.methods.kd import KD
@@ -26,6 +26,7 @@ from understudy.methods.promptkd import PromptKD
 from understudy.methods.seqkd import SeqKD
 from understudy.methods.sft import SFT
 from understudy.models.forward import score
+from understudy.reward import Reward
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
@@ -39,11 +40,20 @@ CASES = {
     "seqkd": lambda: SeqKD(),
     "promptkd": lambda: PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=2),
     "dpkd": lambda: DPKD(),
+    "dpkd that keeps responses": lambda: DPKD(refresh=3),
+    "gkd with a reward": lambda: GKD(distillation=0.5, divergence=ReverseKL(), reward=Reward([short])),
 }
 NUMBERS = ("loss", "grad_norm", "forward_kl", "tokens", "response_length", "truncated", "eval_loss", "eval_tokens")
+NUMBERS += ("reward", "eval_loss_on_policy", "eval_loss_dataset")
+CORPUS = [Example([1], [4 + i, 5 + i % 7, 2], "corpus", row=i) for i in range(20)]
+KEPT = "dpkd that keeps responses"
 
 
-def train(folder, case, processes):
+def short(prompts, responses, rows):
+    return [-float(len(r.split())) for r in responses]
+
+
+def train(folder, case, processes, resume=None, **changed):
     """Two epochs of two steps; eight examples per step, over all processes. In float64, because of Adam."""
     run = trainer(
         folder / "run",
@@ -53,15 +63,25 @@ def train(folder, case, processes):
         None,
         short_sampling(stop_ids=[2, *range(5, 15)]),
         ragged_examples(16),
-        options={"eval_dataset": ragged_examples(5, seed=4)},
+        options={"eval_dataset": ragged_examples(5, seed=4), "corpus": CORPUS},
         max_steps=-1,
         num_train_epochs=2,
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=2,
-        eval_strategy="epoch",
+        per_device_eval_batch_size=2,  # one process has two batches, the other one
+        **{"eval_strategy": "epoch", **changed},
     )
-    run.train()
+    run.train(resume_from_checkpoint=None if resume is None else str(resume))
     return weights(run.model), {name: logged(run, name) for name in NUMBERS}
+
+
+def train_to_the_third_step(folder, processes):
+    """With a checkpoint in the middle of the second epoch."""
+    return train(folder, KEPT, processes, save_strategy="steps", save_steps=3, eval_strategy="no")
+
+
+def train_from(folder, checkpoint, processes):
+    return train(folder, KEPT, processes, checkpoint / "run" / "checkpoint-3", eval_strategy="no")[0]
 
 
 def train_for_seconds(folder):
@@ -135,6 +155,9 @@ def worker(folder):
         torch.save(changed, folder / f"{case}-{rank}.pt")
         if rank == 0:
             (folder / f"{case}.json").write_text(json.dumps(numbers))
+    train_to_the_third_step(folder / "two", 2)
+    for processes in ("one", "two"):
+        torch.save(train_from(folder / "resumed", folder / processes, 2), folder / f"from-{processes}-{rank}.pt")
     (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
     for tied in (False, True):
         sharded = loss_and_gradients(shard(tied), lambda grad: grad.full_tensor())
@@ -146,6 +169,7 @@ def worker(folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
+    train_to_the_third_step(folder / "one", 1)
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with socket.socket() as free:
@@ -175,6 +199,18 @@ def test_two_processes_train_as_one_does(case, results, tmp_path):
     together = json.loads((results / f"{case}.json").read_text())
     for name in NUMBERS:
         assert together[name] == pytest.approx(numbers[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("before", ["one", "two"])
+@pytest.mark.parametrize("after", ["one", "two"])
+def test_responses_that_are_kept_are_resumed_whatever_the_number_of_processes(before, after, results, tmp_path):
+    uninterrupted, _ = train(tmp_path / "whole", KEPT, 1, eval_strategy="no")
+    if after == "one":
+        resumed = train_from(tmp_path / "part", results / before, 1)
+    else:
+        resumed = torch.load(results / f"from-{before}-0.pt")
+        assert difference(resumed, torch.load(results / f"from-{before}-1.pt")) == 0
+    assert difference(uninterrupted, resumed) < 1e-10
 
 
 def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(results):

@@ -259,24 +259,3 @@ def test_resuming_where_there_is_nothing_starts_from_the_beginning(tmp_path):
     run = trainer(tmp_path, KD())
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 4
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "a folder without files"])
-def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), "numbers, not letters, are compared"
-    state = tmp_path / "checkpoint-10" / "trainer_state.json"
-    state.unlink()
-    if damage == "empty":
-        state.write_text("")
-    if damage == "cut":
-        state.write_text('{"global_st')
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-
-
-def test_a_folder_without_checkpoints_has_no_last_one(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    assert last_checkpoint(tmp_path / "absent") is None

@@ -15,7 +15,7 @@ from understudy.batch import Example
 from understudy.budget import Budget
 from understudy.method import Method
 from understudy.methods.kd import KD
-from understudy.training.callbacks import ShowProgress
+from understudy.training.display import ShowProgress
 from understudy.training.spending import Spending, follow_budget
 
 STEPS = 8
@@ -180,7 +180,7 @@ def test_a_schedule_that_follows_a_metric_is_left_alone(tmp_path):
 def test_progress_says_how_much_is_spent_and_how_many_steps_that_makes():
     out = io.StringIO()
     spending = Spending(Budget(tokens=100_000))
-    bar = ShowProgress(Console(file=out, force_terminal=False, width=160), spending)
+    bar = ShowProgress(Console(file=out, force_terminal=True, width=160), spending)
     state = type("State", (), {"global_step": 0, "max_steps": 1000, "is_world_process_zero": True})()
     bar.on_train_begin(None, state, None)
     assert bar.progress.tasks[0].total == 1000

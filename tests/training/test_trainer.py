@@ -230,7 +230,7 @@ def test_evaluation_gives_the_objective_on_a_fixed_set_the_same_every_time(metho
     total, normalizer = 0.0, 0
     for example in collected:
         batch = Batch.from_examples([example], 0)
-        value = float(run._weighted_loss(run.model, batch, diagnose=False))
+        value = float(run.weighted_loss(run.model, batch, run.method, diagnose=False))
         total, normalizer = total + value, normalizer + batch.normalizer(method.reduction)
     assert first["eval_loss"] == pytest.approx(total / normalizer, rel=1e-5)
     assert first["eval_tokens"] == sum(len(e.response) for e in collected)

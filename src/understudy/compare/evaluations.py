@@ -16,7 +16,8 @@ from ..evaluation.evaluate import Evaluation
 from ..evaluation.evaluate_model import LoadedModel, evaluate_loaded, load_for_evaluation
 from ..evaluation.responses import identity
 from ..evaluation.settings import EvalSettings
-from ..files import write_atomic
+from ..files import file_digest, write_atomic
+from ..playground.names import resolve
 from ..recipe import Recipe
 from ..run import marker
 from ..run.folder import EVALUATION, RunFolder
@@ -54,12 +55,14 @@ def reference_folder(output: Path, model: str) -> RunFolder:
 def evaluate_into(folder: RunFolder, model: str, settings: NamedSettings) -> None:
     """Evaluate a model with all settings; write evaluation.json and the responses.
 
-    Exposure bias of a teacher against itself is left out.
+    Exposure bias of a teacher against itself is left out. A hash of the files of models and data says for how long the
+    evaluation counts: until one of them changes.
 
     Raises:
         ValueError: for a folder with an evaluation.json that understudy did not write; and as `evaluate_model`.
     """
     claim(folder)
+    inputs = {name: input_files(model, each) for name, each in settings.items()}
     results: dict[str, Any] = {}
     loaded: LoadedModel | None = None
     for name, each in settings.items():
@@ -68,7 +71,11 @@ def evaluate_into(folder: RunFolder, model: str, settings: NamedSettings) -> Non
         loaded = load_for_evaluation(model, each, loaded)
         file = folder.responses(name, _digest(loaded, each))
         results[name] = _content(evaluate_loaded(loaded, each, file), each) | {"responses": file.name}
-    content = {"settings": {name: each.as_dict() for name, each in settings.items()}, "results": results}
+    content = {
+        "settings": {name: each.as_dict() for name, each in settings.items()},
+        "inputs": inputs,
+        "results": results,
+    }
     write_atomic(folder.evaluation, json.dumps(content, indent=1))
 
 
@@ -79,29 +86,83 @@ def claim(folder: RunFolder) -> None:
     marker.mark(folder.path, EVALUATION)
 
 
-def read_result(folder: RunFolder, settings: NamedSettings) -> Result | str:
-    """The result of a folder's evaluation with these settings, or why there is none."""
-    evaluation = folder.read_evaluation()
-    if evaluation is None or evaluation.get("settings") != {name: each.as_dict() for name, each in settings.items()}:
-        default = "the process was killed" if evaluation is None else "evaluated with other settings"
-        return folder.read_failed() or default
-    return result_of(evaluation["results"], folder.read_run_json())
+def input_files(model: str, settings: EvalSettings) -> dict[str, str]:
+    """Hashes of the files that an evaluation reads: of the model, the teacher and the data, where they are local."""
+    places = {"model": resolve(model), "data": settings.data.dataset}
+    places |= {} if settings.teacher is None else {"teacher": resolve(settings.teacher)}
+    return {name: digest for name, place in places.items() if (digest := _digest_of_files(Path(place))) is not None}
+
+
+def _digest_of_files(place: Path) -> str | None:
+    """A hash of a file, or of the files in a folder; None where there is neither."""
+    if not place.exists():
+        return None
+    files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
+    content = [(path.name, file_digest(path)) for path in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def read_result(folder: RunFolder, model: str, settings: NamedSettings) -> Result | str:
+    """The result of a folder's evaluation of this model with these settings, or why there is none."""
+    try:
+        evaluation = folder.read_evaluation()
+        if evaluation is None:
+            reason = "the process was killed"
+        elif evaluation.get("settings") != {name: each.as_dict() for name, each in settings.items()}:
+            reason = "evaluated with other settings"
+        elif evaluation.get("inputs") != {name: input_files(model, each) for name, each in settings.items()}:
+            reason = "model or data have changed since the evaluation"
+        else:
+            return result_of(evaluation["results"], folder.read_run_json())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        reason = f"{folder.evaluation} is damaged"
+    return folder.read_failed() or reason
 
 
 def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Result:
-    """A Result from the content of evaluation.json and run.json."""
+    """A Result from the content of evaluation.json and run.json.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: for content of another form.
+    """
+    costs = {name: (run or {}).get(name) for name in ("seconds", "cpu_seconds", "tokens")}
     return Result(
-        metrics={name: dict(part["metrics"]) for name, part in results.items()},
-        scores={name: part["scores"] for name, part in results.items() if part.get("scores") is not None},
-        **{name: (run or {}).get(name) for name in ("seconds", "cpu_seconds", "tokens", "budget")},
+        metrics={str(name): _numbers(part["metrics"]) for name, part in results.items()},
+        scores={
+            str(name): [float(score) for score in part["scores"]]
+            for name, part in results.items()
+            if part.get("scores") is not None
+        },
+        **{name: None if value is None else float(value) for name, value in costs.items()},
+        budget=_budget((run or {}).get("budget")),
     )
+
+
+def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in content.items() if value is not None}
+
+
+def _budget(content: Any) -> dict[str, Any] | None:
+    """A budget's record; None for content of another form."""
+    if not isinstance(content, Mapping):
+        return None
+    numbers = {k: content[k] for k in ("tokens", "seconds", "spent") if isinstance(content.get(k), int | float)}
+    return {**numbers, "ended_by": str(content.get("ended_by"))} if len(numbers) == 2 and "spent" in numbers else None
 
 
 def _content(evaluation: Evaluation, settings: EvalSettings) -> dict[str, Any]:
     correct = [response["correct"] for response in evaluation.responses]
-    scores = None if None in correct or settings.exposure_bias else [float(value) for value in correct]
+    scores = None
+    if None not in correct and not settings.exposure_bias:
+        scores = _over_seeds([float(value) for value in correct], len(settings.seeds))
     content = {"metrics": evaluation.metrics, "scores": scores}
     return content | ({"curves": evaluation.curves} if evaluation.curves else {})
+
+
+def _over_seeds(scores: Sequence[float], seeds: int) -> list[float]:
+    """The mean score of each prompt over its responses, which are in the order of the seeds."""
+    prompts = len(scores) // seeds
+    return [sum(scores[prompt::prompts]) / seeds for prompt in range(prompts)]
 
 
 def _digest(loaded: LoadedModel, settings: EvalSettings) -> str:

@@ -10,7 +10,8 @@ comparison: finished runs and evaluations are not repeated.
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ from rich.console import Console
 
 from ..evaluation.settings import EvalSettings
 from ..files import write_atomic
-from ..methods import METHODS
-from ..recipe import Recipe, RecipeError, load
-from ..rollouts import ROLLOUTS
+from ..recipe import Recipe, RecipeError
 from ..run import marker
-from ..run.distill import distill
-from ..run.folder import EVALUATION, RUN, RunFolder
+from ..run.distill import Interrupted, distill
+from ..run.folder import RunFolder
 from . import statistics
+from .checks import check_folders, check_inputs, check_options, check_variants
 from .evaluations import (
     EXPOSURE,
     NamedSettings,
@@ -38,6 +38,7 @@ from .evaluations import (
 )
 from .processes import run_in_processes
 from .statistics import Result
+from .table import markdown
 from .variants import Variant, reference_models, sweep_record
 
 RECORD, TABLE = "comparison.json", "comparison.md"
@@ -53,28 +54,71 @@ class VariantRun:
     folder: RunFolder
     settings: NamedSettings
 
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def model(self) -> str:
+        return str(self.folder.student)
+
     def __call__(self) -> None:
-        claim(self.folder)
-        self.folder.failed.unlink(missing_ok=True)
-        with self.folder.log.open("a", encoding="utf-8") as log:
-            try:
-                distill(self.variant.recipe_in(self.folder, self.seed), console=Console(file=log, width=120))
-                evaluate_into(self.folder, str(self.folder.student), self.settings)
-            except Exception as error:
-                traceback.print_exc(file=log)
-                write_atomic(self.folder.failed, " ".join(str(error).split()) or type(error).__name__)
+        with recording(self.folder) as console:
+            distill(self.variant.recipe_in(self.folder, self.seed), console=console)
+            evaluate_into(self.folder, self.model, self.settings)
+
+    def result(self) -> Result | str:
+        """The student's result, or why there is none."""
+        if not self.folder.is_finished:
+            return self.folder.read_failed() or "the process was killed"
+        return read_result(self.folder, self.model, self.settings)
+
+    def error(self) -> str | None:
+        return result if isinstance(result := self.result(), str) else None
 
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """Evaluate a model that students are compared with."""
+    """Evaluate a model that students are compared with; an error is written to failed.txt."""
 
+    name: str
     model: str
     folder: RunFolder
     settings: NamedSettings
 
     def __call__(self) -> None:
-        evaluate_into(self.folder, self.model, self.settings)
+        with recording(self.folder):
+            evaluate_into(self.folder, self.model, self.settings)
+
+    def result(self) -> Result | str:
+        """The model's result, or why there is none."""
+        return read_result(self.folder, self.model, self.settings)
+
+    def error(self) -> str | None:
+        return result if isinstance(result := self.result(), str) else None
+
+
+@contextmanager
+def recording(folder: RunFolder) -> Iterator[Console]:
+    """Claim a folder; output goes to log.txt in it, and an error to failed.txt as well. A signal is no error."""
+    claim(folder)
+    folder.failed.unlink(missing_ok=True)
+    with folder.log.open("a", encoding="utf-8") as log:
+        try:
+            yield Console(file=log, width=120)
+        except Interrupted as error:
+            log.write(f"{error}\n")
+        except Exception as error:
+            traceback.print_exc(file=log)
+            write_atomic(folder.failed, " ".join(str(error).split()) or type(error).__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison has found."""
+
+    table: str  # in Markdown
+    failed: int  # runs and evaluations without a result
 
 
 def compare(
@@ -88,8 +132,8 @@ def compare(
     parallel: int = 1,
     baseline: str | None = None,
     console: Console | None = None,
-) -> str:
-    """Run variants with the seeds 0 … seeds − 1, evaluate all students with the same settings, return a Markdown table.
+) -> Comparison:
+    """Run variants with the seeds 0 … seeds − 1, and evaluate all students with the same settings.
 
     The teacher and the warm start are evaluated as well, where all variants share them.
 
@@ -100,9 +144,12 @@ def compare(
         baseline: the variant from which the others' differences are computed.
 
     Raises:
-        RecipeError: before anything is run, for a recipe that cannot be read, and an unknown baseline.
+        ValueError: before anything is run, for options out of range, a recipe that cannot be run, data that cannot be
+            read, and files of the user that would be overwritten.
     """
-    recipes = _check(variants, baseline)
+    check_options(settings, temperatures, exposure, seeds, parallel)
+    check_variants(variants, baseline)
+    recipes = [variant.load() for variant in variants]
     models = reference_models(recipes)
     if exposure and "teacher" not in models:
         raise RecipeError(
@@ -115,81 +162,64 @@ def compare(
         for seed in range(seeds)
         for variant, recipe in zip(variants, recipes, strict=True)
     ]
-    references = {
-        name: ReferenceRun(model, reference_folder(output, model), with_format_of(named, recipes[0]))
+    references = [
+        ReferenceRun(name, model, reference_folder(output, model), with_format_of(named, recipes[0]))
         for name, model in models.items()
-    }
-    _check_folders(output, runs, list(references.values()))
+    ]
+    check_folders(output, COMPARISON, runs, [reference.folder for reference in references])
+    tasks = [*references, *runs]
+    unfinished = [task for task in tasks if task.error() is not None]
+    if unfinished:
+        check_inputs(runs, {reference.model: reference.settings for reference in references})
     output.mkdir(parents=True, exist_ok=True)
     marker.mark(output, COMPARISON)
-    tasks = [*references.values(), *runs]
-    unfinished = [task for task in tasks if isinstance(read_result(task.folder, task.settings), str)]
+    record = _record(output, variants, recipes, runs, baseline)
+    write_atomic(output / RECORD, json.dumps(record, indent=2))  # a report during the comparison reads it
     run_in_processes(unfinished, parallel, console or Console())
-    return _write(output, variants, recipes, runs, references, baseline)
+    return _write(output, record, runs, references)
 
 
-def _check(variants: Sequence[Variant], baseline: str | None) -> list[Recipe]:
-    recipes = [variant.load() for variant in variants]
-    for recipe in recipes:
-        recipe.check("method", METHODS)
-        recipe.check("rollout", ROLLOUTS)
-    names = [variant.name for variant in variants]
-    if baseline is not None and baseline not in names:
-        raise RecipeError(f'there is no recipe "{baseline}" for the baseline: choose one of {", ".join(names)}')
-    return recipes
-
-
-def _check_folders(output: Path, runs: Sequence[VariantRun], references: Sequence[ReferenceRun]) -> None:
-    """Refuse folders with files of the user, or with finished runs of other settings; changes nothing.
-
-    Finished runs are not repeated, so those of another budget, say, would appear in the table of this one.
-    """
-    remedy = "give another --output"
-    marker.check(output, COMPARISON, remedy)
-    for run in runs:
-        marker.check(run.folder.path, RUN, remedy)
-    for task in (*runs, *references):
-        marker.check(task.folder.path, EVALUATION, remedy)
-    for run in runs:
-        folder = run.folder
-        if folder.run_json.is_file() and folder.recipe.is_file():
-            recipe = run.variant.recipe_in(folder, run.seed)
-            if load(folder.recipe).resolved() != recipe.resolved():
-                message = f"{folder.path} holds a finished run of {run.variant.name} with other settings or another"
-                raise RecipeError(f"{message} budget: give another --output, or delete it")
-
-
-def _write(
+def _record(
     output: Path,
     variants: Sequence[Variant],
     recipes: Sequence[Recipe],
     runs: Sequence[VariantRun],
-    references: Mapping[str, ReferenceRun],
     baseline: str | None,
-) -> str:
-    """Write comparison.json and comparison.md, and return the table."""
-    results: dict[str, dict[int, Result | str]] = {variant.name: {} for variant in variants}
-    for run in runs:
-        results[run.variant.name][run.seed] = read_result(run.folder, run.settings)
-    reference_results = {name: read_result(run.folder, run.settings) for name, run in references.items()}
-    evaluated = {name: result for name, result in reference_results.items() if isinstance(result, Result)}
-    rows = statistics.table_rows(results, baseline, evaluated.get("teacher"), evaluated.get("warm start"))
-    settings = runs[0].settings
-    text = statistics.markdown(rows, _columns(rows, settings), evaluated)
-    content: dict[str, Any] = {
-        "settings": {name: each.as_dict() for name, each in settings.items()},
+) -> dict[str, Any]:
+    """What comparison.json says before there are results."""
+    return {
+        "settings": {name: each.as_dict() for name, each in runs[0].settings.items()},
         "baseline": baseline,
         "budget": recipes[0].resolved().get("budget") if len({recipe.budget for recipe in recipes}) == 1 else None,
         "sweep": sweep_record(variants),
-        "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in reference_results.items()},
-        "rows": [asdict(row) for row in rows],
+        "folders": {variant.place: variant.name for variant in variants},
         "runs": {
-            name: {run.seed: str(run.folder.path) for run in runs if run.variant.name == name} for name in results
+            variant.name: {run.seed: str(run.folder.path) for run in runs if run.variant.name == variant.name}
+            for variant in variants
         },
     }
+
+
+def _write(
+    output: Path, record: Mapping[str, Any], runs: Sequence[VariantRun], references: Sequence[ReferenceRun]
+) -> Comparison:
+    """Write comparison.json and comparison.md."""
+    results: dict[str, dict[int, Result | str]] = {name: {} for name in record["runs"]}
+    for run in runs:
+        results[run.variant.name][run.seed] = run.result()
+    evaluated = {reference.name: reference.result() for reference in references}
+    finished = {name: result for name, result in evaluated.items() if isinstance(result, Result)}
+    rows = statistics.table_rows(results, record["baseline"], finished.get("teacher"), finished.get("warm start"))
+    failed = [f"{name}: {result}" for name, result in evaluated.items() if isinstance(result, str)]
+    table = markdown(rows, _columns(rows, runs[0].settings), finished, failed)
+    content = {
+        **record,
+        "references": {name: asdict(r) if isinstance(r, Result) else r for name, r in evaluated.items()},
+        "rows": [asdict(row) for row in rows],
+    }
     write_atomic(output / RECORD, json.dumps(content, indent=2))
-    write_atomic(output / TABLE, text)
-    return text
+    write_atomic(output / TABLE, table)
+    return Comparison(table, len(failed) + sum(len(row.failed) for row in rows))
 
 
 def _columns(rows: Sequence[statistics.TableRow], settings: NamedSettings) -> list[tuple[str, str]]:

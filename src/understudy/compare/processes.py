@@ -1,41 +1,169 @@
-"""Run tasks in separate processes, a few at a time, with a progress bar."""
+"""Run tasks in processes of their own, a few at a time, which end with the process that started them.
+
+A signal to the parent (Ctrl-C, SIGTERM, the end of a terminal) is passed to the processes, which save a checkpoint and
+end; a second one ends them at once. A parent that is killed cannot pass anything: each process watches a pipe that its
+parent holds open, and ends when it closes.
+"""
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.connection import wait
+from typing import Any, Protocol
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Task = Callable[[], None]  # that a process can be started with
+from ..terminal import show
+
+_PAUSE = 0.2  # seconds between two looks at the processes
+
+
+class Task(Protocol):
+    """What a process can be started with."""
+
+    @property
+    def name(self) -> str:
+        """What it does, in a few words."""
+        ...
+
+    def __call__(self) -> None: ...
+
+    def error(self) -> str | None:
+        """Why it has failed; None if it has not."""
+        ...
 
 
 def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> None:
-    """Run every task in a process of its own, `parallel` at a time, which share the cores."""
+    """Run every task in a process of its own, `parallel` at a time, which share the cores.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C. Another signal has its usual effect, once the processes have ended.
+    """
     threads = max(1, (os.cpu_count() or 1) // parallel)
     context = multiprocessing.get_context("spawn")
     waiting, running = list(tasks), []
-    bar = Progress(TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    try:
-        with bar as progress:
-            bar_task = progress.add_task("", total=len(tasks))
-            while waiting or running:
-                while waiting and len(running) < parallel:
-                    process = context.Process(target=_run, args=(waiting.pop(0), threads))
-                    process.start()
-                    running.append(process)
-                time.sleep(0.2)
-                alive = [process for process in running if process.is_alive()]
-                progress.advance(bar_task, len(running) - len(alive))
-                running = alive
-    finally:
-        for process in running:
-            process.terminate()
+    with _Signals() as signals:
+        try:
+            with _Display(len(tasks), console) as display:
+                while (waiting or running) and not signals.received:
+                    while waiting and len(running) < parallel:
+                        task = waiting.pop(0)
+                        process = context.Process(target=_run, args=(task, threads))
+                        process.start()
+                        running.append((task, process))
+                    time.sleep(_PAUSE)
+                    ended = [task for task, process in running if not process.is_alive()]
+                    running = [(task, process) for task, process in running if task not in ended]
+                    for task in ended:
+                        display.show_ended(task)
+        finally:
+            _end([process for _, process in running], signals, console)
+    signals.deliver()
+
+
+def _end(processes: Sequence[Any], signals: "_Signals", console: Console) -> None:
+    """End the processes: after their checkpoints, or at once after a second signal."""
+    if processes:
+        show(f"ending {len(processes)} runs after a checkpoint; the same signal again ends them at once", console)
+    for process in processes:
+        process.terminate()
+    while alive := [process for process in processes if process.is_alive()]:
+        if len(signals.received) > 1:
+            for process in alive:
+                process.kill()
+        time.sleep(_PAUSE)
+
+
+class _Signals(AbstractContextManager["_Signals"]):
+    """Notes the signals that would end this process; those that are ignored, as by nohup, stay ignored."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
+            for number in [getattr(signal, name) for name in names]:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received.append(number)
+
+    def deliver(self) -> None:
+        """Let the first signal have the effect that it would have had."""
+        if self.received:
+            signal.raise_signal(self.received[0])
+
+
+class _Display(AbstractContextManager["_Display"]):
+    """A bar in a terminal, else a line for each task that has ended; errors at once."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._console, self._total, self._count, self._start = console, total, 0, time.monotonic()
+        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Progress(
+            *(TextColumn("compare"), BarColumn(20), *columns),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=float("inf"),
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> "_Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show_ended(self, task: Task) -> None:
+        """Show that one more task has ended."""
+        self._count += 1
+        self._bar.advance(self._task)
+        if (error := task.error()) is not None:
+            show(f"{task.name} failed: {error}", self._console)
+        if not self._console.is_terminal:
+            elapsed = time.monotonic() - self._start
+            left = _clock(elapsed / self._count * (self._total - self._count))
+            text = f"{self._count} of {self._total} ended after {_clock(elapsed)}, about {left} left: {task.name}"
+            show(text, self._console)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _run(task: Task, threads: int) -> None:
+    """In the process of a task: end with the parent, and leave signals of the terminal to it."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
+        import torch  # slow: the parent is watched by then
+
         torch.set_num_threads(threads)
     task()
+
+
+def _end_with(sentinel: Any) -> None:
+    """End this process, and those that it has started, as soon as `sentinel` says that the parent has ended."""
+    wait([sentinel])
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+    os._exit(1)

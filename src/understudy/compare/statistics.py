@@ -1,4 +1,4 @@
-"""Statistics over runs: means over seeds, confidence intervals, paired differences, costs; the table of a comparison.
+"""Statistics over runs: means over seeds, confidence intervals, paired differences, costs.
 
 The table is computed from saved results, so that it can be computed again at any time. A result has one model's metrics
 under every protocol ("greedy", "T=1") and, where each response is correct or wrong, the score of every response, by
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..budget import amount, spent
+from .differences import LEAST_PROMPTS, Difference, paired_difference
+from .student_t import quantile
 
-RESAMPLES = 10_000
 SHARES = ("accuracy", "truncated", "agreement", "top_10_overlap")  # metrics that are written in percent
 
 
@@ -46,38 +47,8 @@ class Spread:
         if len(array) < 2:
             return cls(mean, 0.0, mean, mean)
         deviation = float(array.std(ddof=1))
-        half = _student_t(len(array) - 1) * deviation / len(array) ** 0.5
+        half = quantile(0.05, len(array) - 1) * deviation / len(array) ** 0.5
         return cls(mean, deviation, mean - half, mean + half)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A variant's mean score minus the baseline's, with a paired bootstrap's 95 % interval and p value."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired_difference(
-    scores: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]], seed: int = 0
-) -> Difference:
-    """The paired bootstrap of two (S, A) tables of scores, S seeds and responses to the same A prompts in each.
-
-    Seeds and prompts are both resampled, with replacement, `RESAMPLES` times. p is twice the share of resampled means
-    on the other side of 0, at least 1/RESAMPLES.
-    """
-    delta = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    runs, responses = delta.shape
-    draw = np.random.default_rng(seed)
-    prompts = draw.multinomial(responses, np.full(responses, 1 / responses), size=RESAMPLES) / responses
-    seeds = draw.multinomial(runs, np.full(runs, 1 / runs), size=RESAMPLES) / runs
-    means = ((seeds @ delta) * prompts).sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    mean = float(delta.mean())
-    other = float((means <= 0).mean() if mean > 0 else (means >= 0).mean())
-    return Difference(mean, float(low), float(high), min(1.0, max(2 * other, 1 / RESAMPLES)))
 
 
 @dataclass(frozen=True)
@@ -147,6 +118,20 @@ def budget_notes(rows: Sequence[TableRow]) -> list[str]:
     return notes + [f"{row.name}, {end}." for row in finished for end in row.ended_early]
 
 
+def difference_notes(rows: Sequence[TableRow]) -> list[str]:
+    """Why differences in the table have no p value."""
+    untested = [difference for row in rows for difference in row.difference.values() if difference.p is None]
+    notes = []
+    if any(difference.seeds < 2 for difference in untested):
+        notes.append(
+            "With one seed, the interval of a difference is over prompts alone: what another seed would change is "
+            "unknown, so there is no p value."
+        )
+    if any(difference.seeds > 1 for difference in untested):
+        notes.append(f"With fewer than {LEAST_PROMPTS} prompts, a difference has no p value.")
+    return notes
+
+
 def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
     if not results:
         return {}
@@ -167,10 +152,17 @@ def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | 
         for seed, result in results.items()
         if isinstance(baseline_result := baseline.get(seed), Result)
     ]
-    if not pairs:
-        return {}
-    protocols = [p for p in pairs[0][0].scores if p in pairs[0][1].scores]
-    return {p: paired_difference([a.scores[p] for a, _ in pairs], [b.scores[p] for _, b in pairs]) for p in protocols}
+    protocols = pairs[0][0].scores if pairs else ()
+    differences = {protocol: difference_of(pairs, protocol) for protocol in protocols}
+    return {protocol: difference for protocol, difference in differences.items() if difference is not None}
+
+
+def difference_of(pairs: Sequence[tuple[Result, Result]], protocol: str) -> Difference | None:
+    """The difference of pairs of results, one for each seed; None unless all have scores of the same prompts."""
+    first, second = ([pair[i].scores.get(protocol, ()) for pair in pairs] for i in (0, 1))
+    if len({len(scores) for scores in (*first, *second)}) != 1 or not first[0]:
+        return None
+    return paired_difference(first, second)
 
 
 def _gap_closed(
@@ -191,65 +183,3 @@ def _gap_closed(
 def _cost(results: list[Result], name: str) -> Spread | None:
     values = [getattr(r, name) for r in results]
     return Spread.of(values) if values and None not in values else None
-
-
-def _student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
-
-
-def markdown(table: Sequence[TableRow], columns: Sequence[tuple[str, str]], references: Mapping[str, Result]) -> str:
-    """The table in Markdown.
-
-    Args:
-        columns: (protocol, metric) pairs.
-        references: models above the variants, such as the teacher.
-    """
-    heads = ["model", *(f"{metric} ({protocol})" for protocol, metric in columns)]
-    heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
-    rows = [
-        [name, *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""]
-        for name, r in references.items()
-    ]
-    rows += [_cells(row, columns) for row in table]
-    used = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
-    text = ["| " + " | ".join(row[i] for i in used) + " |" for row in [heads, *rows]]
-    text.insert(1, "|---" * len(used) + "|")
-    notes = [f"- {row.name}, {reason}" for row in table for reason in row.failed]
-    notes += [f"- {note}" for note in budget_notes(table)]
-    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
-
-
-def _cells(row: TableRow, columns: Sequence[tuple[str, str]]) -> list[str]:
-    """A variant's cells: its metrics, the difference from the baseline and the gap closed in the first, the costs."""
-    cells = [row.name + (f" ({len(row.failed)} failed)" if row.failed else "")]
-    for protocol, metric in columns:
-        spread = row.metrics.get(protocol, {}).get(metric)
-        cells.append("" if spread is None else _plus_minus(spread, metric, row.seeds))
-    protocol, metric = columns[0]
-    difference, gap = row.difference.get(protocol), row.gap_closed.get(protocol, {}).get(metric)
-    cells.append("" if difference is None else f"{100 * difference.mean:+.1f} (p {_p(difference.p)})")
-    cells.append("" if gap is None else f"{gap:.0%}")
-    return cells + ["" if s is None else f"{s.mean:,.0f}" for s in (row.seconds, row.cpu_seconds, row.tokens)]
-
-
-def _plus_minus(spread: Spread, metric: str, seeds: int) -> str:
-    text = _number(spread.mean, metric)
-    scale = 100 if metric in SHARES else 1
-    return text if seeds < 2 else with_deviation(text, scale * spread.deviation)
-
-
-def _number(value: float | None, metric: str) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f}" if metric in SHARES else f"{value:#.4g}".rstrip(".")
-
-
-def with_deviation(mean: str, deviation: float) -> str:
-    """A mean as it is written, and its deviation to the same digit."""
-    return f"{mean} ± {deviation:.{len(mean.partition('.')[2])}f}"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -1,6 +1,8 @@
 """Variants of recipes that are compared: overrides, a sweep over one option's values, and a budget for all."""
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +32,28 @@ class Variant:
         output_dir = f"training.output_dir={json.dumps(str(folder.path))}"
         return self.load(output_dir, f"training.seed={seed}", "training.disable_tqdm=true")
 
+    @property
+    def place(self) -> str:
+        """Its folder in that of the comparison: the recipe's name and, in a sweep, another one for the value."""
+        parts = [self.name]
+        if self.swept is not None and self.name.startswith(f"{self.recipe.stem} "):
+            parts = [self.recipe.stem, self.name.removeprefix(f"{self.recipe.stem} ")]
+        return "/".join(map(_file_name, parts))
+
     def folder(self, output: Path, seed: int) -> RunFolder:
         """Where the run of this variant and seed is."""
-        return RunFolder(output / self.name.replace(" ", "/") / f"seed-{seed}")
+        return RunFolder(output / self.place / f"seed-{seed}")
+
+
+_LONGEST = 80  # characters of a folder's name
+
+
+def _file_name(text: str) -> str:
+    """The text as the name of one folder; a hash replaces what a name cannot hold, such as "/"."""
+    plain = re.sub(r"[^\w .,=+@%()\[\]{}~'-]", "_", text)[:_LONGEST]
+    if plain == text and text.strip(" .") == text and text:
+        return text
+    return f"{plain.strip(' .') or '_'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def variants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str | None = None) -> list[Variant]:
@@ -43,7 +64,8 @@ def variants(recipes: Sequence[Path], overrides: Sequence[str] = (), sweep: str 
     """
     plain = [Variant(path.stem, path, tuple(overrides)) for path in recipes]
     variants = plain if sweep is None else _swept(plain, sweep)
-    if len({variant.name for variant in variants}) < len(variants):
+    names = [variant.name for variant in plain]
+    if len(set(names)) < len(names):
         raise RecipeError("two of the recipes have the same file name, which names their runs: rename one")
     return variants
 
@@ -54,11 +76,14 @@ def _swept(variants: Sequence[Variant], sweep: str) -> list[Variant]:
     if not key or not values:
         example = "training.learning_rate=1e-3,1e-4"
         raise RecipeError(f"a sweep is written key=value,value,…, such as {example}, not {sweep}")
+    written = values.split(",")
+    if twice := [value for value in written if written.count(value) > 1]:
+        raise RecipeError(f'the sweep over {key} has the value "{twice[0]}" twice: give every value once')
     option = key.rpartition(".")[2]
     return [
         Variant(f"{v.name} {option}={value}", v.recipe, (*v.overrides, f"{key}={value}"), (key, value))
         for v in variants
-        for value in values.split(",")
+        for value in written
     ]
 
 

@@ -1,5 +1,6 @@
-"""Chat templates: check conversations, render them as prompt and response, and find the token that ends a response."""
+"""Chat templates: render conversations as prompt and response, and find the token that ends a response."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from .rows import BadRow, DataError, check_text, describe
+from .errors import BadRow, DataError
+from .messages import Message, reasoning, tool_names
+from .template_limits import check_template, within_limit
 
-Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
+Span = tuple[int, int]  # from the first character to the one after the last
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,24 @@ class ResponseEnd:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ResponseEnd":
-        """Render a short conversation and read what follows its response; empty without a template or if it fails."""
+        """Render a short conversation and read what follows its response; empty without a template or if it fails.
+
+        Raises:
+            DataError: for a template beyond the limits of `template_limits`.
+        """
         if not tokenizer.chat_template:
             return cls()
         response = "understudy"
         messages = [{"role": "user", "content": "Who plays?"}, {"role": "assistant", "content": response}]
         try:
             suffix = _apply(tokenizer, messages).rpartition(response)[2]
+        except DataError:
+            raise
         except Exception:  # templates raise anything; rows that are conversations will report it
             return cls()
         added: Any = tokenizer.get_added_vocab  # which transformers' base class does not declare
-        tokens = sorted({*added(), *tokenizer.all_special_tokens}, key=len, reverse=True)
+        tokens = {token for token in (*added(), *tokenizer.all_special_tokens) if token.strip()}
+        tokens = sorted(tokens, key=len, reverse=True)
         token = re.search("|".join(map(re.escape, tokens)), suffix) if tokens else None
         return cls(suffix, suffix[: token.end()], token.group()) if token else cls(suffix)
 
@@ -61,94 +73,143 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
         self.tokenizer, self.arguments = tokenizer, dict(arguments)
 
-    def render_prompt(self, where: str, messages: list[Message]) -> str:
+    def render_prompt(self, where: str, messages: list[Message], tools: Tools = None) -> str:
         """The messages followed by the template's generation prompt.
 
         Raises:
-            DataError: if the tokenizer has no chat template.
-            BadRow: if the template fails.
+            DataError: if the tokenizer has no chat template, or one beyond the limits of `template_limits`.
+            BadRow: if the template fails, or leaves out a message, a tool or a tool call.
         """
-        return self._render(where, messages, add_generation_prompt=True)
+        prompt = self._render(where, messages, tools, add_generation_prompt=True)
+        for number, message in enumerate(messages, 1):
+            if message["role"] != "assistant" and not _is_in(prompt, message["content"]):
+                raise BadRow(f"{where}: the chat template leaves out message {number}, the {message['role']}'s")
+            _check_names(where, f"the tool calls of message {number}", tool_names(message), prompt)
+        _check_names(where, "the tools", tool_names(tools), prompt)
+        return prompt
 
-    def render_pair(self, where: str, messages: list[Message], response: Message) -> tuple[str, str]:
+    def render_pair(
+        self, where: str, messages: list[Message], response: Message, tools: Tools = None
+    ) -> tuple[str, str]:
         """Prompt and response: the response is what the template renders after its own generation prompt.
 
         Raises:
             DataError: as `render_prompt`.
             BadRow: as `render_prompt`; and if the template renders the prompt differently when a response follows.
         """
-        prompt = self.render_prompt(where, messages)
-        conversation = self._render(where, [*messages, response])
+        prompt = self.render_prompt(where, messages, tools)
+        conversation = self._render(where, [*messages, response], tools)
         if not conversation.startswith(prompt):
             raise BadRow(
                 f"{where}: the chat template renders the prompt differently when the answer follows, so it is unknown "
                 "where the answer begins; give such rows as prompt and completion strings, or another template"
             )
         text = conversation.removeprefix(prompt)
-        if text.endswith(self.response_end.suffix):
-            text = text.removesuffix(self.response_end.suffix) + self.response_end.end
-        return prompt, text
+        _check_names(where, "the tool calls of the last message", tool_names(response), text)
+        if reasoning(response).strip() not in text:
+            raise BadRow(
+                f"{where}: the reasoning of the last message is not rendered by the chat template; use one that "
+                "renders it, or write it into the content"
+            )
+        return prompt, self._without_suffix(text)
+
+    def earlier_turns(self, where: str, messages: list[Message], prompt: str, tools: Tools = None) -> list[Span]:
+        """The spans of a rendered prompt that the assistant's earlier messages take up.
+
+        Where the template marks them by `{% generation %}`, these marks count. Else a turn begins where the messages
+        before it and a generation prompt end, and ends as a response does. A message without any before it is no turn,
+        as it answers nothing.
+
+        Raises:
+            BadRow: if the template renders an earlier turn in another way than as the last one.
+        """
+        template = self.tokenizer.chat_template
+        if isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            return within_limit(_marked_spans, self.tokenizer, messages, tools, self.arguments)
+        spans = []
+        for index, message in enumerate(messages):
+            if index and message["role"] == "assistant":
+                start = len(self._prefix(where, index, prompt, messages[:index], tools, add_generation_prompt=True))
+                turns = self._prefix(where, index, prompt, messages[: index + 1], tools)
+                spans.append((start, start + len(self._without_suffix(turns[start:]))))
+        return spans
 
     @cached_property
     def response_end(self) -> ResponseEnd:
         """How the template ends a response."""
         return ResponseEnd.of(self.tokenizer)
 
-    def _render(self, where: str, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _without_suffix(self, text: str) -> str:
+        end = self.response_end
+        return text.removesuffix(end.suffix) + end.end if text.endswith(end.suffix) else text
+
+    def _prefix(
+        self, where: str, index: int, prompt: str, messages: list[Message], tools: Tools, **options: Any
+    ) -> str:
+        """The rendered messages, which the prompt begins with."""
+        text = self._render(where, messages, tools, **options)
+        if not prompt.startswith(text):
+            raise BadRow(
+                f"{where}: the chat template renders message {index + 1}, an earlier answer, differently when others "
+                "follow, so it is unknown which tokens to train on; use train_on: last, or a template with "
+                "{% generation %}"
+            )
+        return text
+
+    def _render(
+        self, where: str, messages: list[Message], tools: Tools = None, add_generation_prompt: bool = False
+    ) -> str:
         if not self.tokenizer.chat_template:
             raise DataError(
                 f"{where}: a conversation needs a tokenizer with a chat template, and this one has none; "
                 "set tokenizer.chat_template or give prompt and completion as strings"
             )
+        options = {**self.arguments, "add_generation_prompt": add_generation_prompt}
+        if tools is not None:
+            options["tools"] = tools
         try:
-            options = {**self.arguments, "add_generation_prompt": add_generation_prompt}
             return _apply(self.tokenizer, messages, **options)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
         except Exception as error:  # templates raise anything, e.g. "System role not supported"
             raise BadRow(f"{where}: the chat template refuses the conversation: {error}") from error
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template]:
+        if text not in _checked:
+            check_template(text)
+            _checked.add(text)
+    text = within_limit(tokenizer.apply_chat_template, messages, tokenize=False, **options)
     assert isinstance(text, str)
     return text
 
 
-def is_conversation(value: Any) -> bool:
-    """Is the value a list of messages, rather than a text or a list of texts?"""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+_checked: set[str] = set()
 
 
-def check_messages(where: str, name: str, value: Any, last: str | None = None) -> list[Message]:
-    """Check a conversation: an optional system message, then user and assistant alternating, each with text.
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools, arguments: Mapping[str, Any]
+) -> list[Span]:
+    """The spans that the template marks by `{% generation %}`."""
+    options = {**tokenizer.special_tokens_map, **arguments, "add_generation_prompt": True}
+    template = tokenizer.chat_template
+    _, [spans] = render_jinja_template(
+        [messages], tools, chat_template=template, return_assistant_tokens_mask=True, **options
+    )
+    return spans[1:] if messages[0]["role"] == "assistant" else spans
 
-    Args:
-        name: the column's; for errors.
-        last: the role that the last message must have; None: the user's or the assistant's.
 
-    Raises:
-        BadRow: naming the message that is wrong.
-    """
-    if not is_conversation(value):
-        raise BadRow(f'{where}: the "{name}" should be a list of messages with role and content, not {describe(value)}')
-    for index, message in enumerate(value):
-        which = f"message {index + 1} of the {name}"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "developer", "user", "assistant"):
-            raise BadRow(f"{where}: {which} has the role {describe(role)}; use system, user or assistant")
-        previous = value[index - 1]["role"] if index else None
-        if role in ("system", "developer"):
-            in_order = previous is None
-        elif role == "user":
-            in_order = previous in (None, "system", "developer", "assistant")
-        else:
-            in_order = previous == "user"
-        if not in_order:
-            place = f"comes after the {previous}'s" if previous else "comes first"
+def _is_in(text: str, content: str) -> bool:
+    """Is the content in the text, up to white space around it, as it is or as JSON?"""
+    return any(form in text for form in (content.strip(), json.dumps(content)[1:-1]))
+
+
+def _check_names(where: str, what: str, names: list[str], text: str) -> None:
+    for name in names:
+        if name not in text:
             raise BadRow(
-                f"{where}: {which} is the {role}'s and {place}; after a system message, which may be missing, "
-                "user and assistant take turns, beginning with the user"
+                f'{where}: {what} are not rendered by the chat template ("{name}" is missing from the text); use a '
+                "tokenizer whose template renders them"
             )
-        check_text(where, f"content of {which}", message.get("content"))
-    if value[-1]["role"] not in ([last] if last else ["user", "assistant"]):
-        raise BadRow(f"{where}: the {name} should end with a message of the {last or 'user or the assistant'}")
-    return value

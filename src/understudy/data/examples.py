@@ -17,8 +17,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Example
-from .formats import Document, Format, Row
-from .rows import BadRow, DataError, SourceRow, read_rows
+from .errors import BadRow, DataError, SourceRow, describe
+from .formats import Document, Format, Row, TrainOn
+from .rows import TextAs, read_rows
+from .tables import dataset_rows
 from .tokenize import ExampleBuilder
 
 __all__ = ["BadRow", "DataError", "Examples", "Row", "examples_from_rows", "load_examples"]
@@ -71,7 +73,7 @@ class Examples(Dataset[Example]):
         digest = hashlib.sha256()
         for example in self.examples:
             ids = array("q", [len(example.prompt), *example.prompt, len(example.response), *example.response])
-            digest.update(ids.tobytes())
+            digest.update(ids.tobytes() if example.trained is None else ids.tobytes() + bytes(example.trained))
         return digest.hexdigest()[:16]
 
 
@@ -81,18 +83,19 @@ def load_examples(
     *,
     split: str = "train",
     name: str | None = None,
+    text_as: TextAs = "chunks",
     **options: Any,
 ) -> Examples:
     """Load a file, a folder or a dataset of the hub as examples.
 
     Args:
-        split, name: as in `rows.read_rows`.
+        split, name, text_as: as in `rows.read_rows`.
         options: as in `examples_from_rows`.
 
     Raises:
         DataError: if the dataset is missing or cannot be read, and as `examples_from_rows`.
     """
-    return examples_from_rows(read_rows(dataset, split, name), tokenizer, source=str(dataset), **options)
+    return examples_from_rows(read_rows(dataset, split, name, text_as), tokenizer, source=str(dataset), **options)
 
 
 def examples_from_rows(
@@ -103,6 +106,7 @@ def examples_from_rows(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "last",
     max_length: int = 512,
     max_prompt_length: int | None = None,
     reserve: int = 1,
@@ -111,13 +115,14 @@ def examples_from_rows(
     on_long_prompt: Literal["cut", "skip", "error"] = "cut",
     limit: int | None = None,
 ) -> Examples:
-    """Tokenize rows, which may be plain dictionaries, into examples.
+    """Tokenize rows, which may be plain dictionaries or a `datasets.Dataset`, into examples.
 
     Args:
         source: the rows' origin, for errors.
         columns: from the column names of a format to the dataset's, such as {"prompt": "en", "completion": "de"}.
-        template: a format string over the dataset's columns that gives the prompt.
+        template: a format string over the dataset's columns that gives the prompt; "chat" for the tokenizer's template.
         chat_template_kwargs: arguments of the tokenizer's chat template.
+        train_on: of a conversation, the last message of the assistant or all of its messages.
         max_length: of prompt and response together, in tokens; longer responses lose their end.
         max_prompt_length: in tokens; longer prompts keep a BOS and their end. Default: `max_length - reserve`.
         reserve: tokens reserved for a response after every prompt, such as a rollout's max_new_tokens.
@@ -135,10 +140,13 @@ def examples_from_rows(
         raise DataError(f"limit is {limit}, and a dataset needs at least one example")
     longest_prompt = _longest_prompt(max_length, max_prompt_length, reserve)
     builder = ExampleBuilder(tokenizer, max_length, longest_prompt, text_prompt, on_bad_row, on_long_prompt)
-    texts = _texts(rows, Format(tokenizer, columns, template, chat_template_kwargs), source, builder.report_bad_row)
+    form = Format(tokenizer, columns, template, chat_template_kwargs, train_on)
+    is_table = hasattr(rows, "with_format") and hasattr(rows, "features")  # without an import of datasets
+    texts = _texts(dataset_rows(rows, source) if is_table else rows, form, source, builder.report_bad_row)
     pairs = _tokenize(texts, builder, limit)
     if not pairs:
         raise DataError(_why_empty(source, builder.skipped))
+    form.log_recognized(source)
     builder.log_counts(len(pairs), source, _remedy(max_length, max_prompt_length, reserve))
     examples = [replace(example, row=index) for index, (example, _) in enumerate(pairs)]
     counts = {"cut_prompts": builder.cut_prompts, "cut_responses": builder.cut_responses}
@@ -175,11 +183,18 @@ def _texts(
         try:
             if isinstance(row, BadRow):
                 raise row
-            text = form.read(row if isinstance(row, SourceRow) else SourceRow(f"{source}, row {number}", dict(row)))
+            text = form.read(row if isinstance(row, SourceRow) else _source_row(source, number, row))
         except BadRow as error:
             report_bad_row(error)
         else:
             yield text
+
+
+def _source_row(source: str, number: int, row: Any) -> SourceRow:
+    where = f"{source}, row {number}"
+    if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+        raise BadRow(f"{where}: a row is a dictionary of columns by their names, not {describe(row)}")
+    return SourceRow(where, row)
 
 
 def _tokenize(texts: Iterator[Row | Document], builder: ExampleBuilder, limit: int | None) -> list[tuple[Example, Row]]:

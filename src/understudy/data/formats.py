@@ -1,34 +1,28 @@
 """Dataset formats: from a row's columns to a prompt, the references and the response, as text.
 
 A row may be a pair, a conversation, an instruction, a question or columns for a template. Each becomes a `Row`, whose
-prompt the student reads and whose response it is trained to generate. This is the only file that knows column names.
+prompt the student reads and whose response it is trained to generate. `columns.py` recognises the format.
 """
 
-import string
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..registry import did_you_mean
-from .chat import ChatTemplate, Message, check_messages, is_conversation
-from .rows import BadRow, DataError, SourceRow, check_text, describe
+from .chat import ChatTemplate, Span, Tools
+from .columns import COLUMNS, MEANINGFUL, Recognized, answer_column, dotted_columns, quoted, recognize
+from .errors import BadRow, DataError, SourceRow, Unread, check_text, printable
+from .messages import Message, is_conversation, read_messages, read_tools, reasoning
+from .prompt_template import PromptTemplate, alpaca_prompt, row_columns, sentences_as_text
 
-PAIRS = {"prompt": "completion", "instruction": "output", "question": "answer"}  # prompt column: answer column
-COLUMNS = ["messages", "prompt", "completion", "instruction", "input", "output", "question", "answer", "text"]
-FORMATS = "messages, prompt (+ completion), instruction (+ input, output), question (+ answer), text"
+logger = logging.getLogger(__name__)
 
-# The prompts of Stanford Alpaca as the distillation papers use them (MiniLLM, DPKD, PromptKD), last newline included.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+TrainOn = Literal["last", "all"]
+CHAT = "chat"  # the `template` that renders prompts by the tokenizer's chat template
+MOST_NOTES = 5  # about the columns of a dataset
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,7 @@ class Row:
     references: tuple[str, ...] = ()
     response: str = ""
     chat: bool = False  # rendered by a chat template, which adds the special tokens itself
+    turns: tuple[Span, ...] = ()  # the parts of the prompt that are trained on as well
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of the dataset's row
 
 
@@ -60,8 +55,10 @@ class Format:
 
     Args:
         columns: from the format's column names to the dataset's, such as {"prompt": "en", "completion": "de"}.
-        template: a format string over the dataset's columns, which gives the prompt, whatever the format.
+        template: a format string over the dataset's columns, which gives the prompt, whatever the format; or "chat", to
+            render prompts as messages of the user.
         chat_template_kwargs: arguments of the tokenizer's chat template, such as enable_thinking.
+        train_on: of a conversation, the last message of the assistant, or all of its messages.
 
     Raises:
         DataError: for an unknown name in `columns`, and for a template that is not a format string or has no columns.
@@ -73,19 +70,22 @@ class Format:
         columns: Mapping[str, str] | None = None,
         template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        train_on: TrainOn = "last",
     ):
+        if train_on not in ("last", "all"):
+            raise DataError(f'train_on is "{train_on}", and can be last or all')
         self.tokenizer = tokenizer
         self.columns = dict(columns or {})
-        self.template = template
+        self.as_chat = template == CHAT
+        self.template = None if template is None or self.as_chat else PromptTemplate(template)
         self.chat_template = ChatTemplate(tokenizer, chat_template_kwargs or {})
+        self.train_on = train_on
         for name in self.columns:
             if name not in COLUMNS:
                 names = ", ".join(COLUMNS)
                 raise DataError(f'columns names "{name}", which is none of {names}{did_you_mean(name, COLUMNS)}')
-        # Formats with a column in `columns` take precedence over formats whose columns happen to be there.
-        kinds = ["messages", *PAIRS, "text"]
-        self.kinds = [kind for kind in kinds if not self.columns.keys().isdisjoint(_columns_of(kind))] or kinds
-        self.fields = [] if template is None else _fields(template)
+        self._recognized: dict[tuple[str, ...], Recognized] = {}  # by the names of the columns
+        self._plain_prompts = 0
 
     def read(self, row: SourceRow) -> Row | Document:
         """Prompt, references and response of a row, or its plain text.
@@ -94,74 +94,75 @@ class Format:
             BadRow: with the row's place and what is wrong with it.
             DataError: for a conversation if the tokenizer has no chat template.
         """
-        row = SourceRow(row.where, {**row.columns, **_dotted_columns(row.columns)})
+        row = SourceRow(row.where, {**row.columns, **dotted_columns(row.columns)})
         row = SourceRow(row.where, {**row.columns, **self._renamed(row)})
         text = self._text(row)
-        return replace(text, columns=row.columns) if isinstance(text, Row) else text
+        return replace(text, columns=_without_bytes(row.columns)) if isinstance(text, Row) else text
+
+    def log_recognized(self, source: str) -> None:
+        """Warn of columns of other names, of columns that look like text and are not read, and of plain prompts."""
+        notes: dict[str, None] = {}
+        for columns, recognized in self._recognized.items():
+            if names := recognized.other_names():
+                notes[" and ".join(f'{name} is read from "{column}"' for name, column in names.items())] = None
+            is_chat = recognized.kind == "messages" or self.as_chat
+            is_chat |= recognized.kind == "instruction" and bool(self.tokenizer.chat_template)
+            read = {*recognized.columns(is_chat), *self.columns, *self.columns.values()}
+            if ignored := [name for name in columns if name in MEANINGFUL and name not in read]:
+                notes[f"not read: {quoted(ignored)}"] = None
+        for note in list(notes)[:MOST_NOTES]:
+            logger.warning("%s: %s", printable(source), printable(note))
+        if self._plain_prompts and self.tokenizer.chat_template:
+            logger.warning(
+                "%s: %d prompts are plain text, which a chat model is not used to; set data.template: chat to render "
+                "them as messages of the user",
+                *(printable(source), self._plain_prompts),
+            )
 
     def _text(self, row: SourceRow) -> Row | Document:
-        where = row.where
+        where, columns = row
         if self.template is not None:
-            return _pair(where, self._fill(row), self._references(row, self._answer_column(row)))
-        kind = self._kind(row)
-        if kind == "messages":
-            return self._conversation(where, row.columns["messages"])
-        if kind == "text":
-            return Document(where, check_text(where, "text", row.columns["text"]))
-        references = self._references(row, PAIRS[kind])
-        if kind == "instruction":
-            return self._instruction(row, references)
-        if kind == "prompt" and is_conversation(row.columns["prompt"]):
-            return self._chat(where, check_messages(where, "prompt", row.columns["prompt"], last="user"), references)
-        return _pair(where, check_text(where, kind, _as_text(row.columns[kind])), references)
-
-    # Which columns are read
+            return _pair(
+                where, self.template.fill(row), self._plain_references(row, answer_column(columns, self.columns))
+            )
+        names = tuple(columns)
+        recognized = self._recognized.get(names)
+        if recognized is None:
+            recognized = self._recognized[names] = recognize(where, names, self.columns)
+        value = columns[recognized.prompt]
+        if recognized.kind == "text":
+            if self.as_chat:
+                raise BadRow(f'{where}: template: chat renders prompts, and the column "text" is running text')
+            return Document(where, check_text(where, recognized.prompt, value))
+        if recognized.kind == "messages":
+            return self._conversation(row, recognized)
+        references = self._references(row, recognized.answer)
+        if is_conversation(value):
+            messages = self._with_system(
+                row, recognized, read_messages(where, recognized.prompt, value, ("user", "tool"))
+            )
+            return self._chat(where, messages, references, self._answer(row, recognized), self._tools(row))
+        prompt = check_text(where, recognized.prompt, sentences_as_text(value))
+        if recognized.kind == "instruction":
+            return self._instruction(row, recognized, prompt, references)
+        if self.as_chat:
+            return self._user_message(row, recognized, prompt, references)
+        if row.columns.get("tools"):
+            raise BadRow(f"{where}: tools are for chat templates, and the prompt is plain text; set template: chat")
+        self._plain_prompts += 1
+        return _pair(where, prompt, self._plain_references(row, recognized.answer))
 
     def _renamed(self, row: SourceRow) -> dict[str, Any]:
         for name, column in self.columns.items():
             if column not in row.columns:
-                raise BadRow(f'{row.where}: {name} should be in the column "{column}", but {_row_columns(row, column)}')
+                raise BadRow(f'{row.where}: {name} should be in the column "{column}", but {row_columns(row, column)}')
         return {name: row.columns[column] for name, column in self.columns.items()}
-
-    def _kind(self, row: SourceRow) -> str:
-        present = [kind for kind in self.kinds if kind in row.columns]
-        for kind in present:  # a prompt with an answer takes precedence over one without
-            if kind == "messages" or PAIRS.get(kind) in row.columns:
-                return kind
-        if present:
-            return present[0]
-        names = [column for kind in self.kinds for column in _columns_of(kind)]
-        guesses = [guess for column in row.columns if (guess := did_you_mean(column, names))]
-        raise BadRow(
-            f"{row.where}: no supported format ({FORMATS}) has the columns {_quoted(row.columns)}; "
-            f"name yours with columns or template{guesses[0] if guesses else ''}"
-        )
-
-    def _answer_column(self, row: SourceRow) -> str:
-        answers = list(PAIRS.values())
-        renamed = [answer for answer in answers if answer in self.columns]
-        return next((answer for answer in [*renamed, *answers] if answer in row.columns), "completion")
 
     # From values to text
 
-    def _fill(self, row: SourceRow) -> str:
-        assert self.template is not None
-        for name in self.fields:
-            if name not in row.columns:
-                raise BadRow(f'{row.where}: the template names the column "{name}", but {_row_columns(row, name)}')
-            value = _as_text(row.columns[name])
-            if not isinstance(value, str | int | float):
-                raise BadRow(f'{row.where}: the template\'s column "{name}" is {describe(value)}, not text')
-        try:
-            texts = {name: _as_text(row.columns[name]) for name in self.fields}
-            prompt = _ByColumn().vformat(self.template, (), texts)
-        except ValueError as error:
-            raise BadRow(f"{row.where}: the template cannot be filled: {error}") from error
-        return check_text(row.where, "template's prompt", prompt)
-
-    def _references(self, row: SourceRow, column: str) -> tuple[str, ...]:
+    def _references(self, row: SourceRow, column: str | None) -> tuple[str, ...]:
         """The references: a string, a list of strings, or a list of one assistant message; () without the column."""
-        if column not in row.columns:
+        if column is None or column not in row.columns:
             return ()
         value = row.columns[column]
         if not isinstance(value, list):
@@ -169,81 +170,97 @@ class Format:
         if not value:
             raise BadRow(f'{row.where}: the "{column}" is an empty list')
         if is_conversation(value):
-            if len(value) > 1 or value[0].get("role") != "assistant":
+            messages = read_messages(row.where, column, value, ("assistant",))
+            if len(messages) > 1:
                 raise BadRow(f'{row.where}: the "{column}" should be one message of the role assistant')
-            return (check_text(row.where, f"{column}'s content", value[0].get("content")),)
+            return (messages[0]["content"],)
         return tuple(check_text(row.where, f"{column}[{index}]", answer) for index, answer in enumerate(value))
 
-    def _instruction(self, row: SourceRow, references: tuple[str, ...]) -> Row:
-        instruction = check_text(row.where, "instruction", row.columns["instruction"])
-        extra = row.columns.get("input")
-        extra = check_text(row.where, "input", extra) if extra not in (None, "") else ""
-        if self.tokenizer.chat_template:
-            content = f"{instruction}\n\n{extra}" if extra else instruction
-            return self._chat(row.where, [{"role": "user", "content": content}], references)
-        alpaca = ALPACA_WITH_INPUT if extra else ALPACA
-        return _pair(row.where, alpaca.format(instruction=instruction, input=extra), references)
+    def _plain_references(self, row: SourceRow, column: str | None) -> tuple[str, ...]:
+        """The references after a prompt that no chat template renders."""
+        value = None if column is None else row.columns.get(column)
+        if is_conversation(value):
+            [message] = read_messages(row.where, column or "", value, ("assistant",))[-1:]
+            if message.get("tool_calls") or reasoning(message):
+                what = "tool calls" if message.get("tool_calls") else "reasoning"
+                raise BadRow(
+                    f'{row.where}: {what} of the "{column}" can only be rendered by a chat template, and the prompt is '
+                    "plain text; give the prompt as messages too, or set template: chat"
+                )
+        return self._references(row, column)
 
-    def _conversation(self, where: str, value: Any) -> Row:
-        messages = check_messages(where, "messages", value)
-        if messages[-1]["role"] == "user":
-            return self._chat(where, messages, ())
-        return self._chat(where, messages[:-1], (messages[-1]["content"],), answer=messages[-1])
+    def _answer(self, row: SourceRow, recognized: Recognized) -> Message | None:
+        """The answer of a row whose answer is a message; None where it is a text."""
+        value = None if recognized.answer is None else row.columns[recognized.answer]
+        return (
+            read_messages(row.where, recognized.answer or "", value, ("assistant",))[0]
+            if is_conversation(value)
+            else None
+        )
+
+    def _tools(self, row: SourceRow) -> Tools:
+        return read_tools(row.where, row.columns.get("tools"))
+
+    def _with_system(self, row: SourceRow, recognized: Recognized, messages: list[Message]) -> list[Message]:
+        """The messages after the system prompt in a column of its own, if there is one."""
+        value = None if recognized.system is None else row.columns[recognized.system]
+        if value in (None, "") or messages[0]["role"] in ("system", "developer"):
+            return messages
+        return [{"role": "system", "content": check_text(row.where, recognized.system or "", value)}, *messages]
+
+    def _user_message(self, row: SourceRow, recognized: Recognized, prompt: str, references: tuple[str, ...]) -> Row:
+        messages = self._with_system(row, recognized, [{"role": "user", "content": prompt}])
+        return self._chat(row.where, messages, references, self._answer(row, recognized), self._tools(row))
+
+    def _instruction(self, row: SourceRow, recognized: Recognized, text: str, references: tuple[str, ...]) -> Row:
+        extra = None if recognized.context is None else row.columns[recognized.context]
+        extra = check_text(row.where, recognized.context or "", extra) if extra not in (None, "") else ""
+        if self.tokenizer.chat_template:
+            return self._user_message(row, recognized, f"{text}\n\n{extra}" if extra else text, references)
+        if self.as_chat:
+            return self._user_message(row, recognized, text, references)  # which says that there is no chat template
+        return _pair(row.where, alpaca_prompt(text, extra), references)
+
+    def _conversation(self, row: SourceRow, recognized: Recognized) -> Row:
+        messages = read_messages(row.where, recognized.prompt, row.columns[recognized.prompt])
+        messages, tools = self._with_system(row, recognized, messages), self._tools(row)
+        if messages[-1]["role"] != "assistant":
+            return self._chat(row.where, messages, (), None, tools)
+        *before, answer = messages
+        return self._chat(row.where, before, (answer["content"],), answer, tools)
 
     def _chat(
-        self, where: str, messages: list[Message], references: tuple[str, ...], answer: Message | None = None
+        self, where: str, messages: list[Message], references: tuple[str, ...], answer: Message | None, tools: Tools
     ) -> Row:
         if not references:
-            return Row(where, self.chat_template.render_prompt(where, messages), chat=True)
+            return Row(where, self.chat_template.render_prompt(where, messages, tools), chat=True)
         answer = answer or {"role": "assistant", "content": references[0]}
-        prompt, response = self.chat_template.render_pair(where, messages, answer)
-        return Row(where, prompt, references, response, chat=True)
+        prompt, response = self.chat_template.render_pair(where, messages, answer, tools)
+        if answer.get("tool_calls"):
+            references = (response.removesuffix(self.chat_template.response_end.end),)
+        turns: list[Span] = []
+        if self.train_on == "all":
+            turns = self.chat_template.earlier_turns(where, messages, prompt, tools)
+        return Row(where, prompt, references, response, chat=True, turns=tuple(turns))
 
 
-def _fields(template: str) -> list[str]:
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        reason = f"is not a format string ({error}); write a brace that is text twice"
-        raise DataError(f"the template {template!r} {reason}") from error
-    if not fields:
-        raise DataError(f'the template {template!r} names no column; write one in braces, such as "{{question}}"')
-    return fields
+def _without_bytes(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that are kept in memory for rewards: all but bytes, which may be images, and what is not read."""
+    return {name: value for name, value in columns.items() if not _has_bytes(value)}
 
 
-class _ByColumn(string.Formatter):
-    """Fills a format string with columns by name, dots included; attributes are never read."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        return kwargs[field_name], field_name
-
-
-def _as_text(value: Any) -> Any:
-    """A list of strings, the sentences of a prompt, joined to one text; anything else unchanged."""
-    sentences = isinstance(value, list) and value and all(isinstance(sentence, str) for sentence in value)
-    return " ".join(value) if sentences else value
-
-
-def _dotted_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The values inside columns that hold objects, by dotted names such as translation.de."""
-    values = {}
-    for name, value in columns.items():
-        if isinstance(value, Mapping):
-            inner = {str(key): x for key, x in value.items()}
-            values |= {f"{name}.{key}": x for key, x in {**inner, **_dotted_columns(inner)}.items()}
-    return values
-
-
-def _columns_of(kind: str) -> set[str]:
-    return {kind, *([PAIRS[kind]] if kind in PAIRS else []), *(["input"] if kind == "instruction" else [])}
-
-
-def _quoted(columns: Mapping[str, Any]) -> str:
-    return ", ".join(f'"{column}"' for column in columns) or "(none)"
-
-
-def _row_columns(row: SourceRow, missing: str) -> str:
-    return f"the row has {_quoted(row.columns)}{did_you_mean(missing, row.columns)}"
+def _has_bytes(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, str | int | float | None):
+        return False
+    if depth > 20:
+        return True
+    if isinstance(value, Mapping):
+        return any(_has_bytes(x, depth + 1) for x in value.values())
+    if isinstance(value, list | tuple):
+        return any(_has_bytes(x, depth + 1) for x in value)
+    return isinstance(value, bytes | bytearray | memoryview | Unread) or not type(value).__module__.startswith(
+        ("datetime", "decimal", "uuid", "numpy")
+    )
 
 
 def _pair(where: str, prompt: str, references: tuple[str, ...]) -> Row:

@@ -13,13 +13,16 @@ def load_data(data: Data, tokenizer: Any, context_length: int | None, reserve: i
     Raises:
         RecipeError: if the block's max_length exceeds the context length; and DataError as `load_examples`.
     """
-    options = data.model_dump(exclude={"dataset", "split", "name", "seed"})
+    options = data.model_dump(exclude={"dataset", "split", "name", "seed", "text_as"})
     if context_length is not None and data.max_length > context_length:
         if "max_length" in data.model_fields_set:
             message = f"data.max_length {data.max_length} is more than the models' context length {context_length}"
             raise RecipeError(f"{message}: lower it", "data.max_length")
         options["max_length"] = context_length
     if is_playground(data.dataset):
+        if data.text_as != "chunks":
+            raise RecipeError(f"data.text_as: {data.text_as} is for .txt files: leave it out", "data.text_as")
         problems = rows(data.dataset, data.split, data.seed, data.limit)
         return examples_from_rows(problems, tokenizer, source=data.dataset, reserve=reserve, **options)
-    return load_examples(data.dataset, tokenizer, split=data.split, name=data.name, reserve=reserve, **options)
+    source = {"split": data.split, "name": data.name, "text_as": data.text_as}
+    return load_examples(data.dataset, tokenizer, reserve=reserve, **source, **options)

@@ -4,57 +4,97 @@ Every row has its place ("my.jsonl:17"), so that later errors about its columns 
 that is not a row is yielded as a `BadRow`; the caller decides whether to stop or to skip it.
 """
 
-import csv
-import gzip
-import io
-import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Literal
 
 from ..registry import did_you_mean
+from .errors import BadRow, DataError, SourceRow
+from .tables import is_saved_dataset, read_hub, read_parquet, read_saved_dataset
+from .text_files import read_csv, read_json, read_json_lines, read_text
 
-END_OF_TEXT = "<|endoftext|>"  # separates the documents of a .txt file
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # file names that name a split
+READERS = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".txt": read_text,
+    ".parquet": read_parquet,
+}
+
+TextAs = Literal["chunks", "lines", "files"]
 
 
-class DataError(ValueError):
-    """An error in a dataset, in one sentence with the remedy."""
-
-
-class BadRow(DataError):
-    """An error in one row, which may be skipped."""
-
-
-class SourceRow(NamedTuple):
-    """A row's columns and its place: file and line."""
-
-    where: str
-    columns: dict[str, Any]
-
-
-def read_rows(dataset: str | Path, split: str = "train", name: str | None = None) -> Iterator[SourceRow | BadRow]:
+def read_rows(
+    dataset: str | Path, split: str = "train", name: str | None = None, text_as: TextAs = "chunks"
+) -> Iterator[SourceRow | BadRow]:
     """Read the rows of a file, of a folder's files in the order of their names, or of a dataset of the hub.
 
-    Files are .jsonl, .json, .csv and .txt (also followed by .gz), and .parquet. A .txt file's rows are its documents,
-    in the column `text`. If a folder's files are named after splits (train.jsonl, test-00000-of-00002.parquet), only
-    those of `split` are read; a single file is read whatever its name. `name` is the hub's configuration name.
+    Files are .jsonl, .json, .csv and .txt (also followed by .gz), and .parquet. If a folder's files are named after
+    splits (train.jsonl, test-00000-of-00002.parquet), only those of `split` are read; a single file is read whatever
+    its name. A folder may also be one that `datasets` saved by `save_to_disk`.
+
+    Args:
+        split: of a folder or dataset; it may be a slice, such as train[500:], train[:10%] or train+test[:50].
+        name: the hub's configuration name.
+        text_as: what a .txt file holds: documents of running text, in the column `text`, or prompts, one on each line
+            or one for each file, in the column `prompt`.
 
     Raises:
         DataError: if the dataset is missing, a file cannot be read, or a folder has no such files.
     """
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        for file in _files(path, split):
-            yield from _read_file(file)
-    elif path.exists():
-        yield from _read_file(path)
+    if text_as not in ("chunks", "lines", "files"):
+        raise DataError(f'text_as is "{text_as}", and can be chunks, lines or files')
+    try:
+        path = Path(dataset).expanduser()
+        is_local = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, an unknown user's ~
+        raise DataError(f'"{dataset}" is neither a path nor the name of a dataset: {error}') from error
+    if is_local:
+        yield from _sliced(path, split, text_as) if re.search(r"[\[+]", split) else _read_local(path, split, text_as)
     elif _looks_like_a_path(str(dataset)):
         nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f'there is no file or folder "{dataset}"{did_you_mean(path.name, nearby)}')
     else:
-        yield from _read_hub(str(dataset), split, name)
+        _check_text_as(text_as, str(dataset), has_text=False)
+        yield from read_hub(str(dataset), split, name)
+
+
+def _read_local(path: Path, split: str, text_as: TextAs) -> Iterator[SourceRow | BadRow]:
+    if is_saved_dataset(path):
+        _check_text_as(text_as, str(path), has_text=False)
+        yield from read_saved_dataset(path, split)
+        return
+    files = _files(path, split) if path.is_dir() else [path]
+    _check_text_as(text_as, str(path), any(_kind(file) == ".txt" for file in files))
+    for file in files:
+        yield from _read_file(file, text_as)
+
+
+def _check_text_as(text_as: TextAs, dataset: str, has_text: bool) -> None:
+    if text_as != "chunks" and not has_text:
+        raise DataError(f'text_as: {text_as} is for .txt files, and "{dataset}" has none: leave it out')
+
+
+def _sliced(path: Path, split: str, text_as: TextAs) -> Iterator[SourceRow | BadRow]:
+    """The rows of a slice, by the rules of `datasets`: they are counted first, so all of them are read."""
+    from datasets import ReadInstruction
+
+    form = "train[500:], train[:10%] or train+test[:50]"
+    try:
+        instruction = ReadInstruction.from_spec(split)
+    except Exception as error:
+        raise DataError(f'the split "{split}" is not a name or a slice such as {form}') from error
+    names = dict.fromkeys(re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split))
+    rows = {name: list(_read_local(path, name, text_as)) for name in names}
+    try:
+        parts = instruction.to_absolute({name: len(part) for name, part in rows.items()})
+    except Exception as error:
+        raise DataError(f'the split "{split}" of "{path}" cannot be taken: {error}') from error
+    for part in parts:
+        yield from rows[part.splitname][part.from_ : part.to]
 
 
 def _kind(path: Path) -> str:
@@ -68,11 +108,15 @@ def _looks_like_a_path(dataset: str) -> bool:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    files = [file for file in sorted(folder.iterdir()) if _kind(file) in READERS and not file.name.startswith(".")]
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f'the folder "{folder}" cannot be read: {error.strerror or error}') from error
+    files = [file for file in entries if _kind(file) in READERS and not file.name.startswith(".")]
     if not files:
         kinds = ", ".join(READERS)
         raise DataError(f'the folder "{folder}" has no data files ({kinds}); subfolders are not searched')
-    splits = {file: file.name.split(".")[0].split("-")[0] for file in files}
+    splits: Mapping[Path, str] = {file: file.name.split(".")[0].split("-")[0] for file in files}
     if SPLITS.isdisjoint(splits.values()):
         return files
     files_of_split = [file for file in files if splits[file] == split]
@@ -82,154 +126,14 @@ def _files(folder: Path, split: str) -> list[Path]:
     return files_of_split
 
 
-def _read_file(path: Path) -> Iterator[SourceRow | BadRow]:
-    if _kind(path) not in READERS:
+def _read_file(path: Path, text_as: TextAs) -> Iterator[SourceRow | BadRow]:
+    kind = _kind(path)
+    if kind not in READERS or (kind == ".parquet" and path.suffix == ".gz"):
         raise DataError(f'"{path}" is not a supported kind of file; use one of {", ".join(READERS)}')
+    if not path.is_file():
+        raise DataError(f'"{path}" is not a regular file, but a folder, a pipe or a device')
     try:
-        yield from READERS[_kind(path)](path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f'"{path}" cannot be read: {error}') from error
-
-
-def _open(path: Path) -> TextIO:
-    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that contain them are bad.
-    raw = gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _read_json_lines(path: Path) -> Iterator[SourceRow | BadRow]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _row(f"{path}:{number}", json.loads(line))
-            except json.JSONDecodeError as error:
-                yield BadRow(f"{path}:{number}: not valid JSON at column {error.colno}: {error.msg}")
-
-
-def _read_json(path: Path) -> Iterator[SourceRow | BadRow]:
-    with _open(path) as file:
-        text = file.read()
-    if not text.lstrip().startswith("["):  # some .json files are JSON lines
-        yield from _read_json_lines(path)
-        return
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from error
-    for number, item in enumerate(items, 1):
-        yield _row(f"{path}, item {number}", item)
-
-
-def _row(where: str, value: Any) -> SourceRow | BadRow:
-    if isinstance(value, dict):
-        return SourceRow(where, value)
-    return BadRow(f'{where}: a row is an object such as {{"prompt": ..., "completion": ...}}, not {describe(value)}')
-
-
-def describe(value: Any) -> str:
-    """A value in an error message: its JSON type, and the value cut to 40 characters."""
-    if value is None:
-        return "null"
-    names = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    text = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
-    return f"{names.get(type(value), type(value).__name__)} ({text})"
-
-
-def check_text(where: str, name: str, value: Any) -> str:
-    """The value, if it is a string with more than white space in it.
-
-    Raises:
-        BadRow: naming the row and the column if it is not, or is not valid Unicode.
-    """
-    if not isinstance(value, str):
-        raise BadRow(f'{where}: the "{name}" is {describe(value)}, not a string')
-    if not value.strip():
-        raise BadRow(f'{where}: the "{name}" is empty')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f'{where}: the "{name}" is not valid UTF-8 after {value[: error.start][-20:]!r}') from error
-    return value
-
-
-def _read_csv(path: Path) -> Iterator[SourceRow | BadRow]:
-    with _open(path) as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}:1: the header is not valid CSV: {error}") from error
-        while header is not None:
-            number = reader.line_num + 1  # a quoted field may span several lines: name the first
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                yield BadRow(f"{path}:{number}: not valid CSV: {error}")
-                continue
-            if fields is None:
-                return
-            if len(fields) == len(header):
-                yield SourceRow(f"{path}:{number}", dict(zip(header, fields, strict=True)))
-            elif fields:  # blank lines are ignored
-                yield BadRow(f"{path}:{number}: has {len(fields)} fields where the header has {len(header)}")
-
-
-def _read_text(path: Path) -> Iterator[SourceRow]:
-    with _open(path) as file:
-        text = file.read().replace("\r\n", "\n")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        number = text.count("\n", 0, error.start) + 1
-        raise DataError(f"{path}:{number}: not valid UTF-8; save the file with that encoding") from error
-    number = 1
-    for document in text.split(END_OF_TEXT):
-        if document.strip():
-            indent = len(document) - len(document.lstrip())
-            yield SourceRow(f"{path}:{number + document.count(chr(10), 0, indent)}", {"text": document})
-        number += document.count("\n")
-
-
-def _read_parquet(path: Path) -> Iterator[SourceRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1000):
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield SourceRow(f"{path}, row {number}", columns)
-    except pyarrow.ArrowException as error:
-        raise DataError(f'"{path}" cannot be read as Parquet: {error}') from error
-
-
-READERS = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".txt": _read_text,
-    ".parquet": _read_parquet,
-}
-
-
-def _read_hub(dataset: str, split: str, name: str | None) -> Iterator[SourceRow]:
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        table = datasets.load_dataset(dataset, name, split=split)
-    except Exception as error:
-        if isinstance(error, DatasetNotFoundError):
-            reason = "the Hugging Face hub has no such dataset, or shows it only after a login"
-        elif isinstance(error, ConnectionError):
-            reason = "the Hugging Face hub could not be reached to look for such a dataset"
-        else:
-            message = " ".join(str(error).split()) or type(error).__name__
-            reason = f"the hub's dataset of that name could not be loaded: {message}"
-        raise DataError(f'there is no file or folder "{dataset}", and {reason}') from error
-    for number, columns in enumerate(table, 1):
-        yield SourceRow(f"{dataset} ({split}), row {number}", dict(columns))
+        yield from read_text(path, text_as) if kind == ".txt" else READERS[kind](path)
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise DataError(f'"{path}" cannot be read: {reason}') from error

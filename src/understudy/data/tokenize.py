@@ -1,15 +1,16 @@
 """Tokenize prompts, responses and plain texts, and cut them to a maximum length."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Example
-from .chat import end_of_response_ids
+from .chat import Span, end_of_response_ids
+from .errors import BadRow, DataError, printable
 from .formats import Document, Row
-from .rows import BadRow, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,15 @@ class ExampleBuilder:
         yield from self._from_documents([text for text in texts if isinstance(text, Document)])
 
     def _from_rows(self, rows: list[Row]) -> Iterator[tuple[Example, Row]]:
-        prompts = self.encode([row.prompt for row in rows])
+        prompts = self._prompts(rows)
         responses = self.encode_responses([row.response for row in rows])
-        for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        for row, (prompt, trained), response in zip(rows, prompts, responses, strict=True):
             if not prompt or (row.response and not response):
                 self.report_bad_row(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
                 continue
             if not row.chat and prompt[: len(self.prefix)] != self.prefix:
                 prompt = self.prefix + prompt
+                trained = [False] * len(self.prefix) + trained
             if len(prompt) > self.max_prompt_length:
                 too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} fit"
                 if self.on_long_prompt == "error":
@@ -92,12 +94,30 @@ class ExampleBuilder:
                     continue
                 self.cut_prompts += 1
                 prompt = self._cut_prompt(prompt)
+                trained = trained[-len(prompt) :]
             if response and response[-1] not in self.stop_ids:
                 response = [*response, self.tokenizer.eos_token_id]
             room = self.max_length - len(prompt)
             truncated = len(response) > room
             self.cut_responses += truncated
-            yield Example(prompt, response[:room], truncated=truncated, columns=row.columns), row
+            yield _example(prompt, trained, response[:room], truncated, row), row
+
+    def _prompts(self, rows: list[Row]) -> list[tuple[list[int], list[bool]]]:
+        """The ids of each row's prompt, and which of them are trained on, as the assistant's earlier turns are."""
+        whole = iter(self.encode([row.prompt for row in rows if not row.turns]))
+        parts = [_split_at(row.prompt, row.turns) for row in rows if row.turns]
+        firsts = iter(self.encode([first for first, *_ in parts]))
+        others = iter(self.encode_responses([text for _, *texts in parts for text in texts]))
+        sizes = iter(len(texts) for texts in parts)
+        prompts = []
+        for row in rows:
+            if row.turns:
+                pieces = [next(firsts), *(next(others) for _ in range(next(sizes) - 1))]  # every second one is a turn
+                ids = [i for piece in pieces for i in piece]
+                prompts.append((ids, [bool(place % 2) for place, piece in enumerate(pieces) for _ in piece]))
+            else:
+                prompts.append((ids := next(whole), [False] * len(ids)))
+        return prompts
 
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         """The end of a prompt, after the BOS, since many models have never seen a text without it."""
@@ -146,17 +166,33 @@ class ExampleBuilder:
         if self.cut_prompts:
             logger.warning(
                 "%d of %d prompts of %s are longer than %d tokens and lost their beginning; %s",
-                *(self.cut_prompts, count, source, self.max_prompt_length, remedy),
+                *(self.cut_prompts, count, printable(source), self.max_prompt_length, remedy),
             )
         if self.cut_responses:
             logger.warning(
                 "%d of %d responses of %s reach beyond max_length %d and lose their end in training; raise max_length "
                 "(references are not cut)",
-                *(self.cut_responses, count, source, self.max_length),
+                *(self.cut_responses, count, printable(source), self.max_length),
             )
         if self.skipped:
             first = self.skipped[0]
-            logger.warning("%d rows of %s were skipped, the first because %s", len(self.skipped), source, first)
+            logger.warning(
+                "%d rows of %s were skipped, the first because %s", len(self.skipped), printable(source), first
+            )
+
+
+def _example(prompt: list[int], trained: list[bool], response: list[int], truncated: bool, row: Row) -> Example:
+    """The example of a row; from its first complete trained turn on, the prompt belongs to the response."""
+    start = next((i for i in range(1, len(prompt)) if trained[i] and not trained[i - 1]), len(prompt))
+    mask = None if start == len(prompt) else [*trained[start:], *[True] * len(response)]
+    response = [*prompt[start:], *response]
+    return Example(prompt[:start], response, truncated=truncated, trained=mask, columns=row.columns)
+
+
+def _split_at(text: str, turns: Sequence[Span]) -> list[str]:
+    """The text before the first turn, the first turn, the text between, the second turn, …, the text after the last."""
+    places = [0, *(place for turn in turns for place in turn), len(text)]
+    return [text[start:end] for start, end in pairwise(places)]
 
 
 def _join_lines(lines: list[tuple[str, int]], room: int) -> list[str]:

@@ -1,8 +1,8 @@
 """Evaluate a model: generate responses to prompts, measure accuracy, text metrics and the distance to a teacher.
 
-Every response has given sampling parameters and a seed. A response is correct if it matches a reference exactly (after
-normalisation), or, where every reference has a final answer after `####`, if it ends in the same. The distance to a
-teacher is measured on the model's own responses. The metrics are
+Every response has given sampling parameters and a seed. A response is correct if it agrees with a reference: in the
+final answer where the reference has one after `####` or in a box, else as a whole (`final_answer.agree`). The distance
+to a teacher is measured on the model's own responses. The metrics are
 
     accuracy                        share of correct responses, where there are references
     examples                        the number of prompts
@@ -28,8 +28,8 @@ from .. import metrics as text_metrics
 from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
-from ..metrics.exact_match import exact_match
-from ..metrics.final_answer import final_answer, is_correct
+from ..metrics.final_answer import agree
+from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout
 from ..sampling import Sampling
 from ..scores import DIVERGENCE_METRICS
@@ -84,30 +84,29 @@ def evaluate(
             seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(examples, sampling, teacher, seeds, metrics, exposure_bias)
-    correct = _correctness(examples)
+    check(examples, sampling, teacher, seeds, metrics, exposure_bias)
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
         options: dict[str, Any] = {"author": author, "path": path}
         options["search"] = None if first_batch_size is None else BatchSizeSearch(first_batch_size)
         options["on_progress"] = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
-        return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, correct, **options)
+        return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, _is_correct, **options)
 
     generated = generate("student", model, output)
     numbers, signatures = _response_metrics(generated, len(examples), metrics)
     curves: dict[str, Curve] = {}
-    samples = [response.example for response in generated.responses]
+    samples, vocabulary = [response.example for response in generated.responses], vocabulary_size(tokenizer)
     if teacher is not None:
         on_progress = _task(progress, "distance to the teacher", len(samples))
         parts = [samples[start : start + len(examples)] for start in range(0, len(samples), len(examples))]
-        by_seed = [distances(model, teacher, part, len(tokenizer), batch_size, on_progress) for part in parts]
+        by_seed = [distances(model, teacher, part, vocabulary, batch_size, on_progress) for part in parts]
         numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
     if exposure_bias:
         live_teacher: Any = teacher
         path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
         teacher_samples = [response.example for response in generate("teacher", live_teacher.model, path).responses]
-        exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, len(tokenizer), batch_size)
+        exposure = bias.exposure_bias(model, live_teacher, samples, teacher_samples, vocabulary, batch_size)
         numbers["exposure_bias"] = float(exposure.percent[-1])
         curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}
     return Evaluation([response.line for response in generated.responses], numbers, signatures, curves)
@@ -121,7 +120,7 @@ def distance(
     return {name: means[name] for name in DIVERGENCE_METRICS}
 
 
-def _check(
+def check(
     examples: Examples,
     sampling: Sampling,
     teacher: Teacher | None,
@@ -129,7 +128,11 @@ def _check(
     metrics: Sequence[str],
     exposure_bias: bool,
 ) -> None:
-    """Refuse settings that would fail or be meaningless, before any response is generated."""
+    """Refuse settings that would fail or be meaningless, before any response is generated.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     text_metrics.check(metrics)
     diversity = [name for name in metrics if text_metrics.compares_responses(name)]
     quality = [name for name in metrics if name not in diversity]
@@ -152,11 +155,8 @@ def _check(
         )
 
 
-def _correctness(examples: Examples) -> Callable[[str, Row], bool | None]:
-    """The check of a response: by its final answer where all references have one, else by exact match."""
-    by_final_answer = all(final_answer(r) is not None for row in examples.rows for r in row.references)
-    check = is_correct if by_final_answer else exact_match
-    return lambda text, row: check(text, row.references) if row.references else None
+def _is_correct(text: str, row: Row) -> bool | None:
+    return any(agree(text, reference) for reference in row.references) if row.references else None
 
 
 def _response_metrics(

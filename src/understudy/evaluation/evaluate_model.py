@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.progress import Progress
@@ -15,7 +15,7 @@ from ..models.load import check_tokenizers, check_vocabulary, load_config, load_
 from ..rollouts.generate import GenerateRollout
 from ..sampling import Sampling
 from ..teachers.local import LocalTeacher
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, check, evaluate
 from .settings import EvalSettings
 
 DEFAULT_CONTEXT_LENGTH = 512  # of prompts, for models whose configurations name none
@@ -23,15 +23,21 @@ MAX_NEW_TOKENS = 256  # or half of the context length, where that is less
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to be evaluated, with the prompts that the settings name."""
+class Prepared:
+    """Everything that an evaluation needs besides the model's weights, checked."""
 
-    model: Any
     tokenizer: Any
     examples: Examples
     rollout: GenerateRollout
     sampling: Sampling
-    teacher: LocalTeacher | None
+    teacher: LocalTeacher | None  # its weights are not loaded yet
+
+
+@dataclass(frozen=True)
+class LoadedModel(Prepared):
+    """A model ready to be evaluated, with the prompts that the settings name."""
+
+    model: Any
 
 
 def evaluate_model(
@@ -80,25 +86,35 @@ def load_for_evaluation(
         loaded: the same model, where it is loaded already for other settings with the same dtype.
         options: further arguments of the model's `from_pretrained`.
     """
-    tokenizer = load_tokenizer(model_name)
-    configs = [load_config(model_name)]
-    check_vocabulary(tokenizer, configs[0], "the model has")
+    prepared = prepare(load_tokenizer(model_name), load_config(model_name), settings)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
+    if prepared.teacher is not None:
+        prepared.teacher.to(device)
+    sampling = replace(prepared.sampling, stop_ids=tuple(stop_ids(prepared.tokenizer, model)))
+    return LoadedModel(**{**vars(prepared), "sampling": sampling}, model=model)
+
+
+def prepare(tokenizer: Any, config: Any, settings: EvalSettings) -> Prepared:
+    """Read the data and check that a model of this tokenizer and configuration can be evaluated; loads no weights.
+
+    Raises:
+        ValueError: as `evaluate_model`.
+    """
+    configs = [config]
+    check_vocabulary(tokenizer, config, "the model has")
+    teacher = None
     if settings.teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(settings.teacher))
         configs.append(load_config(settings.teacher))
         check_vocabulary(tokenizer, configs[1], "the teacher has")
+        teacher = LocalTeacher(settings.teacher)
     settings = with_lengths(settings, *configs)
     rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
-    sampling = Sampling(settings.max_new_tokens or MAX_NEW_TOKENS, settings.temperature)
+    sampling = Sampling(cast(int, settings.max_new_tokens), settings.temperature)
     examples = _prompts(settings, tokenizer, context_window(*configs))
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = loaded.model if loaded else load_model(model_name, dtype=settings.dtype, **options).to(device).eval()
-    teacher = None
-    if settings.teacher is not None:
-        teacher = LocalTeacher(settings.teacher)
-        teacher.to(device)
-    sampling = replace(sampling, stop_ids=tuple(stop_ids(tokenizer, model)))
-    return LoadedModel(model, tokenizer, examples, rollout, sampling, teacher)
+    check(examples, sampling, teacher, settings.seeds, settings.metrics, settings.exposure_bias)
+    return Prepared(tokenizer, examples, rollout, sampling, teacher)
 
 
 def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
@@ -109,7 +125,7 @@ def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
     """
     context_length = context_window(*configs)
     default = min(MAX_NEW_TOKENS, (context_length or DEFAULT_CONTEXT_LENGTH) // 2)
-    longest = settings.max_new_tokens or default
+    longest = default if settings.max_new_tokens is None else settings.max_new_tokens
     if context_length is not None and longest >= context_length:
         raise ValueError(
             f"--max-new-tokens {longest} leaves no room for a prompt in a context length of {context_length}: lower it"
@@ -119,7 +135,7 @@ def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:
 
 def _prompts(settings: EvalSettings, tokenizer: Any, context_length: int | None) -> Examples:
     """The prompts of the settings' data as examples, with room for a response after every prompt."""
-    longest = settings.max_new_tokens or MAX_NEW_TOKENS
+    longest = cast(int, settings.max_new_tokens)
     lengths = {
         "max_length": context_length or DEFAULT_CONTEXT_LENGTH + longest,
         "max_prompt_length": settings.max_prompt_length,

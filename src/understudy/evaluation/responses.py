@@ -4,7 +4,6 @@ Responses are appended to the file a batch at a time; those that are there alrea
 another model, prompt or sampling is refused, and so is a second process that would append to the same file.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from ..batch import Author, Example
 from ..data.examples import Examples
 from ..data.formats import Row
 from ..generation.response_file import ResponseFile
+from ..models.fingerprint import fingerprint
 from ..rollout import Rollout
 from ..sampling import Sampling
 from ..step import Step
@@ -95,7 +95,7 @@ def generate_responses(
         raise ValueError("for several responses to a prompt give several seeds, and leave the sampling's n at 1")
     rollout = rollout.bind(model, tokenizer, author)
     file = ResponseFile(path, {} if path is None else identity(model, rollout, sampling, author))
-    prompts = [replace(example, row=row) for row, example in enumerate(examples.examples)]
+    prompts = [replace(example.last_turn(), row=row) for row, example in enumerate(examples.examples)]
 
     def response(seed: int, example: Example, text: str) -> Response:
         row = examples.rows[example.row]
@@ -125,16 +125,6 @@ def generate_responses(
 def identity(model: Any, rollout: Rollout, sampling: Sampling, author: Author) -> dict[str, Any]:
     """Everything that a response depends on besides seed and prompt: weights, author, rollout and sampling."""
     return {"author": author, "weights": fingerprint(model), "rollout": type(rollout).__name__, **asdict(sampling)}
-
-
-def fingerprint(model: Any) -> str:
-    """A hash of a model's weights, of up to 1024 elements of each tensor: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 1024)][:1024].double().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _resumed(

@@ -6,6 +6,7 @@ Shapes: N rows, C rows of a tile, V vocabulary, K tokens of a top-K distribution
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +17,15 @@ from .head import Head, softmax_dtype
 
 @dataclass(frozen=True)
 class Projected:
-    """Distributions of a live model, projected from its hidden rows lazily."""
+    """Distributions of a live model, projected from its hidden rows lazily.
+
+    Under autocast the projection is in autocast's dtype, as in the model's own forward, unless it is `constant`: a
+    teacher's, whose forward is outside the student's autocast.
+    """
 
     hidden: Tensor  # (N, D)
     head: Head
+    constant: bool = False
 
     @property
     def requires_grad(self) -> bool:
@@ -31,14 +37,16 @@ class Projected:
         return self.head.vocabulary
 
     def detach(self) -> "Projected":
-        return Projected(self.hidden.detach(), self.head.detach())
+        """The same distributions as constants."""
+        return Projected(self.hidden.detach(), self.head.detach(), constant=True)
 
     def cut(self, vocabulary: int) -> "Projected":
         return replace(self, head=self.head.cut(vocabulary))
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
         """(C, V) log-probabilities of the rows `rows`, differentiable by autograd."""
-        return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
+        with torch.autocast(self.hidden.device.type, enabled=False) if self.constant else nullcontext():
+            return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of `tokens` (N,), differentiable by autograd."""

@@ -158,8 +158,8 @@ def _project(
     student: Projected, row_losses: RowLosses, weights: Tensor | None, temperature: float, summed: bool
 ) -> Tensor:
     hidden, head = student.hidden, student.head
-    weight: Tensor = _autocast(head.weight)  # as in the model's own forward
-    bias: Tensor | None = _autocast(head.bias)
+    weight: Tensor = head.weight if student.constant else _autocast(head.weight)  # as in the model's own forward
+    bias: Tensor | None = head.bias if student.constant else _autocast(head.bias)
     hidden = hidden.to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if not torch.is_grad_enabled():

@@ -1,7 +1,7 @@
 """Decode token by token with a key-value cache: the next-token logits of a batch of sequences.
 
 A decoder holds the state between tokens (cache, mask, positions), and can drop finished rows. `CompiledDecoder` is
-faster per token, after about ten seconds of compiling.
+faster per token, after about ten seconds of compiling; `RecomputingDecoder` is for models without a usable cache.
 
 Shapes: R rows, T positions read so far (padding on the left), V vocabulary.
 """
@@ -25,7 +25,7 @@ _STEP = 32  # the number of positions that a compiled forward attends to is a mu
 class Decoder:
     """Runs a model on prompts, and then on one more token of every row at a time."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], longest: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], longest: int, drops_rows: bool = True) -> None:
         """`longest`: the largest number of tokens that will be read after the prompts."""
         width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
         padding = [[0] * (width - len(prompt)) for prompt in prompts]
@@ -36,9 +36,11 @@ class Decoder:
         self._positions = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # position ids, padding not counted
         self._read = 0  # T
         self._cache: Any = preallocated_cache(without_adapters(model))
-        self._can_drop: bool | None = None
+        self._can_drop: bool | None = None if drops_rows else False
         parameters = signature(without_adapters(model).forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        if "output_router_logits" in parameters:
+            self._options["output_router_logits"] = False  # the router's loss is of whole sequences
         self._takes_position_ids = "position_ids" in parameters
 
     def prompts(self) -> Tensor:
@@ -64,15 +66,41 @@ class Decoder:
         output = self._model(**self._inputs(ids, self._read), past_key_values=self._cache, use_cache=True)
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
-            raise ValueError(
-                f"{type(without_adapters(self._model)).__name__} has no key-value cache; rollout generate needs a "
-                "model that returns past_key_values"
-            )
+            raise ValueError("it returns no past_key_values")
         return output.logits[:, -1]
 
     def _inputs(self, ids: Tensor, length: int) -> dict[str, Any]:
         position_ids = {"position_ids": self._positions} if self._takes_position_ids else {}
         return {"input_ids": ids, "attention_mask": self._mask[:, :length], **position_ids, **self._options}
+
+
+class RecomputingDecoder:
+    """A Decoder for models without a usable cache: every token reads the whole sequences again, padded on the right."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], longest: int) -> None:
+        device = model.get_input_embeddings().weight.device
+        width = max(map(len, prompts)) + longest
+        self._model = model
+        self._ids = torch.tensor([[*prompt] + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+    def prompts(self) -> Tensor:
+        """(R, V) the logits after the prompts."""
+        ids = self._ids[:, : int(self._lengths.max())]
+        mask = (torch.arange(ids.shape[1], device=ids.device) < self._lengths[:, None]).long()
+        logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits[torch.arange(len(ids), device=ids.device), self._lengths - 1]
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """(R, V) the logits after one more token of every row, (R,)."""
+        self._ids[torch.arange(len(tokens), device=tokens.device), self._lengths] = tokens
+        self._lengths = self._lengths + 1
+        return self.prompts()
+
+    def drop(self, keep: Tensor) -> bool:
+        """Continue with the rows `keep` only."""
+        self._ids, self._lengths = self._ids[keep], self._lengths[keep]
+        return True
 
 
 class CompiledDecoder(Decoder):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..batch import Author, Example
 from ..models.context_window import context_window
+from ..models.vocabulary import vocabulary_size
 from ..rollout import SAMPLED_LOGPROB, Rollout, with_response
 from ..sampling import Sampling
 from ..step import Step
@@ -37,7 +38,7 @@ class Binding:
 
     model: Any
     author: Author
-    vocabulary: int  # tokens of the tokenizer; a padded vocabulary beyond them is never drawn
+    vocabulary: int  # ids of the tokenizer; a padded vocabulary beyond them is never drawn
     stop_ids: tuple[int, ...]  # where the sampling names none
     verified: bool = False  # has an engine compared its logits with the model's own?
 
@@ -70,7 +71,12 @@ class SamplingRollout(Rollout):
 
     def bind(self, model: nn.Module, tokenizer: Any, author: Author = "student") -> "SamplingRollout":
         """See `Rollout`."""
-        return self._bound_to(Binding(model, author, len(tokenizer), tuple(stop_ids(tokenizer, model))))
+        return self._bound_to(Binding(model, author, vocabulary_size(tokenizer), tuple(stop_ids(tokenizer, model))))
+
+    @property
+    def is_bound(self) -> bool:
+        """See `Rollout`."""
+        return self._binding is not None
 
     def with_batch_size(self, batch_size: int) -> "SamplingRollout":
         """See `Rollout`."""
@@ -138,9 +144,15 @@ def _check_context_window(model: Any, longest: int, max_new_tokens: int) -> None
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """(R,) tokens from logits (R, V) of the real vocabulary and one number in [0, 1) each."""
+    """(R,) tokens from logits (R, V) of the real vocabulary and one number in [0, 1) each.
+
+    Raises:
+        FloatingPointError: for logits that are no distribution.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        largest = logits.max(-1)
+        _check_finite(largest.values)
+        return largest.indices
     logits = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     return inverse_cdf(restrict(logits, sampling.top_k, sampling.top_p), uniforms)
 
@@ -172,6 +184,9 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     Probabilities are summed over groups of tokens first, and then within the group of the sampled token; sixteen at a
     time in float32, whose rounding is no larger than that of the probabilities, and beyond that in float64.
+
+    Raises:
+        FloatingPointError: for logits that are no distribution.
     """
     rows, vocabulary = logits.shape
     groups = -(-vocabulary // _GROUP)
@@ -180,11 +195,21 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     torch.sub(logits, logits.amax(-1, keepdim=True), out=weights[:, :vocabulary]).exp_()
     weights = weights.view(rows, groups, _GROUP)
     ends = weights.unflatten(-1, (-1, 16)).sum(-1).sum(-1, dtype=torch.float64).cumsum(-1)
+    _check_finite(ends[:, -1])
     target = uniforms[:, None] * ends[:, -1:]
     group = _first_above(ends, target)
     before = F.pad(ends, (1, 0)).gather(-1, group)
     inside = weights[torch.arange(rows, device=logits.device), group[:, 0]].cumsum(-1, dtype=torch.float64)
     return (group * _GROUP + _first_above(inside, target - before))[:, 0]
+
+
+def _check_finite(numbers: Tensor) -> None:
+    """Refuse rows (R,) whose largest logit, or sum of probabilities, is infinite or not a number."""
+    if not numbers.isfinite().all():
+        raise FloatingPointError(
+            "the model's next-token distribution is not a number, so no token can be drawn: its weights are damaged or "
+            "its activations overflow; use an earlier checkpoint, or a dtype with a wider range such as float32"
+        )
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:

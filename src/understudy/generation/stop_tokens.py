@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..data.chat import end_of_response_ids
+from ..models.vocabulary import vocabulary_size
 
 
 def stop_ids(tokenizer: Any, *models: Any) -> list[int]:
@@ -15,7 +16,8 @@ def stop_ids(tokenizer: Any, *models: Any) -> list[int]:
     ids = set() if tokenizer.eos_token_id is None else set(end_of_response_ids(tokenizer))
     for model in models:
         ids.update(_as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None)))
-    return sorted(i for i in ids if i < len(tokenizer))
+    size = vocabulary_size(tokenizer)
+    return sorted(i for i in ids if i < size)
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

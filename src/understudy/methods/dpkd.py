@@ -20,9 +20,12 @@ Both outputs are ids, sampled at temperature 1 and not differentiated. The gradi
 paper print the sigmoid's argument with the opposite sign, against their own prose; here the derivative is autograd's.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from hashlib import blake2b
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +33,22 @@ from torch.nn.functional import logsigmoid
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import ReverseKL
-from ..method import Method, MethodContext
-from ..rollout import Writers
+from ..method import EvaluatedPart, Method, MethodContext, from_all_processes
+from ..rollout import Writers, with_response
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher
 
 Preference = Literal["dpo", "ipo", "cpo", "simpo", "dpop"]
+Draw = tuple[int, int]  # a digest of a row and its prompt; how often the row was drawn before in the same step
+
+
+class Stored(NamedTuple):
+    """A student's response that is used again."""
+
+    step: int  # that generated it
+    tokens: list[int]
+    truncated: bool
 
 
 @dataclass
@@ -69,7 +81,7 @@ class DPKD(Method):
         if self.reverse_kl_weight and self.level == "token":
             raise ValueError("dpkd's reverse_kl_weight is of the student's responses, and level: token has none")
         self._corpus: Sequence[Example] = ()  # texts of the language-modelling loss, their first token as the prompt
-        self._responses: dict[Any, tuple[int, Example]] = {}  # prompt → the student's response, and the step it is from
+        self._responses: dict[Draw, list[Stored]] = {}  # the student's n responses, the same on all processes
 
     @property
     def requires(self) -> frozenset[Capability]:
@@ -88,28 +100,46 @@ class DPKD(Method):
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         winners = [replace(e, pair=i) for i, e in enumerate(writers.teacher(examples, step))]
         if self.level == "token":
-            return winners + self._texts(len(examples), step)
+            return winners + self._texts(winners, step)
         losers = [replace(e, pair=i) for i, e in enumerate(self._student_responses(examples, writers, step))]
         pairs = [e for pair in zip(winners, losers, strict=True) for e in pair]
-        return pairs + self._texts(len(examples), step)
+        return pairs + self._texts(winners, step)
 
     def _student_responses(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         if self.refresh == 1:
             return writers.student(examples, step)
-        stale = [e for e in examples if _key(e) not in self._responses or self._is_stale(e, step)]
-        for response in writers.student(stale, step):
-            self._responses[_key(response)] = step.number, response
-        return [self._responses[_key(e)][1] for e in examples]
+        draws = _draws(examples)
+        stale = {draw: e for draw, e in zip(draws, examples, strict=True) if self._is_stale(draw, step)}
+        responses = writers.student(list(stale.values()), step)
+        n = writers.student.sampling.n
+        generated = [
+            (draw, [Stored(step.number, e.response, e.truncated) for e in responses[i * n : (i + 1) * n]])
+            for i, draw in enumerate(stale)
+        ]
+        self._responses |= dict(from_all_processes(generated))
+        return [
+            with_response(e, stored.tokens, "student", stored.truncated)
+            for draw, e in zip(draws, examples, strict=True)
+            for stored in self._responses[draw]
+        ]
 
-    def _is_stale(self, example: Example, step: Step) -> bool:
-        return self.refresh > 0 and step.number - self._responses[_key(example)][0] >= self.refresh
+    def _is_stale(self, draw: Draw, step: Step) -> bool:
+        stored = self._responses.get(draw)
+        return stored is None or (self.refresh > 0 and step.number - stored[0].step >= self.refresh)
 
-    def _texts(self, count: int, step: Step) -> list[Example]:
-        """`count` random texts of the corpus, keyed by the step."""
+    def _texts(self, winners: list[Example], step: Step) -> list[Example]:
+        """A random text of the corpus for each pair, keyed by the step, the row and how often it was drawn."""
         if not self._corpus or not self.lm_weight:
             return []
-        indices = (step.stream(count, "corpus") * len(self._corpus)).long().tolist()
-        return [replace(self._corpus[i], author="corpus", pair=-1) for i in indices]
+        turns = zip(winners, _turns(e.row for e in winners), strict=True)
+        shares = [step.uniform("corpus", e.row, turn) for e, turn in turns]
+        return [replace(self._corpus[int(x * len(self._corpus))], author="corpus", pair=-1) for x in shares]
+
+    def evaluated_parts(self) -> list[EvaluatedPart]:
+        """Evaluation generates new responses, and leaves those of training as they are."""
+        method = copy(self)
+        method.refresh = 1
+        return [EvaluatedPart(method)]
 
     def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
         """The loss of each pair, and after them the language-modelling loss of each text of the corpus."""
@@ -193,30 +223,43 @@ class DPKD(Method):
         return batch.per_sequence(value) / batch.lengths
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The student's responses that will be used again."""
-        if self.refresh == 1 or not self._responses:
+        """The student's responses that will be used again, of all processes."""
+        stored = [(draw, one) for draw, several in self._responses.items() for one in several]
+        if not stored:
             return {}
-        rows = [(e.row, number, e) for number, e in self._responses.values()]
+        heads = [[*draw, one.step, len(one.tokens), one.truncated] for draw, one in stored]
         return {
-            "rows": torch.tensor([[row, number, len(e.response), e.truncated] for row, number, e in rows]),
-            "responses": torch.tensor([token for *_, e in rows for token in e.response]),
-            "prompts": torch.tensor([token for *_, e in rows for token in e.prompt]),
-            "prompt_lengths": torch.tensor([len(e.prompt) for *_, e in rows]),
+            "responses": torch.tensor(heads),
+            "tokens": torch.tensor([token for _, one in stored for token in one.tokens]),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._responses = {}
         if not state:
             return
-        responses, prompts = state["responses"].tolist(), state["prompts"].tolist()
-        for (row, number, length, truncated), prompt in zip(
-            state["rows"].tolist(), state["prompt_lengths"].tolist(), strict=True
-        ):
-            response = Example(prompts[:prompt], responses[:length], "student", row, truncated=bool(truncated))
-            prompts, responses = prompts[prompt:], responses[length:]
-            self._responses[_key(response)] = number, response
+        tokens, end = state["tokens"].tolist(), 0
+        for row, turn, step, length, truncated in state["responses"].tolist():
+            start, end = end, end + length
+            self._responses.setdefault((row, turn), []).append(Stored(step, tokens[start:end], bool(truncated)))
 
 
-def _key(example: Example) -> tuple[int, tuple[int, ...]]:
-    """A row and its prompt, because held-out rows are numbered from 0 like those of the training set."""
-    return example.row, tuple(example.prompt)
+def _draws(examples: list[Example]) -> list[Draw]:
+    """What identifies each example: its row and prompt, and how often it was drawn before in the same step."""
+    rows = [_digest(e) for e in examples]
+    return list(zip(rows, _turns(rows), strict=True))
+
+
+def _digest(example: Example) -> int:
+    """63 bits of a row and its prompt, because rows need not be numbered."""
+    content = repr((example.row, list(example.prompt))).encode()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def _turns(rows: Iterable[int]) -> list[int]:
+    """For each row, how often it has occurred before."""
+    count: Counter[int] = Counter()
+    turns = []
+    for row in rows:
+        turns.append(count[row])
+        count[row] += 1
+    return turns

@@ -14,6 +14,7 @@ The student is trained on its own responses, which contain its own mistakes. Sam
 paper the student must be able to generate sensible text: warm it up with `sft` first.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, JensenShannon
-from ..method import Method, MethodContext, for_divergence
+from ..method import EvaluatedPart, Method, MethodContext, for_divergence
 from ..reward import Reward
 from ..rollout import Writers
+from ..sampling import Sampling
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher
@@ -53,6 +55,10 @@ class GKD(Method):
             raise ValueError("gkd with distillation below 1 needs a reward for the rest: give one")
         if self.reward is not None and (self.on_policy < 1 or self.reduction != "sequence"):
             raise ValueError("gkd's reward is of the student's own responses: it needs on_policy 1, reduction sequence")
+        if self.distillation == 1 and self.reward is not None:
+            raise ValueError(
+                "gkd's reward has no weight at distillation 1: lower distillation, or leave the reward out"
+            )
 
     @property
     def authors(self) -> frozenset[Author]:
@@ -62,6 +68,14 @@ class GKD(Method):
     @property
     def requires(self) -> frozenset[Capability]:
         return for_divergence(self.divergence)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        super().check_sampling(sampling)
+        if sampling.n > 1 and self.mix == "example" and 0 < self.on_policy < 1:
+            raise ValueError(
+                f"gkd with mix example would count a student's prompt {sampling.n} times and a dataset's once: set the "
+                "rollout's n to 1, or mix to step"
+            )
 
     def setup(self, context: MethodContext) -> Teacher | None:
         self._tokenizer = context.tokenizer
@@ -77,7 +91,20 @@ class GKD(Method):
         # With a sharded student all processes generate together, including one without prompts at this step.
         generates = prompts or (self.mix == "example" and self.on_policy > 0)
         responses = writers.student(prompts, step) if generates else []
-        return fixed + (responses if self.reward is None else self.reward.score(responses, self._tokenizer))
+        if self.reward is not None:
+            groups = [index // writers.student.sampling.n for index in range(len(responses))]
+            responses = self.reward.score(responses, self._tokenizer, groups)
+        return fixed + responses
+
+    def evaluated_parts(self) -> list[EvaluatedPart]:
+        """The student's own responses and the dataset's apart; the loss is their mean in the shares λ and 1 − λ."""
+        student, dataset = copy(self), copy(self)
+        student.on_policy, dataset.on_policy = 1.0, 0.0
+        dataset.distillation, dataset.reward = 1.0, None  # a reward is of the student's responses
+        return [
+            EvaluatedPart(student, self.on_policy, "on_policy"),
+            EvaluatedPart(dataset, 1 - self.on_policy, "dataset"),
+        ]
 
     def loss(self, teacher: Scores, student: Scores, batch: Batch) -> Tensor:
         value = teacher.divergence_to(student, self.divergence)

@@ -25,10 +25,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import Divergence, ForwardKL, ReverseKL
-from ..method import Method, MethodContext
+from ..fused_linear.head import softmax_dtype
+from ..method import Method, MethodContext, is_distributed
 from ..models.context_window import context_window
 from ..models.forward import score, score_no_grad
 from ..models.parity import can_fuse
+from ..models.soft_prompt import check_soft_prompt, token_embeddings
 from ..rollout import Writers
 from ..scores import Scores
 from ..step import Step
@@ -79,8 +81,9 @@ class PromptKD(Method):
 
     def setup(self, context: MethodContext) -> "PromptedTeacher":
         teacher: Any = context.teacher
-        embeddings = teacher.model.get_input_embeddings().weight
-        prompt = nn.Parameter(self._initial_prompt(embeddings, context.tokenizer))
+        if self.prompt_tokens:
+            check_soft_prompt(teacher.model)
+        prompt = nn.Parameter(self._initial_prompt(teacher.model, context.tokenizer))
         self._teacher = PromptedTeacher(teacher, prompt, self.checkpointing)
         self._optimizer = torch.optim.AdamW(
             [self._teacher.prompt],
@@ -93,16 +96,19 @@ class PromptKD(Method):
         logger.info("the soft prompt adds %s parameters, %.2g %% of the teacher's %s", count, 100 * count / size, size)
         return self._teacher
 
-    def _initial_prompt(self, embeddings: Tensor, tokenizer: Any) -> Tensor:
-        """The prompt before training, (m, D) in float32."""
+    def _initial_prompt(self, model: Any, tokenizer: Any) -> Tensor:
+        """The prompt before training, (m, D) in float32 or float64."""
         if self.initialize == "random":
             generator = torch.Generator().manual_seed(0)
+            vocabulary = len(model.get_input_embeddings().weight)
+            embeddings = token_embeddings(model, range(0, vocabulary, -(-vocabulary // 1000))).float()
             random = torch.randn(self.prompt_tokens, embeddings.shape[1], generator=generator)
-            return random.to(embeddings.device) * embeddings.detach().float().std()
+            return random.to(embeddings.device) * embeddings.std()
         ids = tokenizer.encode(self.prompt, add_special_tokens=False) if self.initialize == "text" else []
         ids = ids or [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id]
         ids = list(islice(cycle(ids), self.prompt_tokens))
-        return embeddings.detach()[torch.tensor(ids, dtype=torch.long, device=embeddings.device)].float().clone()
+        embeddings = token_embeddings(model, ids)
+        return embeddings.to(softmax_dtype(embeddings.dtype), copy=True)
 
     def collect(self, examples: list[Example], writers: Writers, step: Step) -> list[Example]:
         return writers.student(examples, step)
@@ -122,7 +128,7 @@ class PromptKD(Method):
         for batch in batches:
             self._add_gradient(batch, student, coefficient)
             normalizer += batch.normalizer(self.reduction)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             count = torch.tensor(float(normalizer), device=prompt.device)
             torch.distributed.all_reduce(prompt.grad)
             torch.distributed.all_reduce(count)
@@ -183,19 +189,22 @@ class PromptKD(Method):
         from peft import PromptTuningConfig
 
         model, prompt = self._teacher.model, self._teacher.prompt
+        if not len(prompt):
+            return
+        config: Any = model.config.get_text_config()
         target = folder / "soft_prompt"
         target.mkdir(parents=True, exist_ok=True)
-        config = PromptTuningConfig(
+        prompt_config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.prompt_tokens,
             token_dim=prompt.shape[1],
             num_transformer_submodules=1,
-            num_attention_heads=model.config.get_text_config().num_attention_heads,
-            num_layers=model.config.get_text_config().num_hidden_layers,
+            num_attention_heads=getattr(config, "num_attention_heads", None),
+            num_layers=config.num_hidden_layers,
             base_model_name_or_path=model.config.name_or_path,
             inference_mode=True,
         )
-        config.save_pretrained(str(target))
+        prompt_config.save_pretrained(str(target))
         save_file({"prompt_embeddings": prompt.detach().cpu().contiguous()}, target / "adapter_model.safetensors")
         logger.info("the tokens nearest to the learned prompt are %s", self.nearest_tokens())
 
@@ -217,6 +226,8 @@ class PromptedTeacher(Teacher):
             _recompute_layers(self.model)
 
     def score(self, batch: Batch) -> Scores:
+        if not len(self.prompt):
+            return self.plain.score(batch)
         batch = self._checked(batch)
         return score_no_grad(self.model, batch, soft_prompt=self.prompt.detach(), fused=self.plain.fused)
 

@@ -21,6 +21,7 @@ from ..fused_linear.head import Head, softmax_dtype
 from ..scores import Scores
 from .inputs import model_inputs
 from .logits import is_linear_head, refuse_nested_forward, without_logit_transform
+from .router import router_loss
 
 
 def score(
@@ -33,6 +34,7 @@ def score(
     weights: Tensor | None = None,
     fused: bool = True,
     soft_prompt: Tensor | None = None,
+    router: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Run `model` on the batch, call `then` on its Scores inside the forward, and return what `then` returns.
 
@@ -46,8 +48,10 @@ def score(
         fused: compute the loss from hidden rows and head. If False, or if the head is not a plain linear layer, the
             model computes its own logits (B, T, V) and the loss is computed from them.
         soft_prompt: (m, D) embeddings before every sequence. Scores are of the same N tokens as without.
+        router: from the load-balancing loss of a mixture of experts to a term that is added to the result.
 
     Raises:
+        ValueError: if there is a `router` and the model computes no such loss.
         RuntimeError: if called inside the `then` of another model that shares this model's configuration object.
     """
     unwrapped = model if unwrapped is None else unwrapped
@@ -55,9 +59,10 @@ def score(
     layer = unwrapped.get_output_embeddings() if fused else None
     if not is_linear_head(layer):
         refuse_nested_forward(unwrapped)
-        logits = model(**inputs).logits
-        logits = logits[predicts.to(logits.device)][:, :vocabulary]
-        return then(Scores(batch.tokens, Dense(logits.to(softmax_dtype(logits.dtype)).log_softmax(-1)), weights))
+        output = model(**inputs)
+        logits = output.logits[predicts.to(output.logits.device)][:, :vocabulary]
+        log_probs = logits.to(softmax_dtype(logits.dtype)).log_softmax(-1)
+        return _with_router(then(Scores(batch.tokens, Dense(log_probs), weights)), unwrapped, output, router)
 
     with without_logit_transform(unwrapped) as transform:
 
@@ -67,7 +72,12 @@ def score(
             return then(Scores(batch.tokens, Projected(hidden[predicts.to(hidden.device)], head), weights))
 
         with _replaced_forward(layer, loss_instead_of_logits):
-            return model(**inputs).logits
+            output = model(**inputs)
+    return _with_router(output.logits, unwrapped, output, router)
+
+
+def _with_router(result: Tensor, model: Any, output: Any, router: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return result if router is None else result + router(router_loss(model, output)).to(result.device)
 
 
 @torch.no_grad()

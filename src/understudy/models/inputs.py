@@ -4,7 +4,6 @@ Shapes: B sequences, T positions, m tokens of a soft prompt, D width.
 """
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ PACKABLE = {
 def model_inputs(model: Any, batch: Batch, soft_prompt: Tensor | None = None) -> tuple[dict[str, Any], Tensor]:
     """The keyword arguments of the model's forward, and which of its positions predict a response token, (B, T) bool.
 
-    Position ids follow the attention mask: a soft prompt has the first ones and padding none. Where `can_pack`, padding
-    is left out: all sequences are in one row (1, ΣT), separated by position ids that restart with each.
+    Padding is on the right, so the model's own position ids are right: a soft prompt has the first ones. Where
+    `can_pack`, padding is left out: all sequences are in one row (1, ΣT), separated by position ids that restart with
+    each.
 
     Args:
         soft_prompt: (m, D) embeddings before every sequence.
@@ -41,16 +41,12 @@ def model_inputs(model: Any, batch: Batch, soft_prompt: Tensor | None = None) ->
         name, tokens = "inputs_embeds", torch.cat([prompts, embeddings], dim=1)
         mask = torch.cat([mask.new_ones(rows, length), mask], dim=1)
         predicts = torch.cat([predicts.new_zeros(rows, length), predicts], dim=1)
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     further = further_inputs(batch.examples, batch.input_ids.device)
     if can_pack(model) and not further:
         real = mask.bool()
-        packed = {name: tokens[real][None], "position_ids": position_ids[real][None], "use_cache": False}
-        return packed, predicts[real][None]
-    inputs = {name: tokens, "attention_mask": mask, "use_cache": False, **further}
-    if soft_prompt is not None and "position_ids" in signature(model.forward).parameters:
-        inputs["position_ids"] = position_ids
-    return inputs, predicts
+        position_ids = (mask.cumsum(-1) - 1)[real][None]
+        return {name: tokens[real][None], "position_ids": position_ids, "use_cache": False}, predicts[real][None]
+    return {name: tokens, "attention_mask": mask, "use_cache": False, **further}, predicts
 
 
 def further_inputs(examples: Sequence[Example], device: torch.device | str) -> dict[str, Tensor]:

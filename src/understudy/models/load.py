@@ -2,7 +2,7 @@
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..playground.names import resolve as resolve_playground
 from ..recipe import RecipeError
+from .vocabulary import vocabulary_size
 from .weights import adapter_config, load_weights
 
 logger = logging.getLogger(__name__)
 _PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
+
+_REMOTE_CODE = (
+    "code that comes with a model is never run; to use such a model, read its code, load it in Python yourself "
+    "and give it to StudentTrainer or LocalTeacher"
+)
 
 
 @contextmanager
@@ -69,7 +75,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         adapters = adapter_config(path) if Path(path).is_dir() else None
         if adapters is not None and not any(Path(path).glob("tokenizer*")):
             return load_tokenizer(adapters["base_model_name_or_path"])
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not len(tokenizer):  # transformers returns this for a folder with a model and no tokenizer
             raise ValueError("it has no tokens")
     return tokenizer
@@ -87,7 +93,7 @@ def load_model(name: str, auto_class: Any = AutoModelForCausalLM, trainable: boo
     """
     path = resolve(name)
     with loading("model", name):
-        return load_weights(auto_class, path, trainable, **options)
+        return load_weights(auto_class, path, trainable, **without_remote_code(options))
 
 
 def load_config(name: str) -> Any:
@@ -101,7 +107,18 @@ def load_config(name: str) -> Any:
         adapters = adapter_config(path)
         if adapters is not None:
             return load_config(adapters["base_model_name_or_path"])
-        return AutoConfig.from_pretrained(path).get_text_config()
+        return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+
+
+def without_remote_code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of from_pretrained that run no code of the model's own; transformers would ask on the terminal.
+
+    Raises:
+        RecipeError: for options that allow such code.
+    """
+    if options.get("trust_remote_code"):
+        raise RecipeError(f"trust_remote_code is not supported: {_REMOTE_CODE}")
+    return {**options, "trust_remote_code": False}
 
 
 def holds_adapters(name: str) -> bool:
@@ -122,10 +139,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str
     Raises:
         RecipeError: with both numbers.
     """
-    rows = getattr(config, "vocab_size", None)
-    if rows is not None and rows < len(tokenizer):
+    rows, size = getattr(config, "vocab_size", None), vocabulary_size(tokenizer)
+    if rows is not None and rows < size:
         raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens and {whose} embeddings for {rows} only: "
+            f"the tokenizer has {size} tokens and {whose} embeddings for {rows} only: "
             f"use the tokenizer that belongs to the model, or a model that belongs to this tokenizer"
         )
 
@@ -179,6 +196,8 @@ def reason(error: Exception) -> str:
 
 
 def _remedy(path: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return _REMOTE_CODE
     if isinstance(error, ImportError):
         return "install what is missing"
     if isinstance(error, SafetensorError):

@@ -22,7 +22,9 @@ def without_logit_transform(model: Any) -> Iterator[Transform]:
     """Switch off the model's scale and soft-cap within this block; yields the Transform that it would have applied.
 
     Models define this in different places: Gemma caps (`final_logit_softcapping`), Granite divides and HyperCLOVA X
-    multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built).
+    multiplies (`logits_scaling`), Cohere multiplies (`logit_scale`, read when the model is built). A setting that
+    cannot be changed, such as a property or a parameter, is left as it is; the parity check tells whether the model
+    then still transforms its logits.
     """
     refuse_nested_forward(model)
     config = model.config.get_text_config()
@@ -34,7 +36,7 @@ def without_logit_transform(model: Any) -> Iterator[Transform]:
     settings = {
         name: (owner, getattr(owner, name), off)
         for owner, name, off in neutral
-        if getattr(owner, name, None) is not None
+        if getattr(owner, name, None) is not None and _can_set(owner, name, off)
     }
     scale = float(settings["logit_scale"][1]) if "logit_scale" in settings else 1.0
     if "logits_scaling" in settings:
@@ -45,12 +47,31 @@ def without_logit_transform(model: Any) -> Iterator[Transform]:
         if settings:
             _changed_configs.add(id(config))
         for name, (owner, _, off) in settings.items():
-            setattr(owner, name, off)
+            _set(owner, name, off)
         yield Transform(scale, softcap)
     finally:
         for name, (owner, value, _) in settings.items():
-            setattr(owner, name, value)
+            _set(owner, name, value)
         _changed_configs.discard(id(config))
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, of a configuration without the checks of its type (Gemma 3n's soft-cap must be a number)."""
+    if isinstance(owner, nn.Module):
+        setattr(owner, name, value)
+    else:
+        object.__setattr__(owner, name, value)
+
+
+def _can_set(owner: Any, name: str, value: Any) -> bool:
+    previous = getattr(owner, name)
+    try:
+        _set(owner, name, value)
+        changed = getattr(owner, name) == value
+        _set(owner, name, previous)
+    except (AttributeError, TypeError):
+        return False
+    return changed
 
 
 def refuse_nested_forward(model: Any) -> None:

@@ -129,7 +129,9 @@ def _new_model(recipe: Recipe, config: Any) -> Any:
     """A model with random weights."""
     dtype = recipe.student.dtype
     try:
-        return AutoModelForCausalLM.from_config(config, dtype="float32" if dtype == "auto" else dtype)
+        return AutoModelForCausalLM.from_config(
+            config, dtype="float32" if dtype == "auto" else dtype, trust_remote_code=False
+        )
     except Exception as error:  # models check their configurations in many ways
         message = f"these fields are not a valid model: {reason(error)}"
         raise recipe.error("student.fresh", message) from error
@@ -178,7 +180,7 @@ def _with_layers(recipe: Recipe, config: Any, layers: list[int], teacher: str) -
     if holds_adapters(teacher):
         teacher_model = teacher_model.merge_and_unload()
     try:
-        student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype)
+        student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype, trust_remote_code=False)
         take_layers(teacher_model, student, layers)
     except Exception as error:  # models check their configurations in many ways
         raise recipe.error("student.layers", reason(error)) from error

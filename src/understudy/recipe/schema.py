@@ -29,6 +29,7 @@ from ..budget import Budget
 from ..registry import Registry, UnknownName, did_you_mean, nearest
 from ..sampling import Sampling
 from .arguments import arguments, construct, name_and_fields
+from .shipped import locate
 from .yaml_text import Places, RecipeError, place, read
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -76,6 +77,8 @@ class Data(_Block):
     columns: dict[str, str] | None = None
     template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    train_on: Literal["last", "all"] = "last"  # of a conversation's messages of the assistant
+    text_as: Literal["chunks", "lines", "files"] = "chunks"  # what a .txt file holds
     max_length: int = 512
     max_prompt_length: int | None = None
     text_prompt: int = 32
@@ -97,8 +100,8 @@ class Evaluate(_Block):
     limit: int | None = 500
     metrics: list[str] = []  # of greedy responses to the held-out prompts
     patience: int | None = Field(default=None, gt=0)  # evaluations without improvement after which training stops
-    show: int = Field(default=3, ge=0)  # sample responses to print
-    show_every: int | None = Field(default=None, gt=0)  # steps between; default: a fifth of the run
+    show: int = Field(default=3, ge=0)  # sample responses to print when training has ended
+    show_every: int | None = Field(default=None, gt=0)  # print them during training too, with this many steps between
 
 
 class Reward(_Block):
@@ -205,11 +208,12 @@ def _content(block: BaseModel) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply dotted overrides, `key.key=value`, whose values are YAML.
+    """Read a recipe by path, or by name one that comes with the package, and apply dotted overrides in YAML.
 
     Raises:
         RecipeError: for anything that is not a recipe, with the file, the line and the remedy.
     """
+    path = locate(path)
     content, places = read(path, overrides)
     return parse(content, str(path), places)
 

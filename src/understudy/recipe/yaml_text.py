@@ -1,11 +1,13 @@
 """Read a recipe's YAML file and apply overrides from the command line, with the file and line of every key."""
 
-import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .yaml_nodes import LARGEST_FILE, RefusedYAML, read_yaml
 
 CLASS_KEYS = ("method", "teacher", "rollout")  # the keys whose value names a class
 Places = dict[tuple[str, ...], str]  # from each key's path to where it is set: "gkd.yaml, line 3"
@@ -28,23 +30,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}; recipes are YAML files, see the folder recipes/") from None
-    except IsADirectoryError:
-        raise RecipeError(f"the recipe {path} is a folder; name one of the YAML files in it") from None
-    except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{path}, line {line}: this is not valid UTF-8; save the file with that encoding") from None
-    try:
-        content, lines = _read_yaml(text)
+        content, lines = read_yaml(_text(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
-        raise RecipeError(f"{path}{where}: this cannot be read as YAML: {problem}") from None
+        reason = problem if isinstance(error, RefusedYAML) else f"this cannot be read as YAML: {problem}"
+        raise RecipeError(f"{path}{where}: {reason}") from None
     if not isinstance(content, dict):
         problem = "it is empty" if content is None else f"this is {content!r:.40}"
         raise RecipeError(f"{path}: {problem}; a recipe is a mapping such as `student: {{model: …}}`, line by line")
@@ -60,45 +52,45 @@ def place(source: str, places: Places, key: str) -> str:
     return places[max(above, key=len)] if above else source
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, except that 1e-5 is a number and not a text."""
+def _text(path: Path) -> str:
+    """The text of a recipe's file, which is a regular file of limited size.
 
-
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The content, and the line of every key, counted from 1. A key that appears twice is an error."""
-    lines: dict[tuple[str, ...], int] = {}
-
-    def visit(node: Any, path: tuple[str, ...]) -> None:
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            here = (*path, str(key.value))
-            if here in lines:
-                problem = f'the key "{key.value}" is set twice, first in line {lines[here]}; keep one'
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if value is node or len(here) > 20:
-                problem = "a block contains itself; remove the alias"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            lines[here] = key.start_mark.line + 1
-            visit(value, here)
-
-    loader = _Loader(text)
+    Raises:
+        RecipeError: if there is no such file, or it is too large or no text.
+    """
     try:
-        node = loader.get_single_node()
-        visit(node, ())
-        return (loader.construct_document(node) if node is not None else None), lines
-    finally:
-        loader.dispose()
+        kind = path.stat()
+        if not stat.S_ISREG(kind.st_mode) and not stat.S_ISDIR(kind.st_mode):  # a pipe or a device may never end
+            raise RecipeError(f"the recipe {path} is no regular file; save the recipe in one")
+        if stat.S_ISREG(kind.st_mode) and kind.st_size > LARGEST_FILE:
+            raise RecipeError(f"the recipe {path} has more than {LARGEST_FILE:,} bytes; a recipe is a short YAML file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        message = f"there is no recipe {path}; recipes are YAML files, or names that `understudy recipes` lists"
+        raise RecipeError(message) from None
+    except IsADirectoryError:
+        raise RecipeError(f"the recipe {path} is a folder; name one of the YAML files in it") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        if isinstance(error, UnicodeDecodeError):
+            line = error.object.count(b"\n", 0, error.start) + 1
+            message = f"{path}, line {line}: this is not valid UTF-8; save the file with that encoding"
+            raise RecipeError(message) from None
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"the recipe {path} cannot be read: {reason}") from None
 
 
 def value_of(text: str) -> Any:
-    """Parse an override's value: as YAML, or as plain text where it is not valid YAML."""
+    """Parse an override's value: as YAML, or as plain text where it is not valid YAML.
+
+    Raises:
+        RecipeError: for YAML that is refused, such as a number that is not finite.
+    """
     try:
-        return yaml.load(text, _Loader)
+        return read_yaml(text)[0]
+    except RefusedYAML as error:
+        raise RecipeError(f"the value {text!r:.60} cannot be used: {error.problem}") from None
     except yaml.YAMLError:
         return text
 

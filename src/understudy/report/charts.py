@@ -219,7 +219,8 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
     held_out = {
         n: line for n, line in run["series"].items() if n.startswith("eval_") and len(_points(line, "seconds")) > 1
     }
-    skipped = ("eval_response_length", "eval_truncated", "eval_tokens_per_second")
+    lengths = ("eval_response_length", "eval_truncated", "eval_greedy_", "eval_tokens")
+    parts = tuple(f"{name}_" for name in held_out if name != "eval_loss")  # eval_forward_kl_dataset of eval_forward_kl
     panels = []
     for name, line in held_out.items():
         points = _points(line, "seconds")
@@ -230,7 +231,7 @@ def _learning(run: Mapping[str, Any]) -> Iterator[Chart]:
             axes.set_xlabel("seconds of training", fontsize=7, labelpad=2)
             label_ends(axes, [(points[-1][1], _short(points[-1][1], name), ACCENT)])
 
-        if name not in skipped:
+        if not name.startswith(lengths + parts):
             panels.append(Panel(f"Held out: {label(name.removeprefix('eval_'))}", _description(name, line) + ".", draw))
     if panels:
         yield Chart("quality-time", "Quality against seconds of training", "on held-out data", panels)

@@ -168,7 +168,7 @@ def _comparison(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, 
         "rows": [asdict(row) for row in table],
         "ranking": _ranking(results, quality, table),
         "sweep": sweep(record, list(results)),
-        "budget": statistics.budget_notes(table),
+        "notes": [*statistics.difference_notes(table), *statistics.budget_notes(table)],
     }
 
 
@@ -228,7 +228,7 @@ def _ranking(
     quality: Sequence[tuple[str, str]],
     table: Sequence[statistics.TableRow],
 ) -> dict[str, Any] | None:
-    """The variants' names by the first metric, and the paired bootstrap of the best one and the second."""
+    """The variants' names by the first metric, and the difference of the best one and the second."""
     if not quality:
         return None
     protocol, metric = quality[0]
@@ -239,11 +239,10 @@ def _ranking(
     names = [row.name for row in ranked]
     best, second = ({s: r for s, r in results[name].items() if isinstance(r, Result)} for name in names[:2])
     seeds = sorted(set(best) & set(second))
-    pairs = [(best[s].scores.get(protocol), second[s].scores.get(protocol)) for s in seeds]
-    difference = None
-    if metric == "accuracy" and pairs and all(a and b and len(a) == len(b) for a, b in pairs):
-        difference = asdict(statistics.paired_difference([a or () for a, _ in pairs], [b or () for _, b in pairs]))
-    return {"names": names, "difference": difference}
+    difference = statistics.difference_of([(best[s], second[s]) for s in seeds], protocol) if seeds else None
+    if metric != "accuracy" or difference is None:
+        return {"names": names, "difference": None}
+    return {"names": names, "difference": asdict(difference)}
 
 
 def finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ from unicodedata import category
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..compare.statistics import with_deviation
+from ..compare.table import p_text, with_deviation
 from .drawing import Chart, svg
 from .text import is_share, label, number
 
@@ -143,7 +143,7 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
     note = f"All evaluated with the same settings, on {rows} of {data.get('dataset') or 'the data'}, "
     note += f"split {data.get('split', '–')}." + (" Means ± standard deviations over seeds." if several else "")
     failed = [f"{row['name']}, {reason}" for row in comparison["rows"] for reason in row["failed"]]
-    return [note, *comparison["budget"], *failed]
+    return [note, *comparison["notes"], *failed]
 
 
 def _mean(row: Mapping[str, Any], protocol: str, metric: str) -> float:
@@ -166,8 +166,10 @@ def _difference(difference: Mapping[str, float] | None) -> tuple[Any, str]:
     if difference is None:
         return None, ""
     mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
-    p = f"{difference['p']:.3f}" if difference["p"] >= 0.001 else "< 0.001"
-    return difference["mean"], f"{mean:+.1f} [{low:+.1f}, {high:+.1f}], {p}"
+    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    if difference["p"] is not None:
+        return difference["mean"], f"{text}, {p_text(difference['p'])}"
+    return difference["mean"], text + (" over prompts" if difference["seeds"] < 2 else "")
 
 
 def _measurements(runs: Sequence[Mapping[str, Any]]) -> Any:

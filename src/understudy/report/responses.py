@@ -18,6 +18,7 @@ from ..evaluation.settings import EvalSettings
 from ..models.forward import score_no_grad
 from ..models.load import check_tokenizers, load_config
 from ..models.parity import can_fuse
+from ..models.vocabulary import vocabulary_size
 from ..recipe import Data, load
 from ..scores import Scores, divergence_metrics
 from .content import finite, reference_folders, reference_models
@@ -91,7 +92,7 @@ def _responses(
     for line in evaluate_loaded(loaded, settings).responses:
         response = {"by": name, "text": line["response"], "truncated": line["truncated"]}
         if teacher is not None:
-            example = replace(loaded.examples[line["row"]], response=line["tokens"])
+            example = replace(loaded.examples[line["row"]].last_turn(), response=line["tokens"])
             response["tokens"] = disagreement(loaded.model, teacher.model, example, loaded.tokenizer)
         responses.append(response)
     return responses
@@ -131,7 +132,7 @@ def disagreement(student: Any, teacher: Any, response: Example, tokenizer: Any) 
     character of several tokens is one piece, whose numbers are sums by the chain rule.
     """
     batch = Batch.from_examples([response], 0, student.get_input_embeddings().weight.device)
-    size = len(tokenizer)
+    size = vocabulary_size(tokenizer)
     p: Scores = score_no_grad(teacher, batch, vocabulary=size, fused=can_fuse(teacher))
     q: Scores = score_no_grad(student, batch, vocabulary=size, fused=can_fuse(student))
     divergences = {name: values.tolist() for name, values in divergence_metrics(p, q).items() if name.endswith("kl")}

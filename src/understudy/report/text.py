@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..compare.statistics import SHARES
+from ..compare.table import p_text
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -125,11 +126,13 @@ def _of_ranking(comparison: Mapping[str, Any]) -> str:
         text += f", 95 % interval {number(spread['low'], metric)} to {number(spread['high'], metric)}"
         text += f" over {best['seeds']} seeds"
     text += f"{_references(comparison)}, before {second['name']} with {number(following['mean'], metric)}"
-    if difference := ranking["difference"]:
+    difference = ranking["difference"]
+    if difference and difference["p"] is not None:
         significant = "not a significant difference" if difference["p"] >= 0.05 else "a significant difference"
-        text += f", {significant} (paired bootstrap, p {_p(difference['p'])})"
-    if min(best["seeds"], second["seeds"]) < 2:
-        text += "; with one seed each, another seed may reverse the order"
+        sign = "" if difference["p"] < 0.001 else "= "
+        text += f", {significant} (over seeds and prompts, p {sign}{p_text(difference['p'])})"
+    if (difference["seeds"] if difference else min(best["seeds"], second["seeds"])) < 2:
+        text += "; with one seed, what another seed would change is unknown"
     return text
 
 
@@ -139,7 +142,3 @@ def _unfinished(runs: list[Mapping[str, Any]]) -> str:
     unfinished, failed = states.count("unfinished"), states.count("failed")
     parts = [f"{unfinished} not finished yet"] * bool(unfinished) + [f"{failed} failed"] * bool(failed)
     return (f" ({' and '.join(parts)} of {len(runs)} runs)" if parts else "") + "."
-
-
-def _p(value: float) -> str:
-    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"

@@ -1,4 +1,4 @@
-"""Generate responses by a decode loop in this process, for any causal language model with a key-value cache.
+"""Generate responses by a decode loop in this process, for any causal language model.
 
 Shapes: R rows generated at once.
 """
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..fused_linear.tiles import current_tiling
-from ..generation.decoder import CompiledDecoder, Decoder
+from ..generation.cache_support import cache_support
+from ..generation.decoder import CompiledDecoder, Decoder, RecomputingDecoder
 from ..generation.sampling import Response, SamplingRollout, draw, generation_mode, log_probs_of
 from ..sampling import Sampling
 
@@ -29,6 +30,7 @@ class GenerateRollout(SamplingRollout):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: dict[int, Response] = {}
         with generation_mode(self._bound.model):
+            cache_support(self._bound.model, self._bound.vocabulary)  # on every process, also without prompts
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 batch = self._generate([prompts[i] for i in part], uniforms[part], sampling)
@@ -46,7 +48,7 @@ class GenerateRollout(SamplingRollout):
         log_probs = torch.zeros(responses.shape, device=device) if sampling.logprobs else None
         rows = torch.arange(len(prompts), device=device)  # the response that each row of the batch belongs to
         unfinished = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        decoder = (CompiledDecoder if self._compiles() else Decoder)(model, prompts, longest)
+        decoder = self._decoder(prompts, longest)
         logits = decoder.prompts()[:, :vocabulary]
         for position in range(longest):
             tokens = draw(logits, uniforms[:, position], sampling)
@@ -63,6 +65,13 @@ class GenerateRollout(SamplingRollout):
                     rows, tokens, unfinished, uniforms = rows[keep], tokens[keep], unfinished[keep], uniforms[keep]
             logits = decoder.tokens(tokens)[:, :vocabulary]
         return _until_stop(responses[:, : position + 1], log_probs, sampling)
+
+    def _decoder(self, prompts: list[list[int]], longest: int) -> Decoder | RecomputingDecoder:
+        model = self._bound.model
+        support = cache_support(model, self._bound.vocabulary)
+        if not support.decodes:
+            return RecomputingDecoder(model, prompts, longest)
+        return (CompiledDecoder if self._compiles() else Decoder)(model, prompts, longest, support.drops_rows)
 
     def _compiles(self) -> bool:
         return current_tiling().compiled if self.compiled is None else self.compiled

@@ -2,36 +2,36 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from .. import metrics
 from ..batch import Example
 from ..data.examples import Examples
-from ..data.load import load_data
 from ..evaluation.evaluate import evaluate
 from ..generation.response_cache import CachedRollout
 from ..generation.stop_tokens import stop_ids
 from ..method import Method
-from ..methods import METHODS
-from ..models.context_window import context_window
-from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
 from ..models.origin import Origin
-from ..models.student import load_student, student_config, tokenizer_name
-from ..recipe import Recipe, RecipeError
-from ..reward import Reward, RewardModel, function
+from ..models.student import load_student
+from ..recipe import Recipe
+from ..reward import RewardModel
 from ..rollout import Rollout
-from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
-from ..teacher import Capability, Teacher
-from ..teachers import TEACHERS, check_provides
-from ..training.callbacks import LogMetrics, ShowSamples
+from ..teacher import Teacher
+from ..training.callbacks import LogMetrics
+from ..training.display import ShowSamples
 from ..training.trainer import StudentTrainer
+from .arguments import check_optimizer
+from .best import Patience, check_best_metric
+from .differences import Input
 from .folder import RunFolder
+from .inputs import run_inputs
+from .prepare import prepare, uses_teacher
 
 
 @dataclass
@@ -45,16 +45,17 @@ class Run:
     folder: RunFolder
     train: Examples
     held_out: Examples | None
+    inputs: list[Input]
     origin: Origin  # of the student
+    context_length: int | None  # of prompt and response
+    samples: ShowSamples | None = None
 
-
-@dataclass(frozen=True)
-class _Configs:
-    """Tokenizer and configurations, which are read before weights are loaded."""
-
-    tokenizer: Any
-    student: Any  # its configuration
-    context_length: int | None  # the shorter one of student and teacher
+    def prompts(self, count: int) -> list[Example]:
+        """Up to `count` examples, held out if there are such, whose prompts leave room for a student's response."""
+        longest = self.trainer.writers.student.sampling.max_new_tokens
+        dataset = (self.held_out or self.train).examples
+        room = float("inf") if self.context_length is None else self.context_length - longest
+        return list(islice((example for example in dataset if len(example.prompt) <= room), count))
 
 
 def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> Run:
@@ -64,33 +65,31 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    reward = _reward(recipe)
-    method: Method = recipe.build("method", METHODS, **reward)
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
-    teacher = _teacher(recipe, method)
-
-    # From here on files are read, or downloaded from the hub; weights come last.
-    configs = _check_configs(recipe, teacher, uses_teacher(method))
-    context = None if configs.context_length is None else configs.context_length - method.teacher_prefix_tokens
-    generates = bool(method.authors - {"dataset"})
-    reserve = sampling.max_new_tokens if generates else 1
-    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, context, reserve)
+    if arguments.fsdp and arguments.world_size == 1:
+        raise recipe.error(
+            "training.fsdp", "training.fsdp needs several processes: start with torchrun, or leave it out"
+        )
+    method, rollout, sampling, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
         dtype = configs.student.dtype  # of the weights on disk
         student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
+    check_optimizer(recipe, arguments, student)
     origin = Origin.of(dtype, student)
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
         teacher_model = None if teacher is None else teacher.model  # loaded now
     with recipe.locating("reward"):
-        for scorer in reward.values():
-            scorer.load()
+        if reward is not None:
+            reward.load()
     if not sampling.stop_ids:
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
+    data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
+    models = {"student": student, "teacher": teacher_model, **_reward_models(method)}
+    inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
     trainer = StudentTrainer(
         student,
         teacher,
@@ -98,117 +97,52 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         rollout,
         sampling,
         processing_class=configs.tokenizer,
-        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder),
+        teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder, inputs),
         response_metrics=_response_metrics(recipe, rollout, sampling, configs.tokenizer, held_out),
         budget=recipe.budget,
-        corpus=corpus,
+        corpus=() if corpus is None else corpus.examples,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=[LogMetrics(folder.metrics)],
+        console=console,
     )
-    run = Run(recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, origin)
+    parts = (recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs, origin)
+    run = Run(*parts, configs.context_length)
+    check_best_metric(run)
     _add_callbacks(run, console)
     return run
 
 
-def uses_teacher(method: Method) -> bool:
-    """Does the method need a teacher, to score or to generate?"""
-    return bool(method.requires) or "teacher" in method.authors
-
-
-def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
-    """The recipe's teacher, whose model is not loaded yet; refused where it does not provide what the method needs."""
-    name = recipe.method[0]
-    if recipe.teacher is None:
-        if uses_teacher(method):
-            message = f"{name} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
-            raise recipe.error("method", message)
-        return None
-    teacher: Teacher = recipe.build("teacher", TEACHERS)
-    generates = {Capability.MODEL} if "teacher" in method.authors else set()
-    with recipe.locating("teacher"):
-        try:
-            check_provides(teacher, method.requires | generates, name)
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
-    return teacher
-
-
-def _check_configs(recipe: Recipe, teacher: Teacher | None, is_used: bool) -> _Configs:
-    """Load tokenizers and configurations, and check that they fit together."""
-    name = None if teacher is None else teacher.tokenizer_name
-    with recipe.locating("student"):
-        tokenizer = load_tokenizer(tokenizer_name(recipe, name))
-        config = student_config(recipe, None if teacher is None else teacher.model_name)
-        check_vocabulary(tokenizer, config, "the student has")
-    configs = [config]
-    with recipe.locating("teacher"):
-        if name is not None:
-            check_tokenizers(tokenizer, load_tokenizer(name))
-        if teacher is not None and teacher.model_name is not None and is_used:
-            configs.append(load_config(teacher.model_name))
-            check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    return _Configs(tokenizer, config, context_window(*configs))
-
-
-def _reward(recipe: Recipe) -> dict[str, Reward]:
-    """The method's argument `reward`, if the recipe has that block."""
-    block = recipe.reward
-    if block is None:
-        return {}
-    with recipe.locating("method"):
-        parameters = signature(METHODS.get(recipe.method[0])).parameters
-    if "reward" not in parameters:
-        raise recipe.error("reward", f"{recipe.method[0]} takes no reward; gkd does")
-    with recipe.locating("reward"):
-        try:
-            functions: dict[Any, float] = {function(place): w for place, w in block.functions.items()}
-            if block.model is not None:
-                with loading("reward model", block.model):
-                    functions[RewardModel(block.model, block.label, block.reads)] = block.weight
-            return {"reward": Reward(functions, block.normalize)}
-        except ValueError as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
-
-
-def _datasets(
-    recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
-) -> tuple[Examples, Examples | None, Sequence[Example]]:
-    """The training data, and the held-out dataset and corpus if the recipe has them."""
-    block = recipe.evaluate
-    changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
-    with recipe.locating("data"):
-        train = load_data(recipe.data, tokenizer, context_length, reserve)
-        held_out = None
-        if block.dataset is not None:
-            held_out = load_data(recipe.data.model_copy(update=changes), tokenizer, context_length, reserve)
-    corpus: Sequence[Example] = ()
-    if recipe.corpus is not None:
-        if not method.uses_corpus:
-            raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
-        texts = recipe.corpus.model_copy(update={"text_prompt": 1})
-        with recipe.locating("corpus"):
-            corpus = load_data(texts, tokenizer, context_length, 1).examples
-    if "dataset" in method.authors:
-        for examples in filter(None, (train, held_out)):
-            examples.require_responses(recipe.method[0])
-    return train, held_out, corpus
+def _reward_models(method: Method) -> dict[str, Any]:
+    """The model of the recipe's reward, by the key that names it."""
+    functions = getattr(getattr(method, "reward", None), "functions", {})
+    models = [scorer.model for scorer, _ in functions.values() if isinstance(scorer, RewardModel)]
+    return {"reward.model": models[0]} if models else {}
 
 
 def _teacher_rollout(
-    method: Method, rollout: Rollout, teacher: Teacher | None, tokenizer: Any, folder: RunFolder
+    method: Method,
+    rollout: Rollout,
+    teacher: Teacher | None,
+    tokenizer: Any,
+    folder: RunFolder,
+    inputs: Sequence[Input],
 ) -> Rollout | None:
     """A rollout of the teacher that generates each response once, and then reads it from the run's folder."""
     if "teacher" not in method.authors or teacher is None:
         return None
-    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses)
+    weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
+    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses, weights)
 
 
 def _response_metrics(
     recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
 ) -> Callable[[Any], dict[str, float]] | None:
-    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any."""
+    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any.
+
+    Their length is `greedy_response_length`, beside that of the responses on which the loss is measured.
+    """
     names = recipe.evaluate.metrics
     if not names:
         return None
@@ -219,9 +153,10 @@ def _response_metrics(
     greedy = replace(sampling, temperature=0.0, n=1)
     skipped = ("seconds", "tokens_per", "examples")
 
-    def response_metrics(student: Any) -> dict[str, float]:
-        values = evaluate(student, tokenizer, held_out, rollout, greedy, metrics=names).metrics
-        return {name: value for name, value in values.items() if not name.startswith(skipped)}
+    def response_metrics(student: Any, examples: Examples = held_out) -> dict[str, float]:
+        values = evaluate(student, tokenizer, examples, rollout, greedy, metrics=names).metrics
+        renamed = {name: f"greedy_{name}" for name in ("response_length", "truncated")}
+        return {renamed.get(k, k): value for k, value in values.items() if not k.startswith(skipped)}
 
     return response_metrics
 
@@ -230,10 +165,10 @@ def _add_callbacks(run: Run, console: Console | None) -> None:
     """Early stopping and samples, as the recipe's block `evaluate` asks for."""
     block, arguments = run.recipe.evaluate, run.trainer.args
     if block.patience is not None:
-        run.trainer.add_callback(EarlyStoppingCallback(block.patience))
-    if block.show:
+        run.trainer.add_callback(Patience(block.patience))
+    if examples := run.prompts(block.show):
         every = block.show_every or max(arguments.max_steps if arguments.max_steps > 0 else 500, 5) // 5
-        dataset = run.held_out or run.train
-        examples = [dataset[i] for i in range(min(block.show, len(dataset)))]
-        samples = ShowSamples(run.trainer.writers.student, examples, run.tokenizer, every, run.folder.samples, console)
-        run.trainer.add_callback(samples)
+        writer, path = run.trainer.writers.student, run.folder.samples
+        shows_each = block.show_every is not None
+        run.samples = ShowSamples(writer, examples, run.tokenizer, every, path, console, shows_each)
+        run.trainer.add_callback(run.samples)

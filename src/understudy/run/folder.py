@@ -5,26 +5,30 @@ Nothing heavy is imported, so that an error in a folder's name is reported at on
 
 import errno
 import json
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from ..files import read_jsonl, write_atomic
 from ..recipe import Recipe, RecipeError, load
 from ..training import checkpoint
 from . import marker
-
-if TYPE_CHECKING:
-    from ..data.examples import Examples
+from .differences import Input, changed, differences, fixed, is_length, listed, touching
 
 _RESPONSES = re.compile(r"responses-(.+)\.[0-9a-f]{8}\.jsonl")
 _MEASURED = ".metrics.json"
 _REMEDY = "give another training.output_dir"
+_ACCEPT = "--accept-changes to go on with the new values"
+_RESTART = "--restart to delete that run"
+logger = logging.getLogger(__name__)
 
 
 class _Entry:
@@ -45,7 +49,9 @@ class RunFolder:
 
     recipe = _Entry("recipe.yaml")  # the resolved recipe
     marker = _Entry(marker.MARKER)  # which kinds of files understudy wrote here: a run's, an evaluation's
-    before = _Entry("before.json")  # before training: the data's fingerprint, the distance to the teacher
+    lock = _Entry(".understudy.lock")  # held by the process that trains here
+    inputs = _Entry("inputs.json")  # hashes of data, weights and code, and versions, when the run began
+    before = _Entry("before.json")  # the distance to the teacher before training
     metrics = _Entry("metrics.jsonl")  # every log line
     samples = _Entry("samples.jsonl")  # sample responses during training
     teacher_responses = _Entry("teacher_responses.jsonl")  # generated once, for every epoch
@@ -109,53 +115,113 @@ class RunFolder:
     @property
     def has_results(self) -> bool:
         """Does the folder contain anything that took long to compute?"""
-        return self.last_checkpoint() is not None or self.student.exists() or self.teacher_responses.exists()
+        saved = any(path.exists() for path in (self.student, self.teacher_responses))
+        return saved or any(checkpoint.was_complete(path) for path in checkpoint.checkpoints(self.path))
 
-    def holds_run_of(self, recipe: Recipe) -> bool:
-        """Is the resolved recipe in the folder this one?"""
-        if not self.recipe.is_file():
-            return False
+    def read_recipe(self) -> Recipe | None:
+        """The recipe of the run that the folder holds; None where there is none, or none that can be read."""
         try:
-            return load(self.recipe).resolved() == recipe.resolved()
+            return load(self.recipe) if self.recipe.is_file() else None
         except RecipeError:
-            return False
+            return None
 
-    def check_free(self, recipe: Recipe, restart: bool) -> None:
+    def check_free(self, recipe: Recipe, restart: bool, accept_changes: bool = False) -> None:
         """Refuse a folder with another recipe's run, or with files that a run would overwrite; changes nothing.
 
         Raises:
-            RecipeError: naming the file or run that is there, with the remedy.
+            RecipeError: naming the file or what differs, with the remedy.
         """
-        same = self.holds_run_of(recipe)
-        if not same and self.recipe.exists() and self.recipe.resolve() == recipe.source.resolve():
+        before = self.read_recipe()
+        is_source = self.recipe.exists() and self.recipe.resolve() == recipe.source.resolve()
+        if is_source and (before is None or differences(before, recipe)):
             message = f"{self.path} contains the recipe itself, as recipe.yaml, which the run would overwrite"
             raise recipe.error("training.output_dir", f"{message}: {_REMEDY}")
         try:
             marker.check(self.path, RUN, _REMEDY)
         except ValueError as error:
             raise recipe.error("training.output_dir", str(error)) from None
-        if not same and not restart and self.has_results:
-            message = f"{self.path} holds a run of another recipe: {_REMEDY}, or --restart to delete that run"
-            raise recipe.error("training.output_dir", message)
+        if not restart and self.has_results:
+            self._check_same(recipe, before, accept_changes)
+            self._check_undamaged(recipe)
         nearest = next((place for place in (self.path, *self.path.absolute().parents) if place.exists()), self.path)
         if not nearest.is_dir():
             raise self._not_writable(recipe, errno.EEXIST if nearest == self.path else errno.ENOTDIR)
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise self._not_writable(recipe, errno.EACCES)
 
-    def claim(self, recipe: Recipe, restart: bool) -> None:
+    def check_unlocked(self, recipe: Recipe) -> None:
+        """Refuse a folder in which another process trains."""
+        if self.lock.exists():
+            with self.locked(recipe):
+                pass
+
+    def _check_same(self, recipe: Recipe, before: Recipe | None, accept_changes: bool) -> None:
+        """Refuse to resume the run in the folder with a recipe that makes another student."""
+        if before is None:
+            message = (
+                f"{self.recipe} cannot be read, which says whose run this is: restore it, {_REMEDY}, or {_RESTART}"
+            )
+            raise recipe.error("training.output_dir", message)
+        never = fixed(before, recipe)
+        refused = never or ([] if accept_changes else touching(before, recipe))
+        if refused:
+            names = listed([*map(str, refused[:5]), *(["others"] if len(refused) > 5 else [])])
+            message = f"{self.path} holds a run of another recipe, with other values of {names}"
+            if any(map(is_length, refused)):
+                message += " (a run may be made longer if its lr_scheduler_type is constant)"
+            remedies = [_REMEDY, *([] if never else [_ACCEPT]), f"or {_RESTART}"]
+            raise recipe.error("training.output_dir", f"{message}: {', '.join(remedies)}")
+
+    def _check_undamaged(self, recipe: Recipe) -> None:
+        """Refuse to begin again where every checkpoint was damaged after it was complete."""
+        broken = [(path, reason) for path, reason in checkpoint.damaged(self.path) if checkpoint.was_complete(path)]
+        if broken and self.last_checkpoint() is None:
+            path, reason = broken[0]
+            message = f"{path} is damaged ({reason}), and there is no other checkpoint to resume from: restore it"
+            raise recipe.error("training.output_dir", f"{message}, {_REMEDY}, or {_RESTART}")
+
+    def is_extended_by(self, recipe: Recipe, accept_changes: bool) -> bool:
+        """Does the recipe let the finished run in the folder go on: with more steps, or with changes to accept?"""
+        before = self.read_recipe()
+        if before is None or self.last_checkpoint() is None:
+            return False
+        changes = differences(before, recipe)
+        return any(map(is_length, changes)) or (accept_changes and bool(touching(before, recipe)))
+
+    @contextmanager
+    def locked(self, recipe: Recipe) -> Iterator[None]:
+        """Lock the folder against other processes; the lock of a killed process is released.
+
+        Raises:
+            RecipeError: while another process trains in the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            message = f"another process is training in {self.path}: wait until it has ended, or {_REMEDY}"
+            raise recipe.error("training.output_dir", message) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def claim(self, recipe: Recipe, restart: bool, accept_changes: bool = False) -> None:
         """Take the folder for a run of this recipe: mark it, and delete files of an earlier run that is not resumed.
 
         Raises:
             RecipeError: as `check_free`, and where nothing can be written.
         """
-        self.check_free(recipe, restart)
-        same = self.holds_run_of(recipe)
+        self.check_free(recipe, restart, accept_changes)
+        before = self.read_recipe()
+        same = before is not None and before.resolved() == recipe.resolved()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             marker.mark(self.path, RUN)
-            if restart or not same:
+            if restart or (not same and not self.has_results):
                 marker.clear(self.path, RUN, keep=(str(RunFolder.recipe),))
+            self.run_json.unlink(missing_ok=True)
             if not same:
                 write_atomic(self.recipe, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
         except OSError as error:
@@ -163,17 +229,30 @@ class RunFolder:
                 raise
             raise self._not_writable(recipe, error.errno) from None
 
-    def check_unchanged(self, recipe: Recipe, train: "Examples") -> None:
-        """Refuse to resume with other training data: its order and the teacher's responses depend on the rows.
+    def check_unchanged(self, recipe: Recipe, inputs: Sequence[Input], accept_changes: bool) -> None:
+        """Refuse to resume a run whose data, models, code or packages have changed since it began.
 
         Raises:
-            RecipeError: with the remedies.
+            RecipeError: naming what has changed, with the remedies.
         """
-        before = self.read_before()
-        if self.has_results and before is not None and before["fingerprint"] != train.fingerprint:
-            message = f"{train.source} has changed since the run in {self.path} began"
-            message += ": restore it, give another training.output_dir, or --restart to delete that run"
-            raise recipe.error("data.dataset", message)
+        if self.last_checkpoint() is None:
+            return
+        try:
+            before = dict(read_json(self.inputs)) if self.inputs.is_file() else {}
+        except ValueError:
+            before = {}
+        if not before:
+            message = "%s cannot be read: whether data, models and packages are those of the run's beginning is unknown"
+            logger.warning(message, self.inputs)
+        changes = changed(before, inputs)
+        if changes and not accept_changes:
+            names = listed([description for _, description in changes])
+            message = f"{names} {'has' if len(changes) == 1 else 'have'} changed since the run in {self.path} began"
+            remedies = f"restore what has changed, {_REMEDY}, {_ACCEPT}, or {_RESTART}"
+            raise recipe.error(changes[0][0].key, f"{message}: {remedies}")
+
+    def save_inputs(self, inputs: Sequence[Input]) -> None:
+        write_atomic(self.inputs, json.dumps({each.name: each.value for each in inputs}, indent=1, ensure_ascii=False))
 
     def _not_writable(self, recipe: Recipe, code: int | None) -> RecipeError:
         reason = os.strerror(code or errno.EIO)
@@ -188,7 +267,7 @@ def _kind(name: str, *patterns: Any, **options: Any) -> marker.Kind:
 REPORT = marker.Kind("report", ("report.html", "report.json", "png"))
 EVALUATION = _kind("evaluation", RunFolder.evaluation, RunFolder.failed, RunFolder.log)
 RUN = _kind(
-    *("run", RunFolder.recipe, checkpoint.PATTERN, RunFolder.student, RunFolder.teacher_responses),
+    *("run", RunFolder.recipe, checkpoint.PATTERN, RunFolder.student, RunFolder.teacher_responses, RunFolder.inputs),
     *(RunFolder.soft_prompt, RunFolder.metrics, RunFolder.samples, RunFolder.before, RunFolder.run_json),
     RunFolder.report,
     nested={str(RunFolder.report): REPORT},
@@ -201,7 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it does not contain one.
     """
-    return read_mapping(path, json.loads, path.read_text(encoding="utf-8"))
+    return read_mapping(path, json.loads, path.read_text(encoding="utf-8", errors="replace"))
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], text: str) -> dict[str, Any]:
@@ -212,7 +291,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any], text: str) -> dict[str
     """
     try:
         content = parse(text)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it is not a file that a run writes; move it away, or restore it")

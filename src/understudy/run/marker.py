@@ -6,14 +6,14 @@ kind, and a folder is marked only if it has no files with the kind's names.
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from ..training.checkpoint import PATTERN
+from ..files import remove
+from ..training import checkpoint
 
 MARKER = ".understudy"
 
@@ -40,7 +40,7 @@ def foreign(folder: Path, kind: Kind) -> Path | None:
     """The first file that files of this kind would overwrite, and that this package did not write."""
     names = kinds(folder)
     if kind.name in names:
-        return None
+        return next(filter(_is_foreign_checkpoint, _matches(folder, *kind.patterns)), None)
     if not names and (folder / MARKER).exists():
         return folder / MARKER
     return next(_matches(folder, *kind.patterns), None)
@@ -53,7 +53,8 @@ def check(folder: Path, kind: Kind, remedy: str) -> None:
         ValueError: naming the file, with the remedy.
     """
     if (path := foreign(folder, kind)) is not None:
-        raise ValueError(f"{path} exists already and was not written by a {kind.name}: {remedy}")
+        article = "an" if kind.name[0] in "aeiou" else "a"
+        raise ValueError(f"{path} exists already and was not written by {article} {kind.name}: {remedy}")
 
 
 def mark(folder: Path, kind: Kind) -> None:
@@ -77,15 +78,18 @@ def clear(folder: Path, kind: Kind, keep: tuple[str, ...] = ()) -> None:
                 clear(path, nested)
                 if [file.name for file in path.iterdir()] == [MARKER]:
                     shutil.rmtree(path)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        elif not _is_foreign_checkpoint(path):
+            remove(path)
+
+
+def _is_foreign_checkpoint(path: Path) -> bool:
+    """Is this a checkpoint that another program wrote, into a folder of this package?"""
+    return checkpoint.step_of(path) >= 0 and not (path.is_dir() and checkpoint.is_own(path))
 
 
 def _matches(folder: Path, *patterns: str) -> Iterator[Path]:
     """The paths in a folder that match the patterns, and the .partial files of killed processes."""
     for pattern in patterns:
         for path in sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.partial")]):
-            if pattern != PATTERN or re.fullmatch(r"checkpoint-\d+", path.name):
+            if pattern != checkpoint.PATTERN or checkpoint.step_of(path) >= 0:
                 yield path

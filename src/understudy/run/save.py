@@ -1,12 +1,12 @@
 """Save the trained student in student/, as it was evaluated, and compare what was saved with the model in memory."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
+from ..files import remove, replace_folder
 from ..models.adapters import merged, without_adapters
 from ..models.saved import SavedModelDiffers, check_saved, name_magnitudes, probe_log_probs
 
@@ -27,7 +27,8 @@ def save_student(run: "Run") -> None:
     trainer, partial = run.trainer, run.folder.student_partial
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.args.should_save:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+    trainer.accelerator.wait_for_everyone()
     try:
         _save(run, model, partial)
         error = ""
@@ -38,13 +39,12 @@ def save_student(run: "Run") -> None:
         error = f"the student cannot be saved as it was trained: {reason}; {where}"
     if trainer.args.should_save:
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
-        shutil.rmtree(run.folder.student, ignore_errors=True)
         if run.recipe.student.merge and not error:
-            (partial / _MERGED).rename(run.folder.student)
-            shutil.rmtree(partial)
+            replace_folder(partial / _MERGED, run.folder.student)
+            remove(partial)
         else:
-            shutil.rmtree(partial / _MERGED, ignore_errors=True)
-            partial.rename(run.folder.student)
+            remove(partial / _MERGED)
+            replace_folder(partial, run.folder.student)
     trainer.accelerator.wait_for_everyone()
     [error] = broadcast_object_list([error])
     if error:

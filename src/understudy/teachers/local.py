@@ -11,7 +11,7 @@ from ..batch import Batch
 from ..fused_linear.distributions import Projected
 from ..models.forward import score_no_grad
 from ..models.load import load_model
-from ..models.parity import can_fuse
+from ..models.parity import can_fuse, log_plain_path
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
@@ -60,7 +60,10 @@ class LocalTeacher(Teacher):
     @cached_property
     def fused(self) -> bool:
         """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
-        return not _is_sharded(self.model) and can_fuse(self.model)
+        if _is_sharded(self.model):
+            log_plain_path(self.model, "its weights are gathered only during a forward")
+            return False
+        return can_fuse(self.model)
 
     def to(self, device: torch.device) -> None:
         if self._device is None and self._quantization is None and not hasattr(self.model, "hf_device_map"):

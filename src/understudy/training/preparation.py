@@ -1,5 +1,6 @@
 """Checks and settings before training: a trainable student, TrainingArguments for Examples, compiling or not."""
 
+import copy
 from collections.abc import Sized
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..fused_linear.compiling import compiling_pays_off
 from ..models.load import load_tokenizer, refuse_other_tokens
 from ..teacher import Teacher
 from ..teachers.local import LocalTeacher
+from .fields import check_arguments
 
 _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
@@ -45,15 +47,22 @@ def check_same_tokenizer(tokenizer: Any, teacher: Teacher | None) -> None:
         refuse_other_tokens(tokenizer, load_tokenizer(teacher.tokenizer_name))
 
 
-def adapt(args: TrainingArguments) -> int | None:
-    """Set the TrainingArguments that Examples need; returns `save_total_limit`, which `LimitCheckpoints` implements."""
+def adapted(args: TrainingArguments) -> TrainingArguments:
+    """A copy of TrainingArguments with the settings that Examples need, and checkpoints kept by `SaveCheckpoints`.
+
+    Raises:
+        ValueError: for a field whose effect would be another than its name says.
+    """
+    check_arguments(args)
+    args = copy.copy(args)
     args.remove_unused_columns = False  # Examples have no columns
     args.dataloader_pin_memory = False  # Examples are not tensors
     args.logging_nan_inf_filter = False  # a loss that is NaN or infinite is an error here
-    accelerator_config: Any = args.accelerator_config
+    accelerator_config: Any = copy.copy(args.accelerator_config)
     accelerator_config.dispatch_batches = False  # Examples cannot be sent to other processes
-    limit, args.save_total_limit = args.save_total_limit, None
-    return limit
+    args.accelerator_config = accelerator_config
+    args.save_total_limit = None
+    return args
 
 
 def compiles(args: TrainingArguments, dataset: Sized, vocabulary: int, budget: Budget | None) -> bool:

@@ -9,8 +9,12 @@ Tokens are the response tokens trained on, of all processes. Seconds are the fir
 
 import math
 from collections.abc import Callable, Sequence
-from time import perf_counter
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
 
 from ..budget import Budget
 
@@ -26,6 +30,18 @@ class Spending:
         self.tokens, self.seconds = 0, 0.0
         self._share_at_warmup = 0.0  # the share that was spent when the learning rate's warm-up ended
         self._step_start = 0.0
+        self._earlier = (0.0, 0.0)  # seconds and CPU seconds of earlier sessions, up to the checkpoint
+        self._start = (perf_counter(), process_time())
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of training, evaluation and saving, over all sessions."""
+        return self._earlier[0] + perf_counter() - self._start[0]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds that this process's cores worked meanwhile."""
+        return self._earlier[1] + process_time() - self._start[1]
 
     @property
     def share(self) -> float:
@@ -65,11 +81,12 @@ class Spending:
 
     def state(self) -> list[float]:
         """The numbers to save in a checkpoint for an exact resume."""
-        return [float(self.tokens), self.seconds, self._share_at_warmup]
+        return [float(self.tokens), self.seconds, self._share_at_warmup, self.run_seconds, self.cpu_seconds]
 
     def resume(self, state: Sequence[float]) -> None:
         """Restore what `state` returned."""
-        tokens, self.seconds, self._share_at_warmup = state
+        tokens, self.seconds, self._share_at_warmup, *earlier = state
+        self._earlier = (earlier[0], earlier[1])
         self.tokens = int(tokens)
 
 
@@ -90,3 +107,8 @@ def follow_budget(scheduler: Any, spending: Spending, steps: int, warmup: int) -
     if hasattr(scheduler, "lr_lambdas"):
         scheduler.lr_lambdas = [by_share(rate) for rate in scheduler.lr_lambdas]
     return scheduler
+
+
+def first_process_s(seconds: float, device: torch.device) -> float:
+    """The first process's seconds, so that all processes end at the same step."""
+    return float(cast(Tensor, broadcast(torch.tensor(seconds, dtype=torch.float64, device=device))))

@@ -3,24 +3,36 @@
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from ..method import Method
+from . import checkpoint
 from .spending import Spending
 
 STATE_FILE = "distillation.safetensors"
 
 
-def save_state(folder: Path, method: Method, spending: Spending) -> None:
-    """Save the method's state and the run's spending."""
-    state = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
-    state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / STATE_FILE)
+def save_state(folder: Path, method: Method, spending: Spending, writes: bool) -> None:
+    """Save the method's state and the run's spending, the first files of a checkpoint, in the process that `writes`."""
+    if writes:
+        checkpoint.begin(folder)
+        state = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
+        state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
+        save_file(state, folder / STATE_FILE)
+    PartialState().wait_for_everyone()  # before the others add their files
 
 
 def load_state(folder: Path, method: Method, spending: Spending) -> None:
-    """Restore what `save_state` saved."""
+    """Restore what `save_state` saved.
+
+    Raises:
+        ValueError: for a checkpoint of another program.
+    """
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint of understudy ({STATE_FILE} is missing): choose another checkpoint"
+        )
     state = load_file(folder / STATE_FILE)
     spending.resume(state.pop("spent").tolist())
     method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})

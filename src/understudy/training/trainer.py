@@ -12,13 +12,13 @@ The loss of an optimizer step is Σ weight · value over all its tokens on all p
 does not depend on how the step is split into micro-batches and processes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -29,104 +29,130 @@ from ..fused_linear.tiles import tiling
 from ..method import Method, MethodContext
 from ..models.forward import score
 from ..models.parity import can_fuse
-from ..rollout import Rollout, Writer, Writers
+from ..models.vocabulary import vocabulary_size
+from ..rollout import Rollout
 from ..sampling import Sampling
 from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides
-from .callbacks import AfterStep, CheckGradients, LimitCheckpoints, ShowProgress, StopAtBudget, SyncRollout
-from .checkpoint import last_checkpoint
-from .preparation import adapt, check_same_tokenizer, check_trainable, compiles
-from .spending import Spending, follow_budget
+from .best_checkpoint import LoadBestState
+from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
+from .checkpoint import last_checkpoint, step_of
+from .display import ShowProgress
+from .held_out import held_out_line
+from .hyperparameters import given_hyperparameters, remedy
+from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
+from .loggers import describe_to_loggers
+from .method_output import checked_loss, checked_metrics
+from .preparation import adapted, check_same_tokenizer, check_trainable, compiles
+from .router_loss import RouterLoss
+from .saving import SaveCheckpoints
+from .spending import Spending, first_process_s, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
+from .writers import bind_writers
 
 
 class StudentTrainer(Trainer):
     """Distils a teacher into a student by a method.
 
     Args:
-        student: a causal language model of transformers, with or without PEFT adapters.
-        teacher: scores the responses; None for methods that need no scores.
+        student: a causal language model of transformers, with or without PEFT adapters, or its name or folder.
+        teacher: scores the responses; None for methods that need no scores. A model, its name or its folder stands for
+            a `LocalTeacher`.
         method: what to train on and what to minimise.
         rollout: generates the student's responses (and, if the teacher is a live model, the teacher's).
         sampling: its sampling parameters.
-        processing_class: the tokenizer that student and teacher share; required.
-        teacher_rollout: generates the teacher's responses instead of the rollout; bound to the teacher's model.
+        processing_class: the tokenizer that student and teacher share; by default the student's, by its name.
+        teacher_rollout: generates the teacher's responses instead of the rollout.
         response_metrics: from the student to further metrics, which `evaluate` returns as well.
         budget: the tokens or seconds that the run may spend; it ends when this or its steps are used up, and its
             schedules end with it.
         corpus: plain texts for methods with a language-modelling loss, their first token as the prompt.
-        kwargs: everything else of `transformers.Trainer`: train_dataset and eval_dataset (of `Example`s), callbacks …
+        peft_config: adds adapters to the student.
+        train_dataset, eval_dataset: of `Example`s, or of rows as `datasets.Dataset` or a list of dictionaries.
+        data_options: of `examples_from_rows`, for datasets of rows.
+        console: where progress is shown.
+        kwargs: everything else of `transformers.Trainer`: callbacks, optimizers …
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the normalizer of the whole optimizer step itself
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: Teacher | None,
+        student: nn.Module | str | Path,
+        teacher: Teacher | nn.Module | str | Path | None,
         method: Method,
         rollout: Rollout | None = None,
         sampling: Sampling | None = None,
         *,
-        processing_class: Any,
+        processing_class: Any = None,
         args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_options: Mapping[str, Any] | None = None,
+        peft_config: Any = None,
         teacher_rollout: Rollout | None = None,
         response_metrics: Callable[[nn.Module], dict[str, float]] | None = None,
         budget: Budget | None = None,
         corpus: Sequence[Example] = (),
         callbacks: Sequence[Any] = (),
+        console: Console | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
         if args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
+        sampling, teacher = sampling or Sampling(), as_teacher(teacher)
+        method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
+        processing_class = as_tokenizer(processing_class, student)
+        student = as_student(student, peft_config, args.seed)
         check_trainable(student, teacher)
         check_same_tokenizer(processing_class, teacher)
-        limit = adapt(args)
+        rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
+        limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
         if budget is not None:
-            callbacks = [StopAtBudget(self.spending, self._first_process_s), *callbacks]
+            callbacks = [StopAtBudget(self.spending, lambda s: first_process_s(s, args.device)), *callbacks]
         super().__init__(
             model=student,
             args=args,
             data_collator=cast(Any, list),  # examples stay ragged until Batch.from_examples
+            train_dataset=rows.read(train_dataset, "train_dataset"),
+            eval_dataset=rows.read(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
-            callbacks=[CheckGradients(), AfterStep(method, self.spending), *callbacks],
+            callbacks=[CheckGradients(), AfterStep(method, self.spending), LoadBestState(method), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        if limit:
-            self.add_callback(LimitCheckpoints(limit))
-        if not args.disable_tqdm:
-            self.add_callback(ShowProgress(spending=self.spending))
-        self.vocabulary = len(processing_class)
+        self.vocabulary = vocabulary_size(processing_class)
+        self.method, self.response_metrics = method, response_metrics
+        self.step_metrics = StepMetrics()
+        self._fused, self.router = can_fuse(student), RouterLoss(student)
+        self.pad = padding(processing_class)
         if teacher is not None:
             teacher.to(self.accelerator.device)
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
-        self.method, self.response_metrics = method, response_metrics
         self.teacher = method.setup(context) or teacher
-        self.pad = processing_class.pad_token_id
-        if self.pad is None:
-            self.pad = processing_class.eos_token_id or 0  # masks come from lengths, so any id will do
-        self.step_metrics = StepMetrics()
-        self._fused = can_fuse(student)
-        self.writers = self._writers(rollout, sampling or Sampling(), teacher_rollout)
+        self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
+        self._arrange_callbacks(limit, console, sync=rollout is not None)
+        parts = {"method": method, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
+        describe_to_loggers(self.callback_handler.callbacks, parts, str(args.output_dir))
+
+    def _arrange_callbacks(self, save_total_limit: int | None, console: Console | None, sync: bool) -> None:
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(SaveCheckpoints(save_total_limit))
+        self.add_callback(ShowProgress(console, self.spending, bar=not self.args.disable_tqdm))
+        if sync:
+            self.add_callback(SyncRollout(self.writers.student.rollout))
 
     @property
     def tokens_seen(self) -> int:
         """Response tokens trained on, by all processes, over the whole run."""
         return self.spending.tokens
-
-    def _first_process_s(self, seconds: float) -> float:
-        """The first process's seconds, so that all processes end at the same step."""
-        tensor = torch.tensor(seconds, dtype=torch.float64, device=self.args.device)
-        return float(cast(Tensor, broadcast(tensor)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         existing = self.lr_scheduler
@@ -136,17 +162,9 @@ class StudentTrainer(Trainer):
         warmup = int(self.args.warmup_steps)  # below 1 it is a share of the run, and needs no steps of its own
         return follow_budget(scheduler, self.spending, num_training_steps, warmup)
 
-    def _writers(self, rollout: Rollout | None, sampling: Sampling, teacher_rollout: Rollout | None) -> Writers:
-        if rollout is None:
-            return Writers()
-        teacher = self.teacher if "teacher" in self.method.authors else None
-        if teacher_rollout is None and teacher is not None and teacher.can(Capability.MODEL):
-            teacher_rollout = rollout.bind(teacher.model, self.processing_class, "teacher")
-        student = rollout.bind(self.model, self.processing_class)
-        self.add_callback(SyncRollout(student))
-        return Writers(
-            Writer(student, sampling), None if teacher_rollout is None else Writer(teacher_rollout, sampling)
-        )
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with given_hyperparameters(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         number, max_steps = self.state.global_step, self.state.max_steps
@@ -171,6 +189,7 @@ class StudentTrainer(Trainer):
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
         normalizer, tokens = self.accelerator.reduce(counts, reduction="sum")
         self.spending.tokens += int(tokens)
+        self.router.begin_step(batches, normalizer, self.accelerator)
         return [{"input_ids": batch.input_ids, "batch": batch} for batch in batches], normalizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -184,30 +203,29 @@ class StudentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        loss = self._weighted_loss(model, inputs["batch"], diagnose=self._is_logged())
+        loss = self.weighted_loss(model, inputs["batch"], self.method, diagnose=self._is_logged())
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {loss.item()} at step {self.state.global_step}; nothing was updated with it. "
-                f"Resume from the last checkpoint in {self.args.output_dir} with a lower learning_rate"
-                + (", or a bounded divergence such as jensen_shannon" if loss.isposinf() else "")
+                + remedy(str(self.args.output_dir), unbounded=bool(loss.isposinf()))
             )
         return loss * (self.accelerator.num_processes / float(num_items_in_batch))
 
-    def _weighted_loss(self, model: nn.Module, batch: Batch, diagnose: bool) -> Tensor:
+    def weighted_loss(self, model: nn.Module, batch: Batch, method: Method, diagnose: bool) -> Tensor:
         """Σ weight · value over the batch's tokens; the caller divides by the normalizer."""
-        method, teacher = self.method, cast(Any, None)
+        teacher = cast(Any, None)
         if self.teacher is not None and method.requires:
             with self.step_metrics.timer("score"):
                 teacher = self.teacher.score(batch).cut(self.vocabulary)
         weights = batch.weights(method.reduction)
 
         def loss(student: Scores) -> Tensor:
-            values = method.loss(teacher, student, batch)
+            values = checked_loss(method.loss(teacher, student, batch), method)
             if diagnose:
                 if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
                     self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.step_metrics.record(method.metrics(cast(Any, teacher), student, batch))
+                    self.step_metrics.record(checked_metrics(method.metrics(teacher, student, batch), method))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
@@ -219,6 +237,7 @@ class StudentTrainer(Trainer):
             vocabulary=self.vocabulary,
             weights=None if method.late_weights else weights,
             fused=self._fused,
+            router=self.router.term(batch, model.training, self.step_metrics if diagnose else None),
         )
 
     def _is_logged(self) -> bool:
@@ -238,35 +257,17 @@ class StudentTrainer(Trainer):
     ) -> dict[str, float]:
         """Evaluate the method's own loss on a fixed dataset, as in training but with the same random numbers each time.
 
-        Returns `{prefix}_loss`; where the teacher scores, the means over tokens that training logs; and the
-        `response_metrics`, each of which may be `metric_for_best_model`. All processes get the same values.
+        Returns `{prefix}_loss`; where the teacher scores, the means over tokens that training logs; the same for each
+        of the method's `evaluated_parts`, with the part's name; and the `response_metrics`. Each of these may be
+        `metric_for_best_model`. All processes get the same values.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("there is nothing to evaluate on: give the trainer an eval_dataset")
-        examples: list[Example] = list(cast(Any, dataset))[self.args.process_index :: self.args.world_size]
-        training, self.step_metrics = self.step_metrics, StepMetrics()  # evaluation has its own counts
-        saved_state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
-        total, normalizer = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        model = cast(nn.Module, self.model)
-        model.eval()
-        for start in range(0, len(examples), self.args.per_device_eval_batch_size):
-            part = examples[start : start + self.args.per_device_eval_batch_size]
-            part = self.method.collect(part, self.writers, Step(0, self.args.seed, self.state.max_steps))
-            batch = Batch.from_examples(part, self.pad, self.args.device)
-            self.step_metrics.count(batch)
-            with self.compute_loss_context_manager():
-                total += self._weighted_loss(model, batch, diagnose=True)
-            normalizer += batch.normalizer(self.method.reduction)
-        line = self.step_metrics.log_line(self.accelerator)
-        self.step_metrics = training
-        if saved_state or self.method.state_dict():
-            self.method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
-        total, normalizer = self.accelerator.reduce(torch.stack([total, normalizer]), reduction="sum")
-        line = {"loss": float(total / normalizer)} | {
-            name: v for name, v in line.items() if not name.startswith("seconds")
-        }
-        line |= {} if self.response_metrics is None else self.response_metrics(model)
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        line = held_out_line(self, list(cast(Any, dataset)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in line.items()}
         super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -274,8 +275,8 @@ class StudentTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
-        if _internal_call and self.args.should_save:
-            save_state(Path(output_dir or str(self.args.output_dir)), self.method, self.spending)
+        if _internal_call and step_of(output_dir or "") >= 0:
+            save_state(Path(str(output_dir)), self.method, self.spending, self.args.should_save)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -293,4 +294,4 @@ class StudentTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShowProgress):
-                    callback.progress.stop()  # restores the terminal's cursor, also after an error
+                    callback.stop()  # restores the terminal's cursor, also after an error

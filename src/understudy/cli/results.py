@@ -1,0 +1,81 @@
+"""The results that the commands print: tables of a run and of an evaluation, and the file of all numbers beside."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..budget import spent
+from ..files import write_atomic
+from ..terminal import escape, show
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Evaluation
+
+_METRICS_FILE_KEYS = {"title", "metrics", "signatures", "curves"}
+
+
+def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
+    """Print a run's results, and where its student is saved."""
+    console = console or Console()
+    distance = summary["student_samples"]
+    if distance["before"] and distance["after"]:
+        table = Table("on student samples", "before", "after", title="distance to the teacher, nats per token")
+        for name in ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy"):
+            table.add_row(name, f"{distance['before'][name]:.4g}", f"{distance['after'][name]:.4g}")
+        console.print(table)
+    loss = "".join(f", {name} {value:.4g}" for name, value in summary["metrics"].items() if name == "eval_loss")
+    show(f"{summary['steps']} steps, {summary['tokens']} response tokens, {summary['seconds']:.1f} s{loss}", console)
+    if budget := summary.get("budget"):
+        show(f"spent {spent(budget)}; ended by {budget['ended_by']}", console)
+    show(f"student: {summary['folder']}/student   everything else: {summary['folder']}", console)
+
+
+def show_evaluation(result: "Evaluation", title: str, output: Path | None, console: Console | None = None) -> None:
+    """Print the metrics as a table. All numbers go to a JSON file beside `output`, the file of responses."""
+    console = console or Console()
+    several = any(name.endswith("_std") for name in result.metrics)
+    table = Table("metric", "value", *(["± over seeds"] if several else []))
+    for name, value in result.metrics.items():
+        if not name.endswith("_std"):
+            spread = result.metrics.get(f"{name}_std")
+            table.add_row(Text(escape(name)), f"{value:.4g}", *([] if spread is None else [f"{spread:.2g}"]))
+    show(title, console)
+    console.print(table)
+    for name, signature in result.signatures.items():
+        show(f"{name}: {signature}", console)
+    if output is not None:
+        metrics_file = _metrics_file(output)
+        numbers = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
+        content = {"title": title, "metrics": numbers, "signatures": result.signatures, "curves": result.curves}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(metrics_file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        responses = f"responses: {output}   " if result.responses else ""
+        show(f"{responses}all numbers: {metrics_file}", console)
+
+
+def check_measured(output: Path) -> None:
+    """Refuse an `output` whose metrics file would overwrite a file that no evaluation wrote; changes nothing.
+
+    Raises:
+        ValueError: naming the file, with the remedy.
+    """
+    file = _metrics_file(output)
+    for path in (file, file.with_name(f"{file.name}.partial")):
+        try:
+            is_own = path == file and json.loads(file.read_bytes()).keys() == _METRICS_FILE_KEYS
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError):
+            is_own = False
+        if not is_own and path.exists():
+            message = f"{path} exists already and was not written by an evaluation"
+            raise ValueError(f"{message}: give another --output, or move that file")
+
+
+def _metrics_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.metrics.json")
