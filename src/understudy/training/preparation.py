@@ -51,8 +51,10 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
     """A copy of TrainingArguments with the settings that Examples need, and checkpoints kept by `SaveCheckpoints`.
 
     Raises:
-        ValueError: for a field whose effect would be another than its name says.
+        ValueError: for a field whose effect would be another than its name says, and for several GPUs in one process.
     """
+    if args.n_gpu > 1:
+        raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
     check_arguments(args)
     args = copy.copy(args)
     args.remove_unused_columns = False  # Examples have no columns

@@ -102,8 +102,6 @@ class StudentTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         sampling, teacher = sampling or Sampling(), as_teacher(teacher)
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
@@ -225,7 +223,8 @@ class StudentTrainer(Trainer):
                 if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
                     self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.step_metrics.record(checked_metrics(method.metrics(teacher, student, batch), method))
+                    metrics = method.metrics(cast(Any, teacher), student, batch)
+                    self.step_metrics.record(checked_metrics(metrics, method))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
@@ -242,8 +241,7 @@ class StudentTrainer(Trainer):
 
     def _is_logged(self) -> bool:
         """Will this step's metrics be logged? Only then are the two models compared for logging."""
-        every = max(int(self.state.logging_steps or 1), 1)
-        step = self.state.global_step
+        step, every = self.state.global_step, max(int(self.state.logging_steps or 1), 1)
         return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
