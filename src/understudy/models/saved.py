@@ -31,7 +31,8 @@ def probe_log_probs(model: Any) -> Tensor:
     embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, embeddings.shape[0], (2, 12), generator=generator).to(embeddings.device)
-    ids[ids == model.config.get_text_config().pad_token_id] = 1  # padding is masked, and some families reset its row
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids[ids == (-1 if pad is None else pad)] = 1  # padding is masked, and some families reset its row
     was_training = model.training
     model.eval()
     try:
