@@ -2,7 +2,9 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from folders import described, llama
@@ -43,7 +45,6 @@ KINDS = {
     "pissa": {"init_lora_weights": "pissa"},
     "pissa, fast": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
-    "mica": {"init_lora_weights": "mica"},
 }
 ABOUT_THE_HEAD = re.compile("^lora|head|embeddings|both|tied|tokens")
 REFUSED = {
@@ -87,6 +88,8 @@ def difference(model, expected):
 )
 def test_adapters_are_loaded_as_the_model_that_was_trained_or_refused(home, tmp_path, kind, model, merge):
     block = {"model": str(home / model), "peft": {"r": 2, "target_modules": ["q_proj", "v_proj"], **KINDS[kind]}}
+    if KINDS[kind].keys() - LoraConfig.__dataclass_fields__.keys():
+        pytest.skip("this version of PEFT does not have it")
     trained, error = None, ""
     try:
         trained = train(student(home, **block, merge=merge))
@@ -214,12 +217,15 @@ def test_a_saved_model_that_differs_is_noticed(home, tmp_path):
         check_same(expected, train(model), "it", rounding=True)
 
 
-def test_too_little_memory_for_the_comparison_is_said(home, monkeypatch, caplog):
+def test_too_little_memory_for_the_comparisons_is_said(home, monkeypatch, caplog):
     model = load_model(str(home / "untied"))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    expected = probe_log_probs(model)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with caplog.at_level(logging.WARNING):
-        check_saved(home / "untied", probe_log_probs(model), model)
+        check_saved(home / "tied", expected, model)
+        assert student(home, model=str(home / "untied"), peft={"r": 2, "target_modules": ["q_proj"]}, merge=True)
     assert "no memory to load the saved student" in caplog.text
+    assert "no memory to try out merging the adapters" in caplog.text
 
 
 def test_samples_show_a_change_of_most_numbers():

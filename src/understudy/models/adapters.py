@@ -3,13 +3,12 @@
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..recipe import Recipe
 from ..registry import did_you_mean
 from .load import reason
-from .saved import check_adapters, check_merge, check_same, probe_log_probs, samples, shared_copy
+from .saved import check_adapters, check_merge, check_same, has_memory, probe_log_probs, samples, shared_copy
 
 logger = logging.getLogger(__name__)
 _NEEDS_DATA = ("eva", "corda", "lora_ga", "loftq")  # initialisations that need data or options from outside a recipe
@@ -75,12 +74,12 @@ def _check_saveable(recipe: Recipe, base: nn.Module, model: Any) -> None:
     """
     merge = recipe.student.merge
     try:
-        if merge:
+        if not merge:
+            check_adapters(base, model)
+        elif has_memory(model):
             check_merge(model)
         else:
-            check_adapters(base, model)
-    except torch.OutOfMemoryError:
-        logger.warning("there is no memory to try out how the adapters are %s", "merged" if merge else "saved")
+            logger.warning("there is no memory to try out merging the adapters; it is checked after training")
     except Exception as error:  # PEFT's merges raise anything
         tied = getattr(model.config, "tie_word_embeddings", False)
         remedy = "leave merge out" if merge and recipe.student.model is not None else "choose other target modules"

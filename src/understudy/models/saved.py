@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def probe_log_probs(model: Any) -> Tensor:
     embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, embeddings.shape[0], (2, 12), generator=generator).to(embeddings.device)
-    ids[ids == model.config.get_text_config().pad_token_id] = 1  # padding is masked, and some families reset its row
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids[ids == (-1 if pad is None else pad)] = 1  # padding is masked, and some families reset its row
     was_training = model.training
     model.eval()
     try:
@@ -72,6 +74,9 @@ def check_saved(folder: Path, expected: Tensor, model: Any, rounding: bool = Fal
     from transformers import AutoModelForCausalLM
 
     rounding = rounding or model.dtype in _HALF
+    if not has_memory(model):
+        logger.warning("there is no memory to load the saved student and compare it with the trained one")
+        return
     auto = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=model.dtype)
     try:
         if (folder / "adapter_config.json").is_file():
@@ -87,6 +92,12 @@ def check_saved(folder: Path, expected: Tensor, model: Any, rounding: bool = Fal
         if isinstance(error, SavedModelDiffers):
             raise
         raise SavedModelDiffers(f"the saved model cannot be loaded ({reason(error)})") from error
+
+
+def has_memory(model: nn.Module) -> bool:
+    """Is there free memory for a second copy of this model? A process that takes more is killed without an error."""
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return psutil.virtual_memory().available > 1.2 * needed
 
 
 def _check_by_transformers(expected: Tensor, load: Callable[[], Any], rounding: bool) -> None:

@@ -17,6 +17,16 @@ from .fields import check_arguments
 _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
 
+def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any) -> None:
+    """Refuse a student that cannot be trained, and a teacher with other tokens.
+
+    Raises:
+        ValueError: with the cause and the remedy.
+    """
+    check_trainable(student, teacher)
+    check_same_tokenizer(tokenizer, teacher)
+
+
 def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
     """Refuse a student without trainable parameters, or with some that the teacher would follow.
 

@@ -45,7 +45,7 @@ from .hyperparameters import given_hyperparameters, remedy
 from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
-from .preparation import adapted, check_same_tokenizer, check_trainable, compiles
+from .preparation import adapted, check_models, compiles
 from .router_loss import RouterLoss
 from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
@@ -107,8 +107,7 @@ class StudentTrainer(Trainer):
         check_provides(teacher, method.requires, type(method).__name__)
         processing_class = as_tokenizer(processing_class, student)
         student = as_student(student, peft_config, args.seed)
-        check_trainable(student, teacher)
-        check_same_tokenizer(processing_class, teacher)
+        check_models(student, teacher, processing_class)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
         limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
