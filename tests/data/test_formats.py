@@ -147,7 +147,7 @@ def test_other_names_of_prompt_and_answer_are_recognised_where_only_one_can_be_m
     [row] = examples_from_rows([{name: f"the {name}" for name in columns.split()}], gpt2).rows
     assert (row.prompt, row.response) == (f"the {prompt}", f"the {answer}" if answer else "")
     own = {"prompt": "completion", "question": "answer"}
-    assert ("is read from" in caplog.text) == (own.get(prompt) != answer)
+    assert ("is read from" in caplog.text) == (own.get(prompt, prompt) != answer)
 
 
 def test_what_is_read_from_which_column_is_said(gpt2, caplog):

@@ -170,7 +170,7 @@ def test_a_slice_of_a_split_is_taken_from_local_files(split, numbers, tmp_path, 
     assert [row.prompt for row in load_examples(tmp_path, gpt2, split=split).rows] == [f"Row {n}" for n in numbers]
 
 
-@pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[1:2:3]", "[:3]", "train[9:]", "train[:200%]", "+"])
+@pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[1:2:3]", "[:3]", "train[:200%]", "+"])
 def test_a_slice_that_cannot_be_taken_is_explained(split, tmp_path, gpt2):
     with pytest.raises(DataError, match="the split"):
         load_examples(write(tmp_path / "a.jsonl", PAIR), gpt2, split=split)

@@ -77,9 +77,10 @@ def mutated_row(row: dict, random: random.Random) -> dict:
     return row
 
 
-def as_json(value: object, random: random.Random) -> str:
+def as_json(value: object, random: random.Random) -> bytes:
     text = json.dumps(value, ensure_ascii=random.random() < 0.5)
-    return text.replace(f'"{DIGITS}"', "7" * 5000).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
+    text = text.replace(f'"{DIGITS}"', "7" * 5000).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def as_csv(rows: list[dict], random: random.Random) -> bytes:
@@ -125,9 +126,9 @@ def write_file(folder: Path, random: random.Random) -> tuple[Path, int | None]:
     elif kind == "saved":
         datasets.Dataset(table(random.choice(ROWS), random)).save_to_disk(str(path))
     elif kind == "jsonl":
-        path.write_text("\n".join(as_json(row, random) for row in rows))
+        path.write_bytes(b"\n".join(as_json(row, random) for row in rows))
     elif kind == "json":
-        path.write_text(f"[{', '.join(as_json(row, random) for row in rows)}]")
+        path.write_bytes(b"[" + b", ".join(as_json(row, random) for row in rows) + b"]")
     elif kind == "csv":
         path.write_bytes(as_csv(rows, random))
     else:

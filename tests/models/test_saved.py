@@ -1,11 +1,12 @@
 """Adapters of every kind are saved (or merged) as the model that was trained, or refused before training."""
 
 import logging
+import re
 
 import pytest
 import torch
 from folders import described, llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from understudy.models.adapters import merged
@@ -44,6 +45,7 @@ KINDS = {
     "olora": {"init_lora_weights": "olora"},
     "mica": {"init_lora_weights": "mica"},
 }
+ABOUT_THE_HEAD = re.compile("^lora|head|embeddings|both|tied|tokens")
 REFUSED = {
     *((kind, False) for kind in ("pissa", "pissa, fast", "olora")),  # adapters alone lack a change of the base
     *((kind, "tied", True) for kind in ("head", "embeddings", "embeddings with dora", "both")),
@@ -80,8 +82,9 @@ def difference(model, expected):
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["saved", "merged"])
-@pytest.mark.parametrize("model", ["tied", "untied"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "model"), [(k, m) for k in KINDS for m in ("tied", "untied") if m == "untied" or ABOUT_THE_HEAD.search(k)]
+)
 def test_adapters_are_loaded_as_the_model_that_was_trained_or_refused(home, tmp_path, kind, model, merge):
     block = {"model": str(home / model), "peft": {"r": 2, "target_modules": ["q_proj", "v_proj"], **KINDS[kind]}}
     trained, error = None, ""
@@ -165,6 +168,35 @@ def test_adapters_with_a_peft_block_are_merged_below_the_new_ones(home, adapters
     expected = probe_log_probs(train(new))
     new.merge_and_unload().save_pretrained(tmp_path)
     assert difference(AutoModelForCausalLM.from_pretrained(tmp_path), expected) < 1e-5
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_adapters_of_other_kinds_are_trained_further(home, tmp_path, config, merge, caplog):
+    model = train(get_peft_model(load_model(str(home / "untied")), config))
+    model.save_pretrained(tmp_path / "adapters")
+    with caplog.at_level(logging.WARNING):
+        further = student(home, model=str(tmp_path / "adapters"), merge=merge)
+    assert difference(further, probe_log_probs(model)) < 1e-5
+    assert ("transformers cannot load these adapters" in caplog.text) == (config.peft_type == "VERA" and not merge)
+    expected = probe_log_probs(train(further))
+    (merged(further) if merge else further).save_pretrained(tmp_path / "saved")
+    assert difference(load_model(str(tmp_path / "saved")), expected) < 1e-5
+
+
+def test_a_soft_prompt_is_no_student(home, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(load_model(str(home / "untied")), config).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="holds a soft prompt, which is neither trained further nor merged"):
+        student(home, model=str(tmp_path))
 
 
 def test_merge_is_refused_for_a_model_without_adapters(home):

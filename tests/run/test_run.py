@@ -250,10 +250,13 @@ def test_a_restart_has_the_same_result(home):
 
 
 class Stop(TrainerCallback):
-    """A Ctrl-C after the first step."""
+    """A Ctrl-C after a step."""
+
+    def __init__(self, step=1):
+        self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+        if state.global_step == self.step:
             os.kill(os.getpid(), 2)
 
 
@@ -431,6 +434,44 @@ def test_metrics_that_cannot_be_computed_are_refused(look, complaint, home):
         look = {**look, "dataset": str(home / look["dataset"])}
     with pytest.raises(RecipeError, match=complaint):
         run(home, method="sft", evaluate=look)
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_nosuch"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "accepted"), [("forward_kl", True), ("chrf", True), ("rouge_l", False), ("x", False)]
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_before_anything_is_written(metric, accepted, home):
+    look = {"dataset": str(home / "sums.jsonl"), "split": "train", "limit": 3, "show": 0, "metrics": ["chrf"]}
+    content = described(home, method="kd", evaluate=look)
+    content["training"] |= BEST | {"metric_for_best_model": metric}
+    recipe = load(write(home / "mine.yaml", content))
+    if accepted:
+        build(recipe, training_arguments(recipe), quiet())
+        return
+    with pytest.raises(RecipeError, match=rf"mine\.yaml, line \d+: no evaluation gives the metric {metric}"):
+        distill(recipe, console=quiet())
+    assert not (home / "run" / "recipe.yaml").exists()
+
+
+def test_patience_counts_on_in_a_resumed_run(home, monkeypatch):
+    """With a learning rate of 0 nothing improves after the first evaluation: it stops after the third one."""
+    look = {"dataset": str(home / "sums.jsonl"), "split": "train", "limit": 2, "show": 0, "patience": 2}
+    content = described(home, method="sft", evaluate=look)
+    content["training"] |= BEST | {"metric_for_best_model": "loss", "learning_rate": 0.0, "max_steps": 9}
+    recipe = load(write(home / "mine.yaml", content))
+    original = StudentTrainer.train
+
+    def train(self, *args, **kwargs):
+        self.callback_handler.callbacks.insert(0, Stop(2))
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTrainer, "train", train)
+        with pytest.raises(Interrupted):
+            distill(recipe, console=quiet())
+    assert distill(recipe, console=quiet())["steps"] == 3
 
 
 def test_patience_without_a_metric_is_refused_before_a_restart_deletes_anything(home):

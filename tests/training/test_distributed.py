@@ -7,6 +7,7 @@ every epoch divides evenly: otherwise Accelerate gives the processes some exampl
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from fakes import ragged_examples, tiny, writer
 from loop import difference, logged, short_sampling, student, trainer, weights
+from transformers import TrainerCallback
 
 from understudy.batch import Batch, Example
 from understudy.divergences import JensenShannon, ReverseKL
@@ -30,6 +32,8 @@ from understudy.reward import Reward
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
+from understudy.training.checkpoint import last_checkpoint
+from understudy.training.signals import StopOnSignal
 
 CASES = {
     "sft": lambda: SFT(),
@@ -106,6 +110,22 @@ def train_for_seconds(folder):
     return {"steps": run.state.global_step, "seconds": run.spending.seconds, "rates": logged(run, "learning_rate")}
 
 
+class Terminate(TrainerCallback):
+    """SIGTERM reaches the second process alone, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_by_a_signal(folder):
+    with StopOnSignal() as stop:
+        options = {"callbacks": [Terminate(), stop]}
+        run = trainer(folder, SFT(), examples=ragged_examples(64), options=options, max_steps=6, save_strategy="steps")
+        run.train()
+    return {"steps": run.state.global_step, "signal": stop.signal, "saved": last_checkpoint(folder)}
+
+
 SHARDED = Batch.from_examples(ragged_examples(6), 0)
 
 
@@ -159,6 +179,7 @@ def worker(folder):
     for processes in ("one", "two"):
         torch.save(train_from(folder / "resumed", folder / processes, 2), folder / f"from-{processes}-{rank}.pt")
     (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
+    (folder / f"signal-{rank}.json").write_text(json.dumps(stop_by_a_signal(folder / "signal")))
     for tied in (False, True):
         sharded = loss_and_gradients(shard(tied), lambda grad: grad.full_tensor())
         torch.save(sharded, folder / f"sharded-{tied}-{rank}.pt")
@@ -217,6 +238,13 @@ def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(resu
     first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
     assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint(results):
+    for rank in range(2):
+        stopped = json.loads((results / f"signal-{rank}.json").read_text())
+        assert (stopped["steps"], stopped["signal"]) == (2, signal.SIGTERM)
+        assert stopped["saved"].endswith("checkpoint-2")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -15,9 +15,10 @@ from ..evaluation import evaluate_model
 from ..evaluation.settings import EvalSettings
 from ..models.load import load_config, load_tokenizer
 from ..recipe import Recipe, RecipeError, load
-from ..run import build, marker
+from ..run import marker
 from ..run.arguments import training_arguments
 from ..run.folder import EVALUATION, RUN, RunFolder
+from ..run.prepare import prepare
 from .evaluations import NamedSettings
 from .variants import Variant
 
@@ -139,7 +140,7 @@ def check_inputs(runs: Sequence[PlannedRun], references: Mapping[str, NamedSetti
             continue
         checked.add(key)
         with _naming(run.variant.name):
-            configs = build.prepare(recipe).configs
+            configs = prepare(recipe).configs
             for settings in run.settings.values():
                 evaluate_model.prepare(configs.tokenizer, configs.student, settings)
     for model, named in references.items():

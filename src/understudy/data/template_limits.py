@@ -5,6 +5,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import jinja2
@@ -46,6 +47,8 @@ def within_limit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
     Raises:
         DataError: if there is no result by then; and whatever the function raises.
     """
+    while _idle and not _idle[-1].is_alive():  # threads do not survive a fork
+        _idle.pop()
     worker = _idle.pop() if _idle else _Worker()
     worker.tasks.put(lambda: function(*args, **kwargs))
     try:
@@ -72,13 +75,14 @@ class _Worker(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while (task := self.tasks.get()) is not None:
-            try:
-                result = task(), None
-            except Exception as error:
-                result = None, error
-            self.results.put(result)
-            del task, result
+        with suppress(SystemExit):  # of `end`
+            while (task := self.tasks.get()) is not None:
+                try:
+                    result = task(), None
+                except Exception as error:
+                    result = None, error
+                self.results.put(result)
+                del task, result
 
     def end(self) -> None:
         """Raise SystemExit in the thread, at its next instruction, or end it when its task is done."""

@@ -51,7 +51,8 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
     """
     from peft import get_peft_model
 
-    base, weights = shared_copy(model), list(model.parameters())  # PEFT changes the model itself
+    base = None if getattr(model, "hf_quantizer", None) is not None else shared_copy(model)
+    weights = list(model.parameters())  # PEFT changes the model itself
     before = samples(weights)
     try:
         adapted = get_peft_model(model, config)
@@ -61,7 +62,7 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
         message = f"init_lora_weights: {config.init_lora_weights} changes the model below the adapters, "
         message += "and adapters alone would be saved without that change: add merge: true, or use another one"
         raise recipe.error("student.peft.init_lora_weights", message)
-    if getattr(base, "hf_quantizer", None) is None:
+    if base is not None:
         _check_saveable(recipe, base, adapted)
     return adapted
 

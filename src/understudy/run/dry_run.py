@@ -49,7 +49,7 @@ def _show_first(run: Run, console: Console) -> None:
     """Print the first example as the models read it, with the tokens that are trained on in colour."""
     authors = sorted(run.trainer.method.authors)
     show("trains on " + " and ".join(_AUTHORS.get(author, author) for author in authors), console)
-    example = run.train[0]
+    example = run.train[0] if "dataset" in authors else run.train[0].last_turn()
     styles = Text("first example: ").append("read", style=_READ).append(", ").append("trained on", style=_TRAINED)
     console.print(styles if console.color_system else Text("first example, «trained on» in these marks:"))
     console.print(rendered(example, run.tokenizer, marks=not console.color_system), soft_wrap=True)
