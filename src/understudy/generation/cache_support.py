@@ -64,6 +64,8 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
 
     try:
         problem = problem_of(decoder := Decoder(model, prompts, _LONGEST))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # models raise anything
         problem, decoder = _message(error), None
     if problem is not None or decoder is None:
@@ -81,6 +83,8 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
         problem = None if decoder.drop(keep) else "its cache has no way to select rows"
         if problem is None:
             problem = _difference(decoder.tokens(ids[keep, lengths[keep] + 1]), own[keep, lengths[keep] + 1], limit)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         problem = _message(error)
     if problem is not None:
@@ -104,6 +108,4 @@ def _difference(logits: Tensor, expected: Tensor, limit: float) -> str | None:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        raise error
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
