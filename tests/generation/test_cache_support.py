@@ -6,6 +6,8 @@ import families
 import pytest
 import torch
 from fakes import tiny
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.generation.cache_support import CacheSupport, cache_support
 
@@ -42,6 +44,29 @@ def test_logits_that_say_nothing_are_left_to_the_cache(weight):
     with torch.no_grad():
         model.lm_head.weight.fill_(weight)
     assert support(model) == CacheSupport()
+
+
+class LooksAhead(nn.Module):
+    """A model that reads all positions for each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny("llama")
+        self.config = self.inner.config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask, **_):
+        logits = self.inner(input_ids, attention_mask=attention_mask).logits
+        return CausalLMOutput(logits=logits + logits.mean(1, keepdim=True))
+
+
+def test_a_model_that_reads_later_tokens_is_refused_with_a_sentence():
+    with pytest.raises(
+        ValueError, match=r"LooksAhead cannot generate: its logits depend on later tokens or on padding"
+    ):
+        support(LooksAhead())
 
 
 def test_a_window_too_short_to_try_is_left_to_the_cache():

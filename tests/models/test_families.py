@@ -1,6 +1,6 @@
 """Every family of models: some of its layers, saved and loaded again, with adapters merged, is the same model.
 
-The families and what is refused for them are listed in docs/families.md.
+The families and what is refused for them are listed in docs/models.md.
 """
 
 import re
@@ -18,7 +18,7 @@ from understudy.models.layers import config_of_layers, skipped, take_layers
 from understudy.models.origin import Origin
 from understudy.models.saved import check_saved, probe_log_probs
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 # Where PEFT cannot adapt all linear layers: recurrent ones that read weights directly, and routers.
 TARGETS = {
     "falcon_h1": ["q_proj", "v_proj"],
@@ -32,7 +32,7 @@ STACKS = re.compile(r"\.(layers|layer|h|blocks)$")
 
 
 def listed(heading: str) -> set[str]:
-    """The families that docs/families.md names below a heading."""
+    """The families that docs/models.md names below a heading."""
     section = PAGE.read_text("utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
     return set(re.findall(r"`([\w-]+)`", section)) & FAMILIES.keys()
 
@@ -67,7 +67,7 @@ def test_first_and_last_layer_are_the_model_without_the_others_also_saved_with_m
     teacher = model(family)
     depth = teacher.config.num_hidden_layers
     student = cut(teacher, [0, depth - 1])
-    assert (student is None) == (family in listed("Layers of a teacher")), "docs/families.md lists what is refused"
+    assert (student is None) == (family in listed("Layers of a teacher")), "docs/models.md lists what is refused"
     if student is None:
         student = teacher  # saved and loaded all the same
     else:

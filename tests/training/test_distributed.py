@@ -13,9 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
-from fakes import ragged_examples, tiny, writer
+from fakes import VOCABULARY, ragged_examples, tiny, writer
 from loop import difference, logged, short_sampling, student, trainer, weights
 from transformers import TrainerCallback
 
@@ -86,6 +87,23 @@ def train_to_the_third_step(folder, processes):
 
 def train_from(folder, checkpoint, processes):
     return train(folder, KEPT, processes, checkpoint / "run" / "checkpoint-3", eval_strategy="no")[0]
+
+
+def train_experts(folder, processes):
+    """Micro-batches of one example, for which alone the router's loss does not depend on the number of processes."""
+    fields = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "vocab_size": VOCABULARY}
+    run = trainer(
+        folder / "experts",
+        SFT(),
+        families.model("mixtral", **fields),
+        examples=ragged_examples(16),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8 // processes,
+        optim="sgd",
+    )
+    run.train()
+    return weights(run.model), {name: logged(run, name) for name in ("loss", "aux_loss")}
 
 
 def train_for_seconds(folder):
@@ -178,6 +196,7 @@ def worker(folder):
     train_to_the_third_step(folder / "two", 2)
     for processes in ("one", "two"):
         torch.save(train_from(folder / "resumed", folder / processes, 2), folder / f"from-{processes}-{rank}.pt")
+    torch.save(train_experts(folder, 2), folder / f"experts-{rank}.pt")
     (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
     (folder / f"signal-{rank}.json").write_text(json.dumps(stop_by_a_signal(folder / "signal")))
     for tied in (False, True):
@@ -232,6 +251,15 @@ def test_responses_that_are_kept_are_resumed_whatever_the_number_of_processes(be
         resumed = torch.load(results / f"from-{before}-0.pt")
         assert difference(resumed, torch.load(results / f"from-{before}-1.pt")) == 0
     assert difference(uninterrupted, resumed) < 1e-10
+
+
+def test_the_router_s_loss_is_a_mean_over_the_positions_of_all_processes(results, tmp_path):
+    single, numbers = train_experts(tmp_path, 1)
+    (first, together), (second, _) = (torch.load(results / f"experts-{rank}.pt") for rank in range(2))
+    assert difference(first, second) == 0
+    assert difference(single, first) < 1e-5
+    for name, values in numbers.items():
+        assert together[name] == pytest.approx(values, rel=1e-5), name
 
 
 def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(results):

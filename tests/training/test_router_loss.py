@@ -151,9 +151,11 @@ def test_generating_computes_no_router_s_loss():
     assert rollout.generate(EXAMPLES, sampling, Step(0)) == plain.generate(EXAMPLES, sampling, Step(0))
 
 
-def test_a_model_that_cannot_compute_what_it_is_asked_for_is_refused(tmp_path):
+@pytest.mark.parametrize("coefficient", [{}, {"router_aux_loss_coef": 0.1}])
+def test_a_model_that_cannot_compute_what_it_is_asked_for_is_refused_before_training(coefficient, tmp_path):
     model = families.model("llama")
-    model.config.output_router_logits = True
+    for name, value in {"output_router_logits": True, **coefficient}.items():
+        setattr(model.config, name, value)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute it: set output_router_logits to false"):
         trainer(tmp_path, model)
 

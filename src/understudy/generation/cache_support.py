@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.adapters import without_adapters
 from ..models.context_window import context_window
-from .decoder import Decoder
+from .decoder import Decoder, RecomputingDecoder
 
 _log = logging.getLogger(__name__)
 _LENGTHS, _LONGEST = (6, 2, 4), 3  # of the prompts that are tried, and of their continuations
@@ -38,6 +38,9 @@ def cache_support(model: Any, vocabulary: int) -> CacheSupport:
     """Try a short batch, once for each model, and log what the cache cannot be used for.
 
     Caches differ between families: some have none, some cannot read padded prompts or select rows, without saying so.
+
+    Raises:
+        ValueError: for a model whose logits depend on later tokens or on padding, so that it cannot generate.
     """
     if model not in _results:
         window = context_window(model.config)
@@ -53,14 +56,24 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
     rows, lengths = torch.arange(len(_LENGTHS), device=device), torch.tensor(_LENGTHS, device=device)
     prompts = [ids[row, :length].tolist() for row, length in enumerate(_LENGTHS)]
     name, limit = type(without_adapters(model)).__name__, _error_limit(model)
-    try:
-        decoder = Decoder(model, prompts, _LONGEST)
+    expected = torch.stack([own[rows, lengths - 1], own[rows, lengths]])
+
+    def problem_of(decoder: Decoder | RecomputingDecoder) -> str | None:
         logits = [decoder.prompts(), decoder.tokens(ids[rows, lengths])]
-        expected = [own[rows, lengths - 1], own[rows, lengths]]
-        problem = _difference(torch.stack(logits), torch.stack(expected), limit)
+        return _difference(torch.stack(logits), expected, limit)
+
+    try:
+        problem = problem_of(decoder := Decoder(model, prompts, _LONGEST))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # models raise anything
-        problem = _message(error)
-    if problem is not None:
+        problem, decoder = _message(error), None
+    if problem is not None or decoder is None:
+        if without_cache := problem_of(RecomputingDecoder(model, prompts, _LONGEST)):
+            raise ValueError(
+                f"{name} cannot generate: its logits depend on later tokens or on padding ({without_cache}); choose a "
+                "causal model"
+            )
         _log.warning(
             "%s cannot generate with a key-value cache: %s. Every token reads the whole sequence again", name, problem
         )
@@ -70,6 +83,8 @@ def _try(model: Any, vocabulary: int) -> CacheSupport:
         problem = None if decoder.drop(keep) else "its cache has no way to select rows"
         if problem is None:
             problem = _difference(decoder.tokens(ids[keep, lengths[keep] + 1]), own[keep, lengths[keep] + 1], limit)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         problem = _message(error)
     if problem is not None:
@@ -93,6 +108,4 @@ def _difference(logits: Tensor, expected: Tensor, limit: float) -> str | None:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        raise error
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
