@@ -5,6 +5,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 
 BENCH ?= .venv-bench
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= python3.10
+FUZZ ?= 1000
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,10 +17,10 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher test bench lint check format clean
+.PHONY: help env demo teacher test fuzz test-oldest bench lint check format clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 env: $(READY) ## create or update the environment
 
@@ -31,6 +34,16 @@ teacher: $(READY) ## make the playground's teacher again and put it into the pac
 # One thread per worker: threads of two workers on the same cores would only wait for each other.
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+fuzz: $(READY) ## build FUZZ=1000 mutated recipes, and read malformed data (a quarter of an hour)
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/fuzz --timeout 0 $(ARGS)
+
+# The suite's core; in an environment of its own, with the oldest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/.ready ## run the tests of the core with the oldest supported versions
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) \
+		tests/test_batch.py tests/test_scores.py tests/test_sampling.py tests/test_recipe.py tests/fused_linear \
+		tests/generation tests/methods tests/models/test_forward.py tests/rollouts/test_generate.py tests/teachers \
+		tests/training/test_trainer.py tests/training/test_resume.py tests/run/test_run.py
 
 # In an environment of its own, because the tools to compare with have demands of their own (and bring a gigabyte).
 bench: $(BENCH)/.ready ## measure speed and memory beside other tools (half an hour, on a quiet machine)
@@ -50,7 +63,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist .pytest_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment that was interrupted while it was first built is built again. One that was there before is only added to.
@@ -71,4 +84,10 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	@$(BENCH)/bin/python -m pip install -qq $(TORCH)
 	@$(BENCH)/bin/python -m pip install -qq -c constraints.txt -e '.[bench]'
+	@touch $@
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -qq $$(sed -n 's/^\(torch==.*\)/\1/p' constraints-oldest.txt)
+	@$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist
 	@touch $@

@@ -72,11 +72,12 @@ def run(recipe, folder, at=0):
 
 
 def contents(folder):
-    """What must be the same: the student, its log lines without times, and the names of all files."""
+    """What must be the same: the student, its log lines without times, the samples, and the names of all files."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     losses = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
-    return (folder / "student" / "model.safetensors").read_bytes(), losses, names
+    samples = (folder / "samples.jsonl").read_text()
+    return (folder / "student" / "model.safetensors").read_bytes(), losses, samples, names
 
 
 def main(recipe, home, count):

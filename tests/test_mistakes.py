@@ -533,6 +533,25 @@ def test_a_full_disk(error, refused, home, monkeypatch):
     assert message.startswith("the disk is full: free some space and run the same command again")
 
 
+@pytest.mark.parametrize(
+    ("fails", "sentence"),
+    [
+        (
+            lambda: torch.save(torch.zeros(10**6), "/dev/full"),
+            "a checkpoint could not be written, probably because the",
+        ),
+        (lambda: torch.empty(10**15), "the memory is full: lower training.per_device_train_batch_size"),
+        (lambda: bytearray(10**18), "the memory is full: lower training.per_device_train_batch_size"),
+    ],
+    ids=["torch.save", "torch", "Python"],
+)
+def test_a_disk_or_memory_that_is_full_in_the_words_of_libraries(fails, sentence, refused, home, monkeypatch):
+    if sentence.startswith("a checkpoint") and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr("understudy.training.trainer.StudentTrainer.train", lambda *_, **__: fails())
+    assert refused("distill", recipe_of(home, {"method": "sft"})).startswith(sentence)
+
+
 def test_a_full_gpu(refused, home, monkeypatch):
     def train(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")

@@ -13,9 +13,10 @@ import sysconfig
 import traceback
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich import get_console
 from rich.console import Console
@@ -59,6 +60,11 @@ def showing(what: str) -> Iterator[None]:
             _failed_displays.add(what)
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning("%s cannot be shown (%s); the run goes on without", what, reason)
+
+
+def working(what: str, console: Console) -> AbstractContextManager[Any]:
+    """Show on a terminal, and only there, that something takes a while."""
+    return console.status(Text(f"{what} …")) if console.is_terminal else nullcontext()
 
 
 def is_first_process() -> bool:
@@ -105,18 +111,31 @@ def explain(error: Exception) -> int:
     if name == "Interrupted":
         sys.stderr.write(f"{escape(message)}\n")
         return getattr(error, "exit_code", INTERRUPTED)
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in message:
-        message = (
-            "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
-        )
-    elif name == "OutOfMemoryError":
-        message = "the GPU's memory is full: lower training.per_device_train_batch_size or the rollout's batch_size"
+    if (full := _what_is_full(error)) is not None:
+        message = full
     elif (own_class := _raised_by(error)) is not None:
         message = f"{own_class[0]} raised {name}: {message} ({own_class[1]}; --debug shows how it was called)"
     elif not _is_for_users(error):
         message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
     sys.stderr.write(f"error: {escape(message)}\n")
     return 2
+
+
+def _what_is_full(error: BaseException) -> str | None:
+    """The sentence about a full disk or memory, in the words of the system, PyTorch or safetensors; else None."""
+    name, message = type(error).__name__, str(error)
+    codes = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    if getattr(error, "errno", None) in codes or any(f"os error {code}" in message for code in codes):
+        return "the disk is full: free some space and run the same command again; it resumes from the last checkpoint"
+    if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save does not say more
+        message = "a checkpoint could not be written, probably because the disk is full: free some space and run the "
+        return message + "same command again; it resumes from the last complete checkpoint"
+    remedy = "lower training.per_device_train_batch_size or the rollout's batch_size"
+    if name == "OutOfMemoryError" or "CUDA out of memory" in message or "_STATUS_ALLOC_FAILED" in message:
+        return f"the GPU's memory is full: {remedy}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in message or "not enough memory" in message:
+        return f"the memory is full: {remedy}, or end other programs"
+    return None if error.__cause__ is None else _what_is_full(error.__cause__)
 
 
 def _is_for_users(error: Exception) -> bool:

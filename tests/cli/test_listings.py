@@ -108,6 +108,8 @@ def test_a_recipe_is_found_by_name_and_a_file_of_that_name_comes_first(tmp_path,
     for name in ("playground/gkd", "playground/gkd.yaml", "recipes/playground/gkd.yaml"):
         assert load(name).method[0] == "gkd"
         assert locate(name) == folder() / "playground" / "gkd.yaml"
+    with pytest.raises(RecipeError, match='there is no recipe playground/gdk; did you mean "playground/gkd"'):
+        load("playground/gdk")
     (tmp_path / "playground").mkdir()
     write(tmp_path / "playground" / "gkd", LEAST)
     assert load("playground/gkd").method[0] == "sft"

@@ -155,7 +155,8 @@ def trained_text(tokenizer, example):
 @pytest.mark.parametrize("marked", [False, True])
 def test_all_turns_of_the_assistant_can_be_trained_on(marked):
     turn = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
-    template = CHATML.replace("{{ m.content }}<|im_end|>", f"{turn}{{{{ m.content }}}}<|im_end|>{{% endif %}}")
+    newline = "{{ '\\n' }}"  # one after a block would be removed
+    template = CHATML.replace("{{ m.content }}<|im_end|>\n", turn + "{{ m.content }}<|im_end|>{% endif %}" + newline)
     tokenizer = byte_level(chat=template if marked else CHATML)
     [last] = loaded = examples_from_rows([{"messages": LONG_CHAT}], tokenizer)
     [example] = every = examples_from_rows([{"messages": LONG_CHAT}], tokenizer, train_on="all")
@@ -171,6 +172,12 @@ def test_a_greeting_is_not_trained_on_and_a_single_turn_is_as_ever(chatml):
     [example] = examples_from_rows([{"messages": [ASSISTANT, USER, ASSISTANT]}], chatml, train_on="all")
     assert example.trained is None
     assert example.last_turn() is example
+
+
+def test_of_prompt_and_completion_only_the_completion_is_trained_on(chatml):
+    [example] = examples_from_rows([{"prompt": LONG_CHAT[:-1], "completion": LONG_CHAT[-1:]}], chatml, train_on="all")
+    assert example.trained is None
+    assert texts(chatml, example)[1] == "You.<|im_end|>"
 
 
 def test_a_cut_conversation_trains_on_the_turns_that_are_complete(chatml):

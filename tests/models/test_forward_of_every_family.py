@@ -27,7 +27,7 @@ HARD = [5, 6, 7]
 LONGER = Batch.from_examples([replace(e, prompt=HARD + e.prompt) for e in EXAMPLES], 0)
 PROMPTS = ragged_examples(5, families.VOCABULARY, seed=3, responses=False)
 TEACHER = BigramTeacher(families.VOCABULARY).score(BATCH)
-PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
 
 
 def listed(heading, number=0):

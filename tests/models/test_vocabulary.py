@@ -1,5 +1,7 @@
 """The vocabulary of tokenizers with gaps between their ids."""
 
+from typing import Any
+
 import pytest
 import torch
 from fakes import VOCABULARY, ragged_examples, tiny
@@ -45,8 +47,9 @@ def test_tokens_beyond_the_number_of_tokens_are_trained_generated_and_end_a_resp
     data = {"processing_class": with_gaps(), "train_dataset": ragged_examples()}
     run = StudentTrainer(student(), teacher(), SFT(), args=arguments(tmp_path), **data)
     batch = Batch.from_examples([Example([4, VOCABULARY - 2], [5, VOCABULARY - 1])], 0)
-    own = run.model(batch.input_ids).logits[batch.predicts].log_softmax(-1)
-    loss = run.weighted_loss(run.model, batch, run.method, diagnose=False)
+    model: Any = run.model
+    own = model(batch.input_ids).logits[batch.predicts].log_softmax(-1)
+    loss = run.weighted_loss(model, batch, run.method, diagnose=False)
     assert float(loss) == pytest.approx(-float(own.gather(-1, batch.tokens[:, None]).detach().sum()), rel=1e-5)
     model = tiny("phi")
     with torch.no_grad():

@@ -188,7 +188,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_equals_the_longer_run(home):
 
 def test_a_lower_learning_rate_is_accepted_as_the_error_advises(home):
     recipe = load(home / "mine.yaml", ["training.learning_rate=1e-6"])
-    distill(recipe, accept_changes=True, console=quiet())
+    summary = distill(recipe, accept_changes=True, console=quiet())
+    assert summary["accepted_changes"] == ["training.learning_rate (absent, now 1e-06)"]
     rates = [json.loads(line).get("learning_rate") for line in (home / "run" / "metrics.jsonl").open()]
     assert [rate for rate in rates if rate] == pytest.approx([5e-5, 1e-6, 1e-6])
 

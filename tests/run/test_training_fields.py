@@ -204,14 +204,9 @@ EFFECTIVE = {
     "neftune_noise_alpha": {"neftune_noise_alpha": 20.0},
     "data_seed": {"data_seed": 7},
     "sequential": {"train_sampling_strategy": "sequential"},
-    "optim": {"optim": "sgd"},
     "optim_args": {"optim": "sgd", "optim_args": "momentum=0.9"},
-    "drop_last": {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
-    "max_grad_norm": {"max_grad_norm": 1e-3, "optim": "sgd"},
-    "weight_decay": {"weight_decay": 0.9},
 }
 HARMLESS = {
-    "activation_checkpointing": {"gradient_checkpointing": True},
     "full_determinism": {"full_determinism": True},
     "workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     "torch_empty_cache_steps": {"torch_empty_cache_steps": 1},

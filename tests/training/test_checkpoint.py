@@ -122,6 +122,23 @@ def test_a_half_deleted_checkpoint_is_still_the_run_s_own(tmp_path, monkeypatch)
     assert last_checkpoint(tmp_path) is None
 
 
+def test_a_resumed_run_ends_a_deletion_that_was_interrupted(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer(tmp_path, KD(), **options).train()
+    checkpoint.begin(tmp_path / "checkpoint-2")
+    trainer(tmp_path, KD(), **options).train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_resumed_run_is_not_evaluated_at_its_start_again(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4, "eval_on_start": True}
+    dataset = {"eval_dataset": ragged_examples(2)}
+    trainer(tmp_path, KD(), options=dataset, **options).train()
+    run = trainer(tmp_path, KD(), options=dataset, **options)
+    run.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in run.state.log_history if "eval_loss" in line] == [0]
+
+
 def test_the_best_checkpoint_of_a_moved_folder_is_found(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.0}

@@ -7,15 +7,18 @@ every epoch divides evenly: otherwise Accelerate gives the processes some exampl
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
-from fakes import ragged_examples, tiny, writer
+from fakes import VOCABULARY, ragged_examples, tiny, writer
 from loop import difference, logged, short_sampling, student, trainer, weights
+from transformers import TrainerCallback
 
 from understudy.batch import Batch, Example
 from understudy.divergences import JensenShannon, ReverseKL
@@ -30,6 +33,8 @@ from understudy.reward import Reward
 from understudy.rollouts.generate import GenerateRollout
 from understudy.step import Step
 from understudy.teachers.local import LocalTeacher
+from understudy.training.checkpoint import last_checkpoint
+from understudy.training.signals import StopOnSignal
 
 CASES = {
     "sft": lambda: SFT(),
@@ -84,6 +89,23 @@ def train_from(folder, checkpoint, processes):
     return train(folder, KEPT, processes, checkpoint / "run" / "checkpoint-3", eval_strategy="no")[0]
 
 
+def train_experts(folder, processes):
+    """Micro-batches of one example, for which alone the router's loss does not depend on the number of processes."""
+    fields = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "vocab_size": VOCABULARY}
+    run = trainer(
+        folder / "experts",
+        SFT(),
+        families.model("mixtral", **fields),
+        examples=ragged_examples(16),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8 // processes,
+        optim="sgd",
+    )
+    run.train()
+    return weights(run.model), {name: logged(run, name) for name in ("loss", "aux_loss")}
+
+
 def train_for_seconds(folder):
     """A budget of five seconds, of which every step takes one by the first process's clock, two by the second's."""
     from understudy.budget import Budget
@@ -104,6 +126,22 @@ def train_for_seconds(folder):
     finally:
         spending.perf_counter = clock
     return {"steps": run.state.global_step, "seconds": run.spending.seconds, "rates": logged(run, "learning_rate")}
+
+
+class Terminate(TrainerCallback):
+    """SIGTERM reaches the second process alone, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_by_a_signal(folder):
+    with StopOnSignal() as stop:
+        options = {"callbacks": [Terminate(), stop]}
+        run = trainer(folder, SFT(), examples=ragged_examples(64), options=options, max_steps=6, save_strategy="steps")
+        run.train()
+    return {"steps": run.state.global_step, "signal": stop.signal, "saved": last_checkpoint(folder)}
 
 
 SHARDED = Batch.from_examples(ragged_examples(6), 0)
@@ -158,7 +196,9 @@ def worker(folder):
     train_to_the_third_step(folder / "two", 2)
     for processes in ("one", "two"):
         torch.save(train_from(folder / "resumed", folder / processes, 2), folder / f"from-{processes}-{rank}.pt")
+    torch.save(train_experts(folder, 2), folder / f"experts-{rank}.pt")
     (folder / f"seconds-{rank}.json").write_text(json.dumps(train_for_seconds(folder)))
+    (folder / f"signal-{rank}.json").write_text(json.dumps(stop_by_a_signal(folder / "signal")))
     for tied in (False, True):
         sharded = loss_and_gradients(shard(tied), lambda grad: grad.full_tensor())
         torch.save(sharded, folder / f"sharded-{tied}-{rank}.pt")
@@ -213,10 +253,26 @@ def test_responses_that_are_kept_are_resumed_whatever_the_number_of_processes(be
     assert difference(uninterrupted, resumed) < 1e-10
 
 
+def test_the_router_s_loss_is_a_mean_over_the_positions_of_all_processes(results, tmp_path):
+    single, numbers = train_experts(tmp_path, 1)
+    (first, together), (second, _) = (torch.load(results / f"experts-{rank}.pt") for rank in range(2))
+    assert difference(first, second) == 0
+    assert difference(single, first) < 1e-5
+    for name, values in numbers.items():
+        assert together[name] == pytest.approx(values, rel=1e-5), name
+
+
 def test_all_processes_end_at_the_step_that_uses_up_the_first_one_s_seconds(results):
     first, second = (json.loads((results / f"seconds-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], first["seconds"]) == (second["steps"], second["seconds"]) == (5, 5.0)
     assert first["rates"] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])  # the first process logs
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint(results):
+    for rank in range(2):
+        stopped = json.loads((results / f"signal-{rank}.json").read_text())
+        assert (stopped["steps"], stopped["signal"]) == (2, signal.SIGTERM)
+        assert stopped["saved"].endswith("checkpoint-2")
 
 
 @pytest.mark.parametrize("tied", [False, True])

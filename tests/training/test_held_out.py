@@ -115,6 +115,8 @@ class Named(Method):
         return -student.chosen
 
     def metrics(self, teacher, student, batch):
+        if not self.name:
+            return None
         return {self.name: -student.chosen, "shortest": min(map(len, batch.examples))}
 
 
@@ -127,6 +129,11 @@ def test_a_method_s_metric_does_not_hide_one_of_the_trainer(name, tmp_path):
 def test_a_response_metric_does_not_hide_one_of_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="a response metric is named loss"):
         held_out(tmp_path, KD(), response_metrics=lambda student: {"loss": 1.0})
+
+
+def test_what_are_no_metrics_is_refused_with_the_name_of_the_method(tmp_path):
+    with pytest.raises(ValueError, match=r"Named\.metrics should return a dictionary of tensors, not NoneType"):
+        trainer(tmp_path, Named("")).train()
 
 
 def test_a_method_s_metrics_may_be_numbers(tmp_path):

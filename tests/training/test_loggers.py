@@ -78,8 +78,8 @@ def test_an_evaluation_after_training_continues_the_same_run(tmp_path):
 
 
 def test_trackio_has_one_run_with_the_method_in_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run = trainer(
         tmp_path / "run",
         GKD(),

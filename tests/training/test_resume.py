@@ -152,7 +152,13 @@ def uninterrupted_and_killed(recipe, home, changed):
 @pytest.mark.parametrize("method", ["{promptkd: {prompt_tokens: 3, prompt: w5}}", "{dpkd: {refresh: 3}}"])
 def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe, tmp_path):
     """PromptKD's prompt and its optimizer; DPKD's responses of teacher and student."""
-    changed = [f"method={method}", "training.max_steps=12", "evaluate.dataset=null", "training.eval_strategy='no'"]
+    changed = [
+        f"method={method}",
+        "training.max_steps=12",
+        "evaluate.dataset=null",
+        "training.eval_strategy='no'",
+        "training.eval_steps=null",
+    ]
     uninterrupted, killed = uninterrupted_and_killed(recipe, tmp_path, changed)
     if "promptkd" in method:
         assert same(*(load_file(f / "soft_prompt" / "adapter_model.safetensors") for f in (killed, uninterrupted)))
@@ -161,7 +167,7 @@ def test_a_killed_run_with_a_state_of_its_own_resumes_to_the_bit(method, recipe,
 def test_a_killed_run_with_a_budget_resumes_to_the_bit_and_spends_it_once(recipe, tmp_path):
     """With a warm-up, after whose end the learning rate falls with what is left of the budget."""
     changed = ["budget.tokens=250", "training.max_steps=1000", "training.warmup_steps=3", "training.logging_steps=1"]
-    changed += ["evaluate.dataset=null", "training.eval_strategy='no'"]
+    changed += ["evaluate.dataset=null", "training.eval_strategy='no'", "training.eval_steps=null"]
     uninterrupted, killed = uninterrupted_and_killed(recipe, tmp_path, changed)
     rates, expected = ([line["learning_rate"] for line in lines(f) if "loss" in line] for f in (killed, uninterrupted))
     assert rates == expected

@@ -44,10 +44,9 @@ def own_losses(model, example):
 
 def expected_loss(model, examples, sizes):
     """The loss of a step whose micro-batches are the examples one by one: `sizes` are their positions."""
-    parts = [own_losses(model, example) for example in examples]
-    tokens = sum(len(example.response) for example in examples)
-    aux = sum(size * loss for size, (_, loss) in zip(sizes, parts, strict=True)) / sum(sizes)
-    return sum(loss for loss, _ in parts) / tokens + COEFFICIENT * aux, aux
+    losses, routers = map(torch.stack, zip(*(own_losses(model, example) for example in examples), strict=True))
+    aux = (torch.tensor(sizes) * routers).sum() / sum(sizes)
+    return losses.sum() / sum(len(example.response) for example in examples) + COEFFICIENT * aux, aux
 
 
 def step_gradients(folder, model, examples, **changed):
@@ -127,7 +126,9 @@ def test_processes_weigh_their_router_s_losses_by_their_positions():
     for batch, loss in zip(batches, losses, strict=True):
         router = RouterLoss(mixtral())
         router.begin_step([batch], normalizer, everything)
-        total += float(router.term(batch, True, None)(loss)) * 2 / 20 / 2
+        term = router.term(batch, True, None)
+        assert term is not None
+        total += float(term(loss)) * 2 / 20 / 2
     mean = (positions[0] * 1.5 + positions[1] * 4.0) / sum(positions)
     assert total == pytest.approx(COEFFICIENT * mean)
 
@@ -150,9 +151,11 @@ def test_generating_computes_no_router_s_loss():
     assert rollout.generate(EXAMPLES, sampling, Step(0)) == plain.generate(EXAMPLES, sampling, Step(0))
 
 
-def test_a_model_that_cannot_compute_what_it_is_asked_for_is_refused(tmp_path):
+@pytest.mark.parametrize("coefficient", [{}, {"router_aux_loss_coef": 0.1}])
+def test_a_model_that_cannot_compute_what_it_is_asked_for_is_refused_before_training(coefficient, tmp_path):
     model = families.model("llama")
-    model.config.output_router_logits = True
+    for name, value in {"output_router_logits": True, **coefficient}.items():
+        setattr(model.config, name, value)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute it: set output_router_logits to false"):
         trainer(tmp_path, model)
 

@@ -295,6 +295,8 @@ def test_evaluation_does_not_disturb_training(make, tmp_path):
 def test_evaluation_without_a_dataset_has_an_error_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer(tmp_path, KD()).evaluate()
+    with pytest.raises(ValueError, match="the eval_dataset is empty"):
+        trainer(tmp_path, KD()).evaluate([])
 
 
 @dataclass

@@ -46,12 +46,13 @@ def main() -> None:
     with lasting_output():
         try:
             code = app(arguments, standalone_mode=False)
+            if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
+                raise KeyboardInterrupt
         except Exception as error:
             if "--debug" in sys.argv:
                 traceback.print_exc()
             code = explain(error)
         except KeyboardInterrupt:
             code = INTERRUPTED
-        if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
             typer.echo("interrupted", err=True)
     sys.exit(code or 0)

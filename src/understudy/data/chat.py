@@ -203,7 +203,8 @@ def _marked_spans(
 
 def _is_in(text: str, content: str) -> bool:
     """Is the content in the text, up to white space around it, as it is or as JSON?"""
-    return any(form in text for form in (content.strip(), json.dumps(content)[1:-1]))
+    as_json = [json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
+    return any(form in text for form in (content.strip(), *as_json))
 
 
 def _check_names(where: str, what: str, names: list[str], text: str) -> None:

@@ -141,7 +141,7 @@ def examples_from_rows(
     longest_prompt = _longest_prompt(max_length, max_prompt_length, reserve)
     builder = ExampleBuilder(tokenizer, max_length, longest_prompt, text_prompt, on_bad_row, on_long_prompt)
     form = Format(tokenizer, columns, template, chat_template_kwargs, train_on)
-    is_table = hasattr(rows, "with_format") and hasattr(rows, "features")  # without an import of datasets
+    is_table = hasattr(rows, "with_format") and hasattr(rows, "num_rows")  # without an import of datasets
     texts = _texts(dataset_rows(rows, source) if is_table else rows, form, source, builder.report_bad_row)
     pairs = _tokenize(texts, builder, limit)
     if not pairs:

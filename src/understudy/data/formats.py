@@ -227,7 +227,10 @@ class Format:
         if messages[-1]["role"] != "assistant":
             return self._chat(row.where, messages, (), None, tools)
         *before, answer = messages
-        return self._chat(row.where, before, (answer["content"],), answer, tools)
+        pair = self._chat(row.where, before, (answer["content"],), answer, tools)
+        if self.train_on == "last":
+            return pair
+        return replace(pair, turns=tuple(self.chat_template.earlier_turns(row.where, before, pair.prompt, tools)))
 
     def _chat(
         self, where: str, messages: list[Message], references: tuple[str, ...], answer: Message | None, tools: Tools
@@ -238,10 +241,7 @@ class Format:
         prompt, response = self.chat_template.render_pair(where, messages, answer, tools)
         if answer.get("tool_calls"):
             references = (response.removesuffix(self.chat_template.response_end.end),)
-        turns: list[Span] = []
-        if self.train_on == "all":
-            turns = self.chat_template.earlier_turns(where, messages, prompt, tools)
-        return Row(where, prompt, references, response, chat=True, turns=tuple(turns))
+        return Row(where, prompt, references, response, chat=True)
 
 
 def _without_bytes(columns: Mapping[str, Any]) -> dict[str, Any]:

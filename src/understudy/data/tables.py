@@ -78,6 +78,7 @@ def dataset_rows(table: Any, source: str) -> Iterator[SourceRow]:
         unread = _unread(table.features.arrow_schema)
         table = table.remove_columns([name for name in unread if name in table.column_names])
         for batch in table.with_format("arrow").iter(ROWS_PER_READ):
+            batch.validate(full=True)  # a damaged file is mapped into memory as it is, and may point anywhere
             for row in _rows(batch, unread):
                 number += 1
                 yield SourceRow(f"{source}, row {number}", row)

@@ -47,6 +47,8 @@ def within_limit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
     Raises:
         DataError: if there is no result by then; and whatever the function raises.
     """
+    while _idle and not _idle[-1].is_alive():  # threads do not survive a fork
+        _idle.pop()
     worker = _idle.pop() if _idle else _Worker()
     worker.tasks.put(lambda: function(*args, **kwargs))
     try:

@@ -3,13 +3,12 @@
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..recipe import Recipe
 from ..registry import did_you_mean
 from .load import reason
-from .saved import check_adapters, check_merge, check_same, probe_log_probs, samples, shared_copy
+from .saved import check_adapters, check_merge, check_same, has_memory, probe_log_probs, samples, shared_copy
 
 logger = logging.getLogger(__name__)
 _NEEDS_DATA = ("eva", "corda", "lora_ga", "loftq")  # initialisations that need data or options from outside a recipe
@@ -51,7 +50,8 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
     """
     from peft import get_peft_model
 
-    base, weights = shared_copy(model), list(model.parameters())  # PEFT changes the model itself
+    base = None if getattr(model, "hf_quantizer", None) is not None else shared_copy(model)
+    weights = list(model.parameters())  # PEFT changes the model itself
     before = samples(weights)
     try:
         adapted = get_peft_model(model, config)
@@ -61,7 +61,7 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
         message = f"init_lora_weights: {config.init_lora_weights} changes the model below the adapters, "
         message += "and adapters alone would be saved without that change: add merge: true, or use another one"
         raise recipe.error("student.peft.init_lora_weights", message)
-    if getattr(base, "hf_quantizer", None) is None:
+    if base is not None:
         _check_saveable(recipe, base, adapted)
     return adapted
 
@@ -74,12 +74,12 @@ def _check_saveable(recipe: Recipe, base: nn.Module, model: Any) -> None:
     """
     merge = recipe.student.merge
     try:
-        if merge:
+        if not merge:
+            check_adapters(base, model)
+        elif has_memory(model):
             check_merge(model)
         else:
-            check_adapters(base, model)
-    except torch.OutOfMemoryError:
-        logger.warning("there is no memory to try out how the adapters are %s", "merged" if merge else "saved")
+            logger.warning("there is no memory to try out merging the adapters; it is checked after training")
     except Exception as error:  # PEFT's merges raise anything
         tied = getattr(model.config, "tie_word_embeddings", False)
         remedy = "leave merge out" if merge and recipe.student.model is not None else "choose other target modules"

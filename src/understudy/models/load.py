@@ -127,6 +127,12 @@ def holds_adapters(name: str) -> bool:
         return adapter_config(resolve(name)) is not None
 
 
+def is_soft_prompt(name: str) -> bool:
+    """Are these adapters of a kind that adds tokens to the prompt (or keys and values), and no weights?"""
+    kind = (adapter_config(resolve(name)) or {}).get("peft_type")
+    return kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str) -> None:
     """Refuse a model with fewer embeddings than its tokenizer has tokens; further embeddings are padding.
 
@@ -142,7 +148,25 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, whose: str
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose tokenizer differs from the student's: its scores would be of other tokens.
+    """Refuse a teacher whose tokenizer differs from the student's, and log other differences as warnings.
+
+    Raises:
+        RecipeError: naming the first difference.
+    """
+    refuse_other_tokens(student, teacher)
+    if student.eos_token_id != teacher.eos_token_id:
+        logger.warning(
+            "student and teacher end their responses differently (%r and %r), like a base and a chat model; watch "
+            "the share of truncated responses",
+            student.eos_token,
+            teacher.eos_token,
+        )
+    if student.chat_template != teacher.chat_template:
+        logger.warning("student and teacher have different chat templates; the student's is used")
+
+
+def refuse_other_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose tokenizer gives other tokens than the student's: its scores would be of these.
 
     The models' vocabularies may be padded differently.
 
@@ -163,15 +187,6 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         raise RecipeError(
             f"the tokenizers of student and teacher have the same tokens but split text differently: {remedy}"
         )
-    if student.eos_token_id != teacher.eos_token_id:
-        logger.warning(
-            "student and teacher end their responses differently (%r and %r), like a base and a chat model; watch "
-            "the share of truncated responses",
-            student.eos_token,
-            teacher.eos_token,
-        )
-    if student.chat_template != teacher.chat_template:
-        logger.warning("student and teacher have different chat templates; the student's is used")
 
 
 def reason(error: Exception) -> str:

@@ -77,9 +77,9 @@ def logit_difference(model: Any, token: int = 0) -> float:
             fused = score(model, batch, _logits).float()
             numbers = torch.tensor([-100.0, 0.01, 1.0, 10.0, 1000.0], device=fused.device)
             returned = score(model, batch, lambda scores: numbers).float()
-        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:  # forwards raise anything
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # forwards raise anything
             raise FusedForwardError(str(error).partition("\n")[0]) from error
     finally:
         model.train(was_training)

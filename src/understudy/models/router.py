@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adapters import without_adapters
@@ -13,7 +14,7 @@ def router_coefficient(model: Any) -> float | None:
     """The coefficient of the router's loss; None where `output_router_logits` does not ask for this loss.
 
     Raises:
-        ValueError: for a model that has no such coefficient.
+        ValueError: for a model that has no such coefficient, or does not compute the loss of a few tokens.
     """
     inner = without_adapters(model)
     config = getattr(inner, "config", None)
@@ -22,8 +23,24 @@ def router_coefficient(model: Any) -> float | None:
     for owner in (inner, config.get_text_config(), config):
         for name in _NAMES:
             if isinstance(getattr(owner, name, None), int | float):
+                _try(model)
                 return float(getattr(owner, name))
-    raise _no_loss(inner)
+    raise _no_loss(model)
+
+
+@torch.no_grad()
+def _try(model: Any) -> None:
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        router_loss(model, model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # forwards raise anything
+        raise _no_loss(model) from error
+    finally:
+        model.train(was_training)
 
 
 def router_loss(model: Any, output: Any) -> Tensor:
@@ -34,12 +51,13 @@ def router_loss(model: Any, output: Any) -> Tensor:
     """
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):
-        raise _no_loss(without_adapters(model))
+        raise _no_loss(model)
     return loss
 
 
 def _no_loss(model: Any) -> ValueError:
+    name = type(without_adapters(model)).__name__
     return ValueError(
-        f"output_router_logits asks for the router's loss, and {type(model).__name__} does not compute it: set "
-        "output_router_logits to false in the student's configuration"
+        f"output_router_logits asks for the router's loss, and {name} does not compute it: set output_router_logits to "
+        "false in the student's configuration"
     )

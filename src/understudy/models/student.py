@@ -9,8 +9,9 @@ from ..recipe import Recipe
 from ..registry import did_you_mean
 from .adapters import add_adapters, lora_config, merged
 from .layers import config_of_layers, take_layers
-from .load import holds_adapters, load_config, load_model, reason
+from .load import holds_adapters, is_soft_prompt, load_config, load_model, reason
 from .origin import repair_generation_config
+from .saved import check_adapters, check_merge, shared_copy
 
 
 def student_config(recipe: Recipe, teacher: str | None) -> Any:
@@ -50,6 +51,9 @@ def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
 def _check_adapters_of(recipe: Recipe, name: str) -> None:
     """Check what becomes of the adapters that a student comes with, if it comes with any."""
     student, adapters = recipe.student, holds_adapters(name)
+    if adapters and is_soft_prompt(name):
+        message = f"{name} holds a soft prompt, which is neither trained further nor merged: name the model below it"
+        raise recipe.error("student.model", message)
     if adapters and student.peft is not None and not student.merge:
         raise recipe.error(
             "student.peft",
@@ -71,10 +75,13 @@ def _named_model(recipe: Recipe, name: str) -> Any:
         if student.peft is not None:
             return merged(model)
         if student.merge:
-            merged(load_model(name, **options))
+            check_merge(model)
+        else:
+            check_adapters(shared_copy(model).unload(), model)
     except Exception as error:  # PEFT's merges raise anything
-        message = f"the adapters of {name} cannot be merged ({reason(error)}): leave merge out"
-        raise recipe.error("student.merge", message) from error
+        action, remedy = ("merged", "leave merge out") if student.merge else ("saved again", "add merge: true")
+        message = f"the adapters of {name} cannot be {action} ({reason(error)}): {remedy}"
+        raise recipe.error("student.merge" if student.merge else "student.model", message) from error
     return model
 
 

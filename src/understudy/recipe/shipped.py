@@ -4,7 +4,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from ..registry import nearest
+from ..registry import did_you_mean, nearest
 from .yaml_text import RecipeError
 
 
@@ -36,10 +36,18 @@ def locate(path: str | Path) -> Path:
     """The file that a path names: itself, or the shipped recipe of that name where there is no such file.
 
     So `playground/gkd` and `recipes/playground/gkd.yaml` name the same recipe in every working directory.
+
+    Raises:
+        RecipeError: for a name that is nearly one of a shipped recipe.
     """
     path = Path(path)
-    if not os.path.exists(path) and not path.is_absolute() and _plain(path.as_posix()) in names():
-        return named(path.as_posix())
+    if os.path.exists(path) or path.is_absolute():
+        return path
+    name = _plain(path.as_posix())
+    if name in names():
+        return named(name)
+    if hint := did_you_mean(name, names()):
+        raise RecipeError(f"there is no recipe {path}{hint}")
     return path
 
 

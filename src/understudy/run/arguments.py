@@ -100,6 +100,7 @@ def _construct(recipe: Recipe, values: Mapping[str, Any]) -> TrainingArguments:
         arguments.get_process_log_level()  # fails for a level that does not exist
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError, KeyError, OSError) as error:
         key = next((key for key in recipe.training if key in str(error)), "")
+        key = key or next((key for key, value in recipe.training.items() if f"{value} " in f"{error} "), "")
         written = {key: value for key, value in recipe.training.items() if isinstance(value, str) and value}
         key = key or next((key for key, value in written.items() if value in str(error)), "")
         key = key or ("accelerator_config" if "AcceleratorConfig" in str(error) else "")

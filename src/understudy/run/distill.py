@@ -26,12 +26,13 @@ from ..files import write_atomic
 from ..recipe import Recipe
 from ..step import Step
 from ..teacher import Capability
-from ..terminal import is_first_process, show
+from ..terminal import is_first_process, show, working
 from ..training.checkpoint import damaged
 from ..training.signals import Interrupted, StopOnSignal
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
+from .lock import check_unlocked, locked
 from .overview import show_overview
 from .save import save_student
 from .summary import summarize
@@ -59,21 +60,23 @@ def distill(
     with arguments.main_process_first(local=False):
         folder.check_free(recipe, restart, accept_changes)
         if is_first:
-            folder.check_unlocked(recipe)
+            check_unlocked(folder, recipe)
     if (summary := _finished(folder, recipe, restart, accept_changes, console)) is not None:
         return summary
 
-    run = build(recipe, arguments, console)
+    with working("loading data and models", console):
+        run = build(recipe, arguments, console)
     if not restart:
         folder.check_unchanged(recipe, run.inputs, accept_changes)
     run.trainer.accelerator.wait_for_everyone()  # nothing is deleted before every process has built its run
-    with folder.locked(recipe) if is_first else nullcontext():
+    with locked(folder, recipe) if is_first else nullcontext():
         with arguments.main_process_first(local=False):
             if (summary := _finished(folder, recipe, restart, accept_changes, console)) is not None:
                 return summary  # another process has ended the run meanwhile
+            accepted = [] if restart else folder.changes(recipe, run.inputs)
             if is_first:
                 folder.claim(recipe, restart, accept_changes)
-        return _train(run, accept_changes, console)
+        return _train(run, accepted, console)
 
 
 def _finished(
@@ -87,8 +90,8 @@ def _finished(
     return summary
 
 
-def _train(run: Run, accept_changes: bool, console: Console) -> dict[str, Any]:
-    """Train or resume; save the student and its results."""
+def _train(run: Run, accepted: list[str], console: Console) -> dict[str, Any]:
+    """Train or resume; save the student, its results, and the changes since the run began that were accepted."""
     folder, trainer = run.folder, run.trainer
     is_first = trainer.args.process_index == 0
     checkpoint = folder.last_checkpoint()
@@ -97,8 +100,8 @@ def _train(run: Run, accept_changes: bool, console: Console) -> dict[str, Any]:
     if checkpoint:
         show(f"resuming from {checkpoint}", console)
     show_overview(run, folder.path, console)
-    if is_first and (checkpoint is None or accept_changes):
-        folder.save_inputs(run.inputs)
+    if is_first and (checkpoint is None or accepted or not folder.inputs.is_file()):
+        folder.save_inputs(run.inputs, accepted)
     before = _distance_before(run, resumed=checkpoint is not None)
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
@@ -111,6 +114,7 @@ def _train(run: Run, accept_changes: bool, console: Console) -> dict[str, Any]:
     metrics = trainer.evaluate() if run.held_out is not None else {}
     after = student_samples(run)
     summary = summarize(run, seconds, metrics) | {"student_samples": {"before": before, "after": after}}
+    summary["accepted_changes"] = folder.accepted_changes
     save_student(run)
     if is_first:
         trainer.method.export(folder.path)

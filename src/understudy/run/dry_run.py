@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..batch import Example
 from ..recipe import Recipe
-from ..terminal import escape, is_first_process, show
+from ..terminal import escape, is_first_process, show, working
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
@@ -37,7 +37,8 @@ def dry_run(recipe: Recipe, restart: bool = False, console: Console | None = Non
     folder = RunFolder(Path(arguments.output_dir or "."))
     folder.check_free(recipe, restart)
     with TemporaryDirectory() as temporary:  # the Trainer creates its folder when it is built
-        run = build(recipe, replace(arguments, output_dir=temporary), console)
+        with working("loading data and models", console):
+            run = build(recipe, replace(arguments, output_dir=temporary), console)
         show_overview(run, folder.path, console)
         for name, text in lengths(run.train):
             show(f"{name:9} {text}", console)
@@ -49,7 +50,7 @@ def _show_first(run: Run, console: Console) -> None:
     """Print the first example as the models read it, with the tokens that are trained on in colour."""
     authors = sorted(run.trainer.method.authors)
     show("trains on " + " and ".join(_AUTHORS.get(author, author) for author in authors), console)
-    example = run.train[0]
+    example = run.train[0] if "dataset" in authors else run.train[0].last_turn()
     styles = Text("first example: ").append("read", style=_READ).append(", ").append("trained on", style=_TRAINED)
     console.print(styles if console.color_system else Text("first example, «trained on» in these marks:"))
     console.print(rendered(example, run.tokenizer, marks=not console.color_system), soft_wrap=True)

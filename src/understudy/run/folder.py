@@ -8,14 +8,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from ..files import read_jsonl, write_atomic
 from ..recipe import Recipe, RecipeError, load
@@ -146,12 +144,6 @@ class RunFolder:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise self._not_writable(recipe, errno.EACCES)
 
-    def check_unlocked(self, recipe: Recipe) -> None:
-        """Refuse a folder in which another process trains."""
-        if self.lock.exists():
-            with self.locked(recipe):
-                pass
-
     def _check_same(self, recipe: Recipe, before: Recipe | None, accept_changes: bool) -> None:
         """Refuse to resume the run in the folder with a recipe that makes another student."""
         if before is None:
@@ -185,25 +177,6 @@ class RunFolder:
         changes = differences(before, recipe)
         return any(map(is_length, changes)) or (accept_changes and bool(touching(before, recipe)))
 
-    @contextmanager
-    def locked(self, recipe: Recipe) -> Iterator[None]:
-        """Lock the folder against other processes; the lock of a killed process is released.
-
-        Raises:
-            RecipeError: while another process trains in the folder.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            message = f"another process is training in {self.path}: wait until it has ended, or {_REMEDY}"
-            raise recipe.error("training.output_dir", message) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
     def claim(self, recipe: Recipe, restart: bool, accept_changes: bool = False) -> None:
         """Take the folder for a run of this recipe: mark it, and delete files of an earlier run that is not resumed.
 
@@ -232,24 +205,45 @@ class RunFolder:
         Raises:
             RecipeError: naming what has changed, with the remedies.
         """
-        if self.last_checkpoint() is None:
-            return
-        try:
-            before = dict(read_json(self.inputs)) if self.inputs.is_file() else {}
-        except ValueError:
-            before = {}
-        if not before:
-            message = "%s cannot be read: whether data, models and packages are those of the run's beginning is unknown"
-            logger.warning(message, self.inputs)
-        changes = changed(before, inputs)
+        changes = self._changed_inputs(inputs)
         if changes and not accept_changes:
             names = listed([description for _, description in changes])
             message = f"{names} {'has' if len(changes) == 1 else 'have'} changed since the run in {self.path} began"
             remedies = f"restore what has changed, {_REMEDY}, {_ACCEPT}, or {_RESTART}"
             raise recipe.error(changes[0][0].key, f"{message}: {remedies}")
 
-    def save_inputs(self, inputs: Sequence[Input]) -> None:
-        write_atomic(self.inputs, json.dumps({each.name: each.value for each in inputs}, indent=1, ensure_ascii=False))
+    def changes(self, recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
+        """What differs from the run in the folder and makes another student, in recipe and inputs."""
+        before = None if self.last_checkpoint() is None else self.read_recipe()
+        keys = [] if before is None else map(str, touching(before, recipe))
+        return [*keys, *(description for _, description in self._changed_inputs(inputs))]
+
+    def _changed_inputs(self, inputs: Sequence[Input]) -> list[tuple[Input, str]]:
+        if self.last_checkpoint() is None:
+            return []
+        before = self._read_inputs().get("inputs")
+        if not isinstance(before, dict):
+            message = "%s cannot be read: whether data, models and packages are those of the run's beginning is unknown"
+            logger.warning(message, self.inputs)
+            return []
+        return changed(before, inputs)
+
+    def _read_inputs(self) -> dict[str, Any]:
+        try:
+            return read_json(self.inputs) if self.inputs.is_file() else {}
+        except ValueError:
+            return {}
+
+    def save_inputs(self, inputs: Sequence[Input], accepted: Sequence[str]) -> None:
+        """Save what the run depends on now, and what has changed since it began and was accepted."""
+        earlier = [] if self.last_checkpoint() is None else self.accepted_changes
+        content = {"inputs": {each.name: each.value for each in inputs}, "accepted_changes": [*earlier, *accepted]}
+        write_atomic(self.inputs, json.dumps(content, indent=1, ensure_ascii=False))
+
+    @property
+    def accepted_changes(self) -> list[str]:
+        accepted = self._read_inputs().get("accepted_changes")
+        return accepted if isinstance(accepted, list) else []
 
     def _not_writable(self, recipe: Recipe, code: int | None) -> RecipeError:
         reason = os.strerror(code or errno.EIO)

@@ -5,14 +5,13 @@ kind, and a folder is marked only if it has no files with the kind's names.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from ..files import remove
+from ..files import remove, write_atomic
 from ..training import checkpoint
 
 MARKER = ".understudy"
@@ -61,11 +60,8 @@ def mark(folder: Path, kind: Kind) -> None:
     """Note in the folder's marker that it holds files of this kind, before the first of them is written."""
     names = kinds(folder)
     if kind.name not in names:
-        line = json.dumps({"understudy": version("understudy"), "holds": [*names, kind.name]})
-        partial = folder / f"{MARKER}.{os.getpid()}.partial"
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(line + "\n")
-        partial.replace(folder / MARKER)
+        content = {"understudy": version("understudy"), "holds": [*names, kind.name]}
+        write_atomic(folder / MARKER, json.dumps(content) + "\n")
 
 
 def clear(folder: Path, kind: Kind, keep: tuple[str, ...] = ()) -> None:

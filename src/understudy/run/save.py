@@ -56,7 +56,8 @@ def _save(run: "Run", model: Any, partial: Path) -> None:
     trainer, student = run.trainer, run.recipe.student
     sampling = trainer.writers.student.sampling
     stops = (sampling.stop_ids, run.tokenizer.pad_token_id)
-    whole = not any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
+    divided = any(hasattr(parameter, "ds_id") or hasattr(parameter, "placements") for parameter in model.parameters())
+    whole = not divided and not trainer.is_fsdp_enabled
     run.origin.restore_settings(without_adapters(model), *stops)
     if student.merge:
         if trainer.args.should_save:

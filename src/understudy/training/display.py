@@ -78,13 +78,16 @@ class ShowSamples(TrainerCallback):
             if not state.is_world_process_zero or not responses:
                 return
             table = Table.grid(Column(no_wrap=True, style="dim"), Column(overflow="fold"), padding=(0, 1))
+            lines = []
             for example, sample in zip(self.examples, responses, strict=True):
                 token_ids = {"prompt": example.prompt, "student": sample.response, "reference": example.response}
                 texts = {n: self.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in token_ids.items()}
                 for name, text in texts.items():
                     table.add_row(name, Text(self._shortened(text)))
                 table.add_row("", "")  # an empty line
-                append_jsonl(self.path, {"step": state.global_step, **texts})
+                lines.append({"step": state.global_step, **texts})
+            drop_lines_after(self.path, state.global_step - 1)  # those of this step, from before an interruption
+            append_jsonl(self.path, *lines)
             self._step, self._table = state.global_step, table
 
     def _shortened(self, text: str) -> str:

@@ -20,8 +20,10 @@ def held_out_line(trainer: "StudentTrainer", examples: list[Example]) -> dict[st
     """The loss and metrics of the method, and the response metrics. The method's state stays as it is.
 
     Raises:
-        ValueError: if a response metric has the name of another metric.
+        ValueError: without examples, and if a response metric has the name of another metric.
     """
+    if not examples:
+        raise ValueError("there is nothing to evaluate on: the eval_dataset is empty")
     method = trainer.method
     cast(nn.Module, trainer.model).eval()
     saved_state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
@@ -66,7 +68,8 @@ def _measure(trainer: "StudentTrainer", method: Method, examples: list[Example])
     own = examples[args.process_index :: args.world_size]
     collected = method.collect(own or examples[:1], trainer.writers, Step(0, args.seed, trainer.state.max_steps))
     parts = min(ceil(len(own or examples[:1]) / args.per_device_eval_batch_size), len(groups(collected)))
-    batches = [Batch.from_examples(p, trainer.pad, args.device) for p in micro_batches(collected, parts)]
+    split = micro_batches(collected, parts) if parts else []
+    batches = [Batch.from_examples(examples, trainer.pad, args.device) for examples in split]
     counted = batches if own else []
     idle = max(from_all_processes([len(batches)])) - len(counted)
     total, normalizer = torch.zeros(2, dtype=torch.float64, device=args.device)

@@ -56,8 +56,9 @@ def as_student(student: nn.Module | str | Path, peft_config: Any, seed: int) -> 
     Raises:
         ValueError: if it has adapters already.
     """
-    name = None if isinstance(student, nn.Module) else str(student)
-    model = student if name is None else load_model(name, trainable=True, dtype="float32")
+    model: Any = student
+    if not isinstance(student, nn.Module):
+        model = load_model(str(student), trainable=True, dtype="float32")
     if peft_config is None:
         return model
     if hasattr(model, "peft_config"):
@@ -105,7 +106,7 @@ class RowReader:
             ValueError: for a dataset of several splits.
         """
         if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-            raise ValueError(f"{name} has the splits {', '.join(dataset)}: choose one, such as {name}[...]")
+            raise ValueError(f"{name} has the splits {', '.join(map(str, dataset))}: choose one, such as {name}[...]")
         if isinstance(dataset, dict):
             return {key: self.read(part, f"{name} {key}") for key, part in dataset.items()}
         if not _has_rows(dataset):

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..method import Method
 from ..scores import DIVERGENCE_METRICS
+from . import router_loss
 
 _LOGGED = {"loss", "grad_norm", "learning_rate", "epoch", "step", "tokens", "tokens_per_second", "response_length"}
-_RESERVED = _LOGGED | {"truncated", *DIVERGENCE_METRICS}
+_RESERVED = _LOGGED | {"truncated", router_loss.NAME, *DIVERGENCE_METRICS}
 _PREFIXES = ("eval_", "train_", "seconds_")
 
 
@@ -29,14 +30,16 @@ def checked_loss(values: Any, method: Method) -> Tensor:
     return values
 
 
-def checked_metrics(values: Mapping[str, Any], method: Method) -> dict[str, Tensor]:
+def checked_metrics(values: Any, method: Method) -> dict[str, Tensor]:
     """The method's metrics as tensors.
 
     Raises:
-        ValueError: for a name that the trainer logs something else under.
+        ValueError: for anything but a dictionary, and for a name that the trainer logs something else under.
     """
+    whose = f"{type(method).__name__}.metrics"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{whose} should return a dictionary of tensors, not {type(values).__name__}")
     for name in values:
         if name in _RESERVED or name.startswith(_PREFIXES):
-            whose = f"{type(method).__name__}.metrics"
             raise ValueError(f'{whose} returns "{name}", under which the trainer logs something else: rename it')
     return {name: torch.as_tensor(value) for name, value in values.items()}

@@ -9,31 +9,62 @@ from transformers import TrainingArguments
 
 from ..budget import Budget
 from ..fused_linear.compiling import compiling_pays_off
+from ..models.load import load_tokenizer, refuse_other_tokens
 from ..teacher import Teacher
+from ..teachers.local import LocalTeacher
 from .fields import check_arguments
 
 _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
 
-def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
-    """Refuse a student without trainable parameters, for instance because it is the frozen teacher itself.
+def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any) -> None:
+    """Refuse a student that cannot be trained, and a teacher with other tokens.
 
     Raises:
         ValueError: with the cause and the remedy.
     """
-    if not any(parameter.requires_grad for parameter in student.parameters()):
+    check_trainable(student, teacher)
+    check_same_tokenizer(tokenizer, teacher)
+
+
+def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
+    """Refuse a student without trainable parameters, or with some that the teacher would follow.
+
+    Raises:
+        ValueError: with the cause and the remedy.
+    """
+    trainable = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if not trainable:
         same = teacher is not None and teacher.model is student
         if same:
             raise ValueError("the teacher is the student itself, and is frozen: load the teacher as a separate model")
         raise ValueError("all parameters of the student are frozen: unfreeze some, or add adapters")
+    is_live = isinstance(teacher, LocalTeacher) and teacher.model_name is None
+    if is_live and any(id(parameter) in trainable for parameter in teacher.model.parameters()):
+        raise ValueError(
+            "the teacher has trainable parameters of the student, and would change with it: PEFT adds adapters to the "
+            "model object that it is given. Load the teacher as a separate model"
+        )
+
+
+def check_same_tokenizer(tokenizer: Any, teacher: Teacher | None) -> None:
+    """Refuse a teacher whose tokenizer, where it is known by name, differs from the student's.
+
+    Raises:
+        RecipeError: naming the first difference, or if the teacher's tokenizer cannot be loaded.
+    """
+    if teacher is not None and teacher.tokenizer_name is not None:
+        refuse_other_tokens(tokenizer, load_tokenizer(teacher.tokenizer_name))
 
 
 def adapted(args: TrainingArguments) -> TrainingArguments:
     """A copy of TrainingArguments with the settings that Examples need, and checkpoints kept by `SaveCheckpoints`.
 
     Raises:
-        ValueError: for a field whose effect would be another than its name says.
+        ValueError: for a field whose effect would be another than its name says, and for several GPUs in one process.
     """
+    if args.n_gpu > 1:
+        raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
     check_arguments(args)
     args = copy.copy(args)
     args.remove_unused_columns = False  # Examples have no columns

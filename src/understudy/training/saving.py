@@ -19,13 +19,20 @@ class SaveCheckpoints(TrainerCallback):
         self.limit = limit
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to overwrite somebody else's checkpoint; find the best checkpoint in a folder that was moved."""
+        """Refuse to overwrite somebody else's checkpoint; find the best checkpoint in a folder that was moved.
+
+        A resumed run does not evaluate at its start once more.
+        """
+        if state.global_step:
+            args.eval_on_start = False  # of the trainer's own copy
         if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             check_none_overwritten(args.output_dir, state.global_step + 1, state.max_steps)
         best = getattr(state, "best_global_step", None)
         path = Path(args.output_dir) / f"checkpoint-{best}"
         if best and state.best_model_checkpoint != str(path) and path.is_dir():
             state.best_model_checkpoint = str(path)
+        if args.should_save:
+            self._delete_old(args, state)  # what a killed process left to delete
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()

@@ -45,7 +45,7 @@ from .hyperparameters import given_hyperparameters, remedy
 from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
-from .preparation import adapted, check_trainable, compiles
+from .preparation import adapted, check_models, compiles
 from .router_loss import RouterLoss
 from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
@@ -102,14 +102,12 @@ class StudentTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
-        if args.n_gpu > 1:
-            raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
         sampling, teacher = sampling or Sampling(), as_teacher(teacher)
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
         processing_class = as_tokenizer(processing_class, student)
         student = as_student(student, peft_config, args.seed)
-        check_trainable(student, teacher)
+        check_models(student, teacher, processing_class)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
         limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
@@ -224,7 +222,8 @@ class StudentTrainer(Trainer):
                 if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
                     self.step_metrics.record(divergence_metrics(teacher, student))
                 with torch.no_grad():
-                    self.step_metrics.record(checked_metrics(method.metrics(teacher, student, batch), method))
+                    metrics = method.metrics(cast(Any, teacher), student, batch)
+                    self.step_metrics.record(checked_metrics(metrics, method))
             per_token = values.shape == weights.shape and method.reduction != "pair"
             return (weights * values).sum() if per_token else values.sum()
 
@@ -241,8 +240,7 @@ class StudentTrainer(Trainer):
 
     def _is_logged(self) -> bool:
         """Will this step's metrics be logged? Only then are the two models compared for logging."""
-        every = max(int(self.state.logging_steps or 1), 1)
-        step = self.state.global_step
+        step, every = self.state.global_step, max(int(self.state.logging_steps or 1), 1)
         return (step + 1) % every == 0 or (self.args.logging_first_step and step == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
