@@ -133,7 +133,8 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         failed=folder.read_failed(),
         evaluation=None if evaluation is None else checked(folder.evaluation, evaluation, records.Evaluation),
         measurements={
-            name: checked(folder.path / name, part, records.Part) for name, part in folder.read_measurements().items()
+            name: checked(folder.path / f"{name}.metrics.json", part, records.Part)
+            for name, part in folder.read_measurements().items()
         },
         responses=folder.read_responses(),
         changed=folder.metrics.stat().st_mtime if folder.metrics.is_file() else 0.0,

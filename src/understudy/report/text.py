@@ -35,7 +35,7 @@ def number(value: Any, metric: str = "") -> str:
         return str(value)
     if is_share(metric):
         return f"{100 * value:.1f} %"
-    if float(value).is_integer() and (isinstance(value, int) or abs(value) >= 1000):
+    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
         return f"{int(value):,}"
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
