@@ -7,6 +7,7 @@ those of others are not overwritten.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,9 @@ def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Resu
 
 
 def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in content.items() if value is not None}
+    """The metrics that are finite numbers."""
+    numbers = {str(name): float(value) for name, value in content.items() if value is not None}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _budget(content: Any) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
     ended = run.summary or {}
     series = _series(run.lines)
     last = max((line.get("step", 0) for line in run.lines), default=0)
-    split = {name: sum(line.get(f"seconds_{name}", 0.0) for line in run.lines) for name in _ACTIVITIES}
+    split = {name: _sum(run.lines, f"seconds_{name}") for name in _ACTIVITIES}
     return {
         "name": run.name,
         "seed": run.seed,
@@ -63,7 +63,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "max_steps": ended.get("steps") or dig(run.recipe, "training", "max_steps"),
         "seconds": _first(ended.get("seconds"), sum(split.values())),
         "cpu_seconds": ended.get("cpu_seconds"),
-        "tokens": _first(ended.get("tokens"), sum(line.get("tokens", 0) for line in run.lines)),
+        "tokens": _first(ended.get("tokens"), _sum(run.lines, "tokens")),
         "seconds_by_activity": split if any(split.values()) else {},
         "peak_memory_mb": _peak(ended, run.lines),
         "facts": _facts(ended, run),
@@ -78,7 +78,13 @@ def _run(run: RunRecord) -> dict[str, Any]:
 
 
 def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value
+    return default if value is None or not math.isfinite(value) else value
+
+
+def _sum(lines: Sequence[Mapping[str, Any]], *names: str) -> float:
+    """The sum of logged numbers, as far as they are finite."""
+    values = [line[name] for line in lines for name in names if name in line]
+    return sum(value for value in values if math.isfinite(value))
 
 
 def _facts(summary: Mapping[str, Any], run: RunRecord) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[floa
     series: dict[str, dict[str, list[float]]] = {}
     elapsed = 0.0
     for line in lines:
-        elapsed += sum(line.get(f"seconds_{name}", 0.0) for name in _ACTIVITIES)
+        elapsed += _sum([line], *(f"seconds_{name}" for name in _ACTIVITIES))
         for name, value in line.items():
             is_curve = name == "tokens_per_second" or not name.startswith(_TOTALS)
             if is_curve and isinstance(value, int | float) and "step" in line:
@@ -222,10 +228,10 @@ def reference_folders(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict
 def reference_models(runs: Sequence[RunRecord]) -> dict[str, str]:
     """The names or folders of the teacher and of the warm start, where all runs share one."""
     recipes = [run.recipe for run in runs if run.recipe]
-    teachers = {dig(fields, "model") for recipe in recipes for fields in (dig(recipe, "teacher") or {}).values()}
-    teachers = {name for name in teachers if name is None or isinstance(name, str)}
+    named = [dig(fields, "model") for recipe in recipes for fields in (dig(recipe, "teacher") or {}).values()]
+    teachers = {name for name in named if isinstance(name, str)}
     starts = {dig(recipe, "student", "model") for recipe in recipes}
-    models = {"teacher": teachers - {None}, "warm start": starts}
+    models = {"teacher": teachers, "warm start": starts}
     return {name: str(next(iter(paths))) for name, paths in models.items() if len(paths) == 1 and None not in paths}
 
 

@@ -4,6 +4,7 @@ Anybody may have written the files, so each is checked where it is read, and an 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -146,8 +147,9 @@ def checked(path: Path, content: Any, model: type[Model]) -> dict[str, Any]:
 
 
 def numeric(line: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a log line."""
-    return {name: value for name, value in line.items() if is_number(value)}
+    """The numbers of a log line; of its step only one that is finite."""
+    numbers = {name: value for name, value in line.items() if is_number(value)}
+    return {name: value for name, value in numbers.items() if name != "step" or math.isfinite(value)}
 
 
 def dumps(content: Any) -> str:
