@@ -43,7 +43,7 @@ def write_report(
     from .charts import charts
     from .content import content as content_of
     from .drawing import png
-    from .page import page
+    from .page import page, visible
     from .records import dumps
     from .responses import side_by_side
 
@@ -55,7 +55,7 @@ def write_report(
     order = {name: place for place, name in enumerate(ranking["names"])}
     ranked = sorted(runs, key=lambda run: order.get(run.name, len(order)))
     content["responses"] = side_by_side(ranked, places, prompts, _reason_to_skip(models, ended or again is None))
-    sections = charts(content)
+    sections = charts(visible(content))
     output.mkdir(parents=True, exist_ok=True)
     marker.mark(output, REPORT)
     (output / "png").mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ def page(content: Mapping[str, Any], drawn: Mapping[str, Sequence[Chart]], again
     """
     environment = Environment(autoescape=True, trim_blocks=False)
     environment.filters |= {"number": number, "shade": _shade, "numbers": _numbers, "disagreement": _first_disagreement}
-    content = _visible(content)
+    content = visible(content)
     script = _part("page.js")
     return environment.from_string(_part("page.html")).render(
         content=content,
@@ -65,12 +65,12 @@ def _inline(chart: Chart) -> dict[str, Any]:
     return {"title": _clean(chart.title), "about": chart.about, "open": chart.open, "panels": panels}
 
 
-def _visible(value: Any) -> Any:
+def visible(value: Any) -> Any:
     """Texts without invisible characters and without marks that change the direction of text."""
     if isinstance(value, Mapping):
-        return {_clean(str(key)): _visible(part) for key, part in value.items()}
+        return {_clean(str(key)): visible(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_visible(part) for part in value]
+        return [visible(part) for part in value]
     return _clean(value) if isinstance(value, str) else value
 
 
