@@ -60,12 +60,17 @@ class Before(_Record):
     student_samples: Numbers = {}
 
 
-class Part(_Record):
+class _Scored(_Record):
+    """Scores of the responses, and curves."""
+
+    scores: list[Number] | None = None
+    curves: dict[str, dict[str, list[Number] | None]] = {}
+
+
+class Part(_Scored):
     """A `*.metrics.json` of `understudy evaluate`."""
 
     metrics: Numbers = {}
-    scores: list[Number] | None = None
-    curves: dict[str, dict[str, list[Number] | None]] = {}
 
 
 class Settings(_Record):
@@ -75,7 +80,7 @@ class Settings(_Record):
     metrics: list[str] = []
 
 
-class Evaluated(Part):
+class Evaluated(_Scored):
     """The results with one of several settings."""
 
     metrics: Numbers
