@@ -83,11 +83,12 @@ def refused(say):
     def run(*arguments):
         code, _, err = say(*arguments)
         assert code == 2, err
-        assert err.startswith("error: "), err
-        assert err.count("\n") == 1, err
+        *notes, error = err.splitlines()
+        assert all("is read from" in note for note in notes), err  # the log says which column is the prompt
+        assert error.startswith("error: "), err
         assert "Traceback" not in err
         assert "unexpected" not in err
-        return err.removeprefix("error: ").strip()
+        return error.removeprefix("error: ").strip()
 
     return run
 
@@ -379,7 +380,7 @@ MISTAKES = {
         {"data": {"dataset": "{home}/story.docx"}},
         r'story.docx" is not a supported kind of file',
     ),
-    "a text that is binary": ({"data": {"dataset": "{home}/binary.txt"}}, r"binary.txt:2: not valid UTF-8; save"),
+    "a text that is binary": ({"data": {"dataset": "{home}/binary.txt"}}, r"binary.txt has NUL bytes, so it is no UTF-8 text; save"),
     "prompts alone for sft": (
         {"data": {"dataset": "{home}/prompts.jsonl"}, "method": "sft"},
         r"sft trains on responses, and no row of {home}/prompts.jsonl has one",
