@@ -372,7 +372,7 @@ MISTAKES = {
     ),
     "columns of other names": (
         {"data": {"dataset": "{home}/columns.jsonl"}},
-        r'columns.jsonl:1: .*"query", "reply"; name yours with columns or template',
+        r"no row of {home}/columns.jsonl has one .*give a completion, output or answer column, or name it with columns",
     ),
     "an empty dataset": ({"data": {"dataset": "{home}/empty.jsonl"}}, r"{home}/empty.jsonl has no rows"),
     "an empty response": ({"data": {"dataset": "{home}/silent.jsonl"}}, r'silent.jsonl:2: the "completion" is empty'),
@@ -380,7 +380,10 @@ MISTAKES = {
         {"data": {"dataset": "{home}/story.docx"}},
         r'story.docx" is not a supported kind of file',
     ),
-    "a text that is binary": ({"data": {"dataset": "{home}/binary.txt"}}, r"binary.txt has NUL bytes, so it is no UTF-8 text; save"),
+    "a text that is binary": (
+        {"data": {"dataset": "{home}/binary.txt"}},
+        r"binary.txt has NUL bytes, so it is no UTF-8 text",
+    ),
     "prompts alone for sft": (
         {"data": {"dataset": "{home}/prompts.jsonl"}, "method": "sft"},
         r"sft trains on responses, and no row of {home}/prompts.jsonl has one",
