@@ -18,6 +18,7 @@ from ..recipe import Recipe, RecipeError, load
 from ..run import marker
 from ..run.arguments import training_arguments
 from ..run.folder import EVALUATION, RUN, RunFolder
+from ..run.lock import check_unlocked
 from ..run.prepare import prepare
 from .evaluations import NamedSettings
 from .variants import Variant
@@ -111,7 +112,7 @@ def check_folders(output: Path, kind: marker.Kind, runs: Sequence[PlannedRun], r
             message = f"{folder.path} holds {state} run of {run.variant.name} with other settings or another budget"
             raise RecipeError(f"{message}: {_REMEDY}, or delete it")
         folder.check_free(recipe, restart=False)
-        folder.check_unlocked(recipe)
+        check_unlocked(folder, recipe)
 
 
 def _content(recipe: Recipe) -> dict[str, object]:
