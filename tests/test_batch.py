@@ -9,6 +9,8 @@ import torch
 from fakes import ragged_examples
 
 from understudy.batch import Batch, Example, groups, micro_batches
+from understudy.rollout import Rollout, Writer
+from understudy.step import Step
 
 EOS = 2
 
@@ -306,3 +308,32 @@ def test_accumulating_over_micro_batches_equals_the_batch(reduction, parts):
     accumulated = sum(summed(batch) / normalizer for batch in batches)
     assert normalizer == expected.normalizer(reduction)
     torch.testing.assert_close(accumulated, summed(expected) / expected.normalizer(reduction), rtol=1e-6, atol=0)
+
+
+def test_the_last_turn_of_a_conversation_is_what_a_model_is_to_generate():
+    streams = {"advantage": [0.0, 1.0, 2.0, 3.0, 4.0]}
+    trained = [True, True, False, True, True]
+    example = Example([1], [2, 3, 4, 5, 6], trained=trained, teacher_prompt=[9], streams=streams, row=7)
+    turn = example.last_turn()
+    assert (turn.prompt, turn.response, turn.row) == ([1, 2, 3, 4], [5, 6], 7)
+    assert turn.teacher_prompt == [9, 2, 3, 4]
+    assert turn.streams == {"advantage": [3.0, 4.0]}
+    assert list(turn.trained or ()) == [True, True]
+    assert turn.last_turn() is turn
+    for whole in (Example([1], [2, 3]), Example([1], []), Example([1], [2, 3], trained=[False, True])):
+        assert whole.last_turn().response in (whole.response, whole.response[1:])
+
+
+def test_writers_generate_the_last_turn():
+    prompts = []
+
+    class Recording(Rollout):
+        def bind(self, model, tokenizer, author="student"):
+            return self
+
+        def generate(self, examples, sampling, step):
+            prompts.extend(example.prompt for example in examples)
+            return []
+
+    Writer(Recording())([Example([1], [2, 3, 4], trained=[True, False, True]), Example([5], [6])], Step(0, 0))
+    assert prompts == [[1, 2, 3], [5]]

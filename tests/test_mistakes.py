@@ -483,7 +483,9 @@ def test_a_run_that_belongs_to_another_recipe_is_left_alone(refused, say, home):
     assert say("distill", recipe)[0] == 0
     before = (home / "run" / "run.json").read_text()
     message = refused("distill", recipe, "training.learning_rate=1")
-    assert matches(rf"{home}/run holds a run of another recipe: .*or --restart to delete that run", message)
+    assert matches(
+        rf"{home}/run holds a run of another recipe, with other values of .*or --restart to delete that run", message
+    )
     assert (home / "run" / "run.json").read_text() == before
 
 

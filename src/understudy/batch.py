@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, N trained response tokens in the whole batch.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -49,12 +50,10 @@ class Example:
         In a conversation of which all turns of the assistant are trained on, this is the last one: what a model is to
         generate.
         """
-        places = self.trained_tokens
-        first = next(
-            (place for place, before in zip(places[:0:-1], places[-2::-1], strict=True) if place - before > 1), 0
-        )
-        if self.trained is None or not first:
+        starts = [place for before, place in pairwise(self.trained_tokens) if place - before > 1]
+        if self.trained is None or not starts:
             return self
+        first = starts[-1]
         prompt = [*self.prompt, *self.response[:first]]
         teacher_prompt = self.teacher_prompt and [*self.teacher_prompt, *self.response[:first]]
         streams = {name: values[first:] for name, values in self.streams.items()}

@@ -99,7 +99,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(home, tmp_path, monkeypat
     ):
         console = Console(record=True, width=200, file=(tmp_path / "out").open("w"), **options)
         dry_run(recipe, console=console)
-        out = console.export_text(styles=True)
+        out = console.export_text(styles=options["force_terminal"])
         assert first in out
         assert "prompts   shortest 4, median 4, 95 % 5, longest 5 tokens" in out
         assert "responses shortest 7" in out

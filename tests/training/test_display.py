@@ -206,12 +206,17 @@ def test_a_student_that_cannot_generate_is_trained_without_samples(tmp_path, cap
     assert caplog.text.count("samples of the student cannot be shown (this model has no key-value cache)") == 1
 
 
-def test_the_cursor_is_restored_when_training_fails(tmp_path):
+def test_the_cursor_is_restored_when_training_fails(tmp_path, monkeypatch):
     out = io.StringIO()
-    run = trainer(tmp_path, KD(), examples=ragged_examples(4, responses=False))
+    run = trainer(tmp_path, KD())
+
+    def fail(*_, **__):
+        raise ValueError("a loss that fails")
+
+    monkeypatch.setattr(run, "compute_loss", fail)
     bar = ShowProgress(Console(file=out, force_terminal=True))
     run.add_callback(bar)
-    with pytest.raises(ValueError, match="empty response"):
+    with pytest.raises(ValueError, match="a loss that fails"):
         run.train()
     assert not bar.progress.live.is_started
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l"), "the cursor must be visible again"

@@ -1,5 +1,7 @@
 """`understudy recipes`: list, show and copy the recipes that come with the package."""
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +26,10 @@ def list_recipes() -> None:
 
     names = shipped.names()
     width = max(map(len, names), default=0)
+    room = max(20, shutil.get_terminal_size((120, 24)).columns - width - 2)
     for name in names:
         comment = shipped.named(name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        typer.echo(f"{name:{width}}  {comment}"[:110])
+        typer.echo(f"{name:{width}}  {textwrap.shorten(comment, room, placeholder=' …')}")
 
 
 @app.command("show")

@@ -194,10 +194,9 @@ def _marked_spans(
 ) -> list[Span]:
     """The spans that the template marks by `{% generation %}`."""
     options = {**tokenizer.special_tokens_map, **arguments, "add_generation_prompt": True}
-    template = tokenizer.chat_template
-    _, [spans] = render_jinja_template(
-        [messages], tools, chat_template=template, return_assistant_tokens_mask=True, **options
-    )
+    template: Any = tokenizer.chat_template
+    render: Any = render_jinja_template  # which declares a text as its result
+    _, [spans] = render([messages], tools, chat_template=template, return_assistant_tokens_mask=True, **options)
     return spans[1:] if messages[0]["role"] == "assistant" else spans
 
 

@@ -36,7 +36,7 @@ def _content(weight: Tensor) -> bytes:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of a tokenizer's tokens, rules, special tokens and chat template: 16 hexadecimal digits."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if hasattr(backend, "to_str") else None
     if isinstance(rules, dict):  # settings of the last call
         rules = {name: part for name, part in rules.items() if name not in ("truncation", "padding")}

@@ -29,7 +29,7 @@ def config_of_layers(config: Any, layers: Sequence[int]) -> Any:
         ValueError: from the configuration, if it refuses the values.
     """
     content, depth = config.to_dict(), config.num_hidden_layers
-    changes = {
+    changes: dict[str, Any] = {
         name: type(value)(value[layer] for layer in layers)
         for name, value in content.items()
         if isinstance(value, (list, tuple)) and len(value) == depth and name not in (*_INDICES, *_TOKENS)
@@ -112,7 +112,8 @@ def take_layers(model: nn.Module, shorter: nn.Module, layers: Sequence[int]) -> 
     if wrong:
         raise _refused(config, [], f"{len(wrong)} weights differ, such as {wrong[0]}")
     shorter.load_state_dict(taken)
-    stack, shorter_stack = model.get_submodule(name), shorter.get_submodule(name)
+    stack: Any = model.get_submodule(name)
+    shorter_stack: Any = shorter.get_submodule(name)
     different = {key for new, old in enumerate(layers) for key in _different_settings(stack[old], shorter_stack[new])}
     if different:
         raise _refused(config, sorted(different))
@@ -123,7 +124,7 @@ def take_layers(model: nn.Module, shorter: nn.Module, layers: Sequence[int]) -> 
             raise _refused(config, [], "its code reads the index of a layer")
 
 
-def _stack(model: nn.Module, shorter: nn.Module, count: int) -> str:
+def _stack(model: Any, shorter: nn.Module, count: int) -> str:
     """The name of the list of layers."""
     depth = model.config.get_text_config().num_hidden_layers
     sizes = {name: len(m) for name, m in shorter.named_modules() if isinstance(m, nn.ModuleList)}

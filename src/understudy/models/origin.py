@@ -77,8 +77,8 @@ class Origin:
     @classmethod
     def of(cls, dtype: torch.dtype | str | None, model: Any) -> "Origin":
         """Of a student that was just loaded from weights with this dtype."""
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return cls(dtype, getattr(model.config, "use_cache", None))
+        known: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return cls(known, getattr(model.config, "use_cache", None))
 
     def restore(self, model: Any, save_dtype: str, stop_ids: Sequence[int], pad_id: int | None) -> None:
         """Change a trained model without adapters to what is saved.

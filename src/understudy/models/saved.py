@@ -180,7 +180,7 @@ def check_fits_config(model: Any) -> None:
         )
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> Any:
     """A copy of a model's modules with parameters of its own that share the memory of the model's weights.
 
     What is tied stays tied.

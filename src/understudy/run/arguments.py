@@ -69,7 +69,8 @@ def _check_dependencies(recipe: Recipe, values: Mapping[str, Any]) -> None:
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     for key, (other, too_little) in NEEDS.items():
         value = values.get(other, defaults.get(other))
-        if key in recipe.training and not is_left_out(recipe.training[key]) and value in too_little:
+        is_off = other in recipe.training and (is_left_out(value) or value == "no")  # on purpose
+        if key in recipe.training and not is_left_out(recipe.training[key]) and value in too_little and not is_off:
             raise recipe.error(
                 f"training.{key}", f"training.{key} has no effect without training.{other}: set that too"
             )

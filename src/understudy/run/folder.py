@@ -128,7 +128,8 @@ class RunFolder:
         """
         before = self.read_recipe()
         is_source = self.recipe.exists() and self.recipe.resolve() == recipe.source.resolve()
-        if is_source and (before is None or differences(before, recipe)):
+        is_run = before is not None and RUN.name in marker.kinds(self.path)
+        if is_source and (before is None or not is_run or differences(before, recipe)):
             message = f"{self.path} contains the recipe itself, as recipe.yaml, which the run would overwrite"
             raise recipe.error("training.output_dir", f"{message}: {_REMEDY}")
         try:

@@ -39,8 +39,8 @@ def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
         if same:
             raise ValueError("the teacher is the student itself, and is frozen: load the teacher as a separate model")
         raise ValueError("all parameters of the student are frozen: unfreeze some, or add adapters")
-    is_live = isinstance(teacher, LocalTeacher) and teacher.model_name is None
-    if is_live and any(id(parameter) in trainable for parameter in teacher.model.parameters()):
+    live: Any = teacher.model if isinstance(teacher, LocalTeacher) and teacher.model_name is None else None
+    if live is not None and any(id(parameter) in trainable for parameter in live.parameters()):
         raise ValueError(
             "the teacher has trainable parameters of the student, and would change with it: PEFT adds adapters to the "
             "model object that it is given. Load the teacher as a separate model"
