@@ -126,7 +126,8 @@ def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Resu
     Raises:
         ValueError, TypeError, KeyError, AttributeError: for content of another form.
     """
-    costs = {name: (run or {}).get(name) for name in ("seconds", "cpu_seconds", "tokens")}
+    names = ("seconds", "cpu_seconds", "tokens")
+    costs = _numbers({name: (run or {}).get(name) for name in names})
     return Result(
         metrics={str(name): _numbers(part["metrics"]) for name, part in results.items()},
         scores={
@@ -134,7 +135,7 @@ def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Resu
             for name, part in results.items()
             if part.get("scores") is not None
         },
-        **{name: None if value is None else float(value) for name, value in costs.items()},
+        **{name: costs.get(name) for name in names},
         budget=_budget((run or {}).get("budget")),
     )
 
