@@ -203,3 +203,24 @@ def test_a_template_that_renders_earlier_answers_differently_is_refused():
 def test_train_on_is_last_or_all(chatml):
     with pytest.raises(DataError, match='train_on is "first", and can be last or all'):
         examples_from_rows([{"messages": LONG_CHAT}], chatml, train_on="first")
+
+
+def test_with_all_messages_a_conversation_that_ends_with_the_user_is_trained_on_up_to_the_last_answer(chatml):
+    question = {"role": "user", "content": "Why?"}
+    conversation = [USER, ASSISTANT, USER, ASSISTANT]
+    [open_ended] = examples_from_rows([{"messages": [*conversation, question]}], chatml, train_on="all")
+    [answered] = examples_from_rows([{"messages": conversation}], chatml, train_on="all")
+    assert (open_ended.prompt, open_ended.response) == (answered.prompt, answered.response)
+    [prompt] = examples_from_rows([{"messages": [USER]}], chatml, train_on="all")
+    assert not prompt.response
+
+
+def test_functions_in_a_column_of_their_own_are_refused(chatml):
+    with pytest.raises(DataError, match='"functions" are not understood; give them as a column "tools"'):
+        examples_from_rows([{"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]}], chatml)
+
+
+@pytest.mark.parametrize("name", ["tokenize", "messages", "add_generation_prompt", "tools"])
+def test_arguments_of_the_template_that_rendering_sets_are_refused(name, chatml):
+    with pytest.raises(DataError, match=f"chat_template_kwargs sets {name}, which is set here"):
+        examples_from_rows([{"messages": [USER, ASSISTANT]}], chatml, chat_template_kwargs={name: False})

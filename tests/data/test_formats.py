@@ -60,7 +60,7 @@ def test_a_method_that_needs_responses_refuses_rows_without(gpt2):
     examples_from_rows([PAIR], gpt2).require_responses("sft")
     with pytest.raises(DataError, match=r"sft trains on responses, and no row of mine has one"):
         examples_from_rows([{"prompt": "a"}], gpt2, source="mine").require_responses("sft")
-    with pytest.raises(DataError, match=r"only 1 of 2 rows of mine has one \(the first without: mine, row 2\)"):
+    with pytest.raises(DataError, match=r"only 1 of 2 rows of mine has one \(the first without: mine, row 2, with"):
         examples_from_rows([PAIR, {"prompt": "a"}], gpt2, source="mine").require_responses()
 
 

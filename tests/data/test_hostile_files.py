@@ -143,11 +143,9 @@ ENDLESS = (
 )
 def test_a_chat_template_cannot_run_for_ever_or_fill_the_memory(template, message, monkeypatch):
     monkeypatch.setattr(template_limits, "SECONDS", 0.3)
-    began = time.monotonic()
     for rows in ([{"messages": MESSAGES}], [PAIR]):
         with pytest.raises(DataError, match=message):
             examples_from_rows(rows, byte_level(chat=CHATML + template))
-    assert time.monotonic() - began < 5
 
 
 def test_a_range_beyond_jinja_s_own_limit_is_the_template_s_error():

@@ -185,3 +185,24 @@ def test_every_reference_of_gsm8k_has_its_final_answer_parsed_in_several_forms()
     for form in ("{}#### {}", "{}The answer is ${}.", "{}\\boxed{{{}}}", "{}That makes {} dollars."):
         responses = [form.format(work, number.strip()) for work, _, number in parts]
         assert value_of("final_answer", responses, references) == 100
+
+
+@pytest.mark.parametrize(
+    ("answer", "other", "same"),
+    [
+        ("5 km", "5 miles", False),
+        ("5 km", "5", True),
+        ("A", "A", True),
+        ("(A)", "A", True),
+        ("A", "B", False),
+        ("A", "The", False),
+        ("-x", "x", False),
+        (r"2\pi", "2", False),
+        (r"2\pi", r"2 \pi", True),
+        ("!!", "??", False),
+    ],
+)
+def test_the_metric_compares_marked_answers_as_accuracy_does(answer, other, same):
+    marked, other_marked = f"#### {answer}", rf"so \boxed{{{other}}}"
+    assert value_of("final_answer", [marked], [[other_marked]]) == 100.0 * same
+    assert is_correct(marked, [other_marked]) == same

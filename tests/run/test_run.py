@@ -228,6 +228,9 @@ def test_a_finished_run_says_so_and_changes_nothing(home, capsys):
     assert distill(recipe_of(home, method="sft")) == first
     assert "is finished already; --restart runs it again" in capsys.readouterr().out.replace("\n", " ")
     assert snapshot(home / "run") == before
+    (home / "run" / "run.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"run.json is not what a run writes: move it away, or restore it"):
+        distill(recipe_of(home, method="sft"))
 
 
 def test_the_resolved_recipe_runs_as_the_recipe_did(home):

@@ -67,11 +67,35 @@ def end_of_response_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(set(ids))
 
 
+_OWN_ARGUMENTS = {
+    *(
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+        "padding",
+    ),
+    *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer"),
+}
+
+
 class ChatTemplate:
-    """A tokenizer's chat template with its arguments, such as enable_thinking."""
+    """A tokenizer's chat template with its arguments, such as enable_thinking.
+
+    Raises:
+        DataError: for an argument that rendering sets itself.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
         self.tokenizer, self.arguments = tokenizer, dict(arguments)
+        if taken := sorted(_OWN_ARGUMENTS & self.arguments.keys()):
+            raise DataError(
+                f"chat_template_kwargs sets {taken[0]}, which is set here by what is rendered: leave it out"
+            )
 
     def render_prompt(self, where: str, messages: list[Message], tools: Tools = None) -> str:
         """The messages followed by the template's generation prompt.

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Example
+from .columns import quoted
 from .errors import BadRow, DataError, SourceRow, describe
 from .formats import Document, Format, Row, TrainOn
 from .rows import TextAs, read_rows
@@ -59,11 +60,13 @@ class Examples(Dataset[Example]):
         Raises:
             DataError: with the number of rows that have one, and the first that has none.
         """
-        missing = [row.where for example, row in zip(self.examples, self.rows, strict=True) if not example.response]
+        missing = [index for index, example in enumerate(self.examples) if not example.response]
         if missing:
             count = "no row" if len(missing) == len(self) else f"only {len(self) - len(missing)} of {len(self)} rows"
+            first = missing[0]
             raise DataError(
-                f"{by} trains on responses, and {count} of {self.source} has one (the first without: {missing[0]}); "
+                f"{by} trains on responses, and {count} of {self.source} has one (the first without: "
+                f"{self.rows[first].where}, with the columns {quoted(self.examples[first].columns)}); "
                 "give a completion, output or answer column, or name it with columns"
             )
 

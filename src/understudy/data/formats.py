@@ -199,6 +199,8 @@ class Format:
         )
 
     def _tools(self, row: SourceRow) -> Tools:
+        if row.columns.get("functions"):
+            raise BadRow(f'{row.where}: "functions" are not understood; give them as a column "tools"')
         return read_tools(row.where, row.columns.get("tools"))
 
     def _with_system(self, row: SourceRow, recognized: Recognized, messages: list[Message]) -> list[Message]:
@@ -224,6 +226,8 @@ class Format:
     def _conversation(self, row: SourceRow, recognized: Recognized) -> Row:
         messages = read_messages(row.where, recognized.prompt, row.columns[recognized.prompt])
         messages, tools = self._with_system(row, recognized, messages), self._tools(row)
+        if self.train_on == "all":
+            messages = _up_to_last_answer(messages)
         if messages[-1]["role"] != "assistant":
             return self._chat(row.where, messages, (), None, tools)
         *before, answer = messages
@@ -261,6 +265,12 @@ def _has_bytes(value: Any, depth: int = 0) -> bool:
     return isinstance(value, bytes | bytearray | memoryview | Unread) or not type(value).__module__.startswith(
         ("datetime", "decimal", "uuid", "numpy")
     )
+
+
+def _up_to_last_answer(messages: list[Message]) -> list[Message]:
+    """The messages without those after the assistant's last one, where that one answers something."""
+    answers = [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
+    return messages[: answers[-1] + 1] if answers else messages
 
 
 def _pair(where: str, prompt: str, references: tuple[str, ...]) -> Row:

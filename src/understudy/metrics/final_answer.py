@@ -38,10 +38,19 @@ class FinalAnswer(Metric):
     names = ("final_answer",)
 
     def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
-        pairs = zip(map(parse_final_answer, responses), references, strict=True)
-        correct = sum(answer is not None and answer in map(parse_final_answer, texts) for answer, texts in pairs)
+        pairs = zip(responses, references, strict=True)
+        correct = sum(any(_same_answer(response, text) for text in texts) for response, texts in pairs)
         signature = r"mark:####,\boxed,last-number|compare:number|refs:any"
         return {"final_answer": Score(100 * correct / len(responses), signature)}
+
+
+def _same_answer(response: str, reference: str) -> bool:
+    """Do two texts have the same final answer? Their marked answers are compared with units, other numbers without."""
+    marked, other_marked = marked_answer(response), marked_answer(reference)
+    if marked is not None and other_marked is not None:
+        return equal(marked, other_marked)
+    answer = parse_final_answer(response)
+    return answer is not None and answer == parse_final_answer(reference)
 
 
 def is_correct(response: str, references: Sequence[str]) -> bool:
@@ -63,11 +72,21 @@ def equal(text: str, other: str) -> bool:
     """
     key, other_key = _comparable(text), _comparable(other)
     if key == other_key:
-        return bool(key[0]) or text.strip() == other.strip()
+        return _signs(text) == _signs(other) if key[0] else _letters(text) == _letters(other) != ""
     quantity, other_quantity = _quantity(*key), _quantity(*other_key)
     if quantity is None or other_quantity is None or quantity[0] != other_quantity[0]:
         return False
     return quantity[1] <= other_quantity[1] or other_quantity[1] <= quantity[1]
+
+
+def _signs(text: str) -> list[str]:
+    """The mathematical signs of a text without numbers, but no hyphens within words."""
+    return [] if re.search(r"\d", text) else re.findall(r"[+*/^=<>]|(?<![^\W\d_])-(?=\w)", text)
+
+
+def _letters(text: str) -> str:
+    """A text that is an article or only punctuation, such as the choice (A)."""
+    return re.sub(r"[\W_]+", "", text).casefold() or text.strip()
 
 
 def marked_answer(text: str) -> str | None:
@@ -135,6 +154,7 @@ def _normalize_numbers(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:\{,\}|\\[,!:;]|[\u00a0\u202f\u2009])(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"[\u2212\uff0d\ufe63]|(?<![\w)\]])\u2013(?=[$€£¥]?[\d.])", "-", text)
     text = text.replace("\\$", "$").replace("\\!", "").replace("\\%", "%")
+    text = re.sub(r"(?<=[\d}])\s*\\(?=(?:pi|sqrt|log|ln|sin|cos|tan|infty)\b)", "*", text)  # a factor is no unit
     return re.sub(r"(?<=\d)(?!e[-+]?\d)([^\W\d_])(?![^\W\d_])", r"*\1", text, flags=re.IGNORECASE)  # 12x is no 12
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _WHOLE, _SAMPLES = 65536, 4096  # elements
+_PART = 1 << 22  # elements that are summed at once, because a CPU copies them as 64-bit integers
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,7 +32,8 @@ def _content(weight: Tensor) -> bytes:
     if len(bits) <= _WHOLE:
         return bits.cpu().numpy().tobytes()
     sample = bits[:: len(bits) // _SAMPLES]
-    return sample.cpu().numpy().tobytes() + str(int(bits.sum(dtype=torch.int64))).encode()
+    total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_PART))
+    return sample.cpu().numpy().tobytes() + str(total).encode()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

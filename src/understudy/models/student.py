@@ -177,9 +177,9 @@ def _layers_config(recipe: Recipe, layers: list[int], teacher: str | None) -> An
 def _with_layers(recipe: Recipe, config: Any, layers: list[int], teacher: str) -> Any:
     """The teacher with only some of its layers: a student that starts from the teacher's weights."""
     teacher_model = load_model(teacher, dtype=recipe.student.dtype)
-    if holds_adapters(teacher):
-        teacher_model = teacher_model.merge_and_unload()
     try:
+        if holds_adapters(teacher):
+            teacher_model = merged(teacher_model)
         student = AutoModelForCausalLM.from_config(config, dtype=teacher_model.dtype, trust_remote_code=False)
         take_layers(teacher_model, student, layers)
     except Exception as error:  # models check their configurations in many ways

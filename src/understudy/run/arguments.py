@@ -57,7 +57,8 @@ def _value(recipe: Recipe, key: str, value: Any, hint: Any) -> Any:
         value = gains_from_bf16()
     parts = [part for part in get_args(hint) if part is not type(None)] or [hint]
     with recipe.locating(f"training.{key}"):  # the types that TrainingArguments themselves don't check
-        if all(part in (int, float, bool, str) for part in parts):
+        takes_true = key == "fsdp" and isinstance(value, bool)  # which its type does not say
+        if all(part in (int, float, bool, str) for part in parts) and not takes_true:
             value = convert(value, hint, f"training.{key}")
     if (needed := out_of_range(key, value)) is not None:
         raise recipe.error(f"training.{key}", f"training.{key} must be {needed}, not {value}")

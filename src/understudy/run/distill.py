@@ -86,6 +86,8 @@ def _finished(
     if restart or not folder.is_finished or folder.is_extended_by(recipe, accept_changes):
         return None
     if (summary := folder.read_run_json()) is not None:
+        if not summary.keys() >= {"student_samples", "metrics", "steps", "tokens", "seconds", "folder"}:
+            raise ValueError(f"{folder.run_json} is not what a run writes: move it away, or restore it")
         show(f"{folder.path} is finished already; --restart runs it again", console)
     return summary
 
