@@ -390,7 +390,7 @@ MISTAKES = {
     ),
     "prompts alone for kd": (
         {"data": {"dataset": "{home}/prompts.jsonl"}, "method": "kd"},
-        r"kd trains on responses, and no row of .*prompts.jsonl:1\); give a completion",
+        r'kd trains on responses, and no row of .*prompts.jsonl:1, with the columns "prompt"\); give a completion',
     ),
     "held-out prompts alone for kd": (
         {"evaluate": {"dataset": "{home}/prompts.jsonl"}, "method": "kd"},

@@ -23,7 +23,7 @@ from rows_of_text import CHATML, byte_level
 
 from understudy.data.examples import DataError, Examples, load_examples
 
-COUNT = int(os.environ.get("FUZZ", "60"))
+COUNT = int(os.environ.get("FUZZ", "40"))
 SECONDS = 10  # for one file
 DIGITS = "<digits>"  # a number of thousands of digits, which json.dumps does not write
 DEEP = "<deep>"  # a list of a hundred thousand levels

@@ -25,7 +25,7 @@ from understudy.run.build import build
 from understudy.run.folder import RunFolder
 from understudy.terminal import _is_for_users
 
-COUNT = int(os.environ.get("FUZZ", "60"))
+COUNT = int(os.environ.get("FUZZ", "40"))
 SEED = int(os.environ.get("SEED", "0"))
 SECONDS = 20  # for one recipe
 FOLDERS = ("playground", "translation", "tinystories", "papers")

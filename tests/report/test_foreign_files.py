@@ -12,14 +12,10 @@ from understudy.terminal import explain
 
 ODD = [
     None,
-    3,
     -1,
     "x",
-    [],
-    {},
     [1],
     {"a": 1},
-    True,
     1e308,
     "\ud800",
     "[/red]\x1b[2J",

@@ -23,7 +23,7 @@ def test_a_run_killed_at_any_file_operation_resumes_to_the_bit(tmp_path):
     content = described(tmp_path, method={"seqkd": {"soft_weight": 0.5}}, evaluate=look)
     content["training"] |= {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     recipe = write(tmp_path / "mine.yaml", content)
-    count = os.environ.get("FAULTS", "7")
+    count = os.environ.get("FAULTS", "4")
     command = [sys.executable, str(SCRIPT), str(recipe), str(tmp_path), count]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr
