@@ -118,6 +118,21 @@ KINDS: dict[str, Callable[[int, int, bool], Any]] = {
 }
 
 
+class Forgetful(nn.Module):
+    """A model that keeps no cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny("llama")
+        self.config = self.inner.config
+
+    def get_input_embeddings(self) -> Any:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.inner(input_ids, attention_mask=attention_mask).logits)
+
+
 class Tabular(nn.Module):
     """A model whose next-token logits are a table of the whole prefix: anything can be enumerated with it.
 

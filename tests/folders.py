@@ -110,3 +110,9 @@ def described(home: Path, **changes: Any) -> dict[str, Any]:
         },
     }
     return {key: value for key, value in {**content, **changes}.items() if value is not None}
+
+
+def link_all(source: Path, target: Path) -> None:
+    """Link everything in `source` into `target`, for tests that share what takes long to make."""
+    for thing in source.iterdir():
+        (target / thing.name).symlink_to(thing)

@@ -15,7 +15,7 @@ from types import FunctionType
 
 import pytest
 import torch
-from folders import VOCABULARY, characters, described, jsonl, llama, sums, write
+from folders import VOCABULARY, characters, described, jsonl, link_all, llama, sums, write
 
 from understudy import cli
 from understudy.training import trainer
@@ -51,8 +51,7 @@ def things(tmp_path_factory):
 @pytest.fixture
 def home(tmp_path, things):
     """A folder of its own with the things linked into it."""
-    for thing in things.iterdir():
-        (tmp_path / thing.name).symlink_to(thing)
+    link_all(things, tmp_path)
     return tmp_path
 
 

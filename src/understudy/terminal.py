@@ -36,13 +36,16 @@ def escape(text: object) -> str:
 
     Newlines stay, and a tab is a space.
     """
-    return "".join(c if _is_harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in str(text).replace("\t", " "))
+    return replace_control_codes(str(text).replace("\t", " "), "\n")
 
 
-def _is_harmless(character: str) -> bool:
-    if character.isprintable() or character == "\n" or character in _JOINERS:
-        return True
-    return unicodedata.category(character) == "Zs"  # spaces of other widths
+def replace_control_codes(text: str, except_for: str) -> str:
+    """The text with a replacement character for control codes and marks of direction that are not in `except_for`."""
+    shown = _JOINERS + except_for
+    return "".join(
+        c if c.isprintable() or c in shown or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
 
 
 def show(text: object, console: Console | None = None) -> None:

@@ -5,8 +5,7 @@ import logging
 import families
 import pytest
 import torch
-from fakes import tiny
-from torch import nn
+from fakes import Forgetful, tiny
 from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.generation.cache_support import CacheSupport, cache_support
@@ -46,19 +45,11 @@ def test_logits_that_say_nothing_are_left_to_the_cache(weight):
     assert support(model) == CacheSupport()
 
 
-class LooksAhead(nn.Module):
+class LooksAhead(Forgetful):
     """A model that reads all positions for each of them."""
 
-    def __init__(self):
-        super().__init__()
-        self.inner = tiny("llama")
-        self.config = self.inner.config
-
-    def get_input_embeddings(self):
-        return self.inner.get_input_embeddings()
-
     def forward(self, input_ids, attention_mask, **_):
-        logits = self.inner(input_ids, attention_mask=attention_mask).logits
+        logits = super().forward(input_ids, attention_mask).logits
         return CausalLMOutput(logits=logits + logits.mean(1, keepdim=True))
 
 

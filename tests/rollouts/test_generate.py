@@ -11,7 +11,7 @@ import fakes
 import families
 import pytest
 import torch
-from fakes import VOCABULARY, ragged_examples, tiny, words
+from fakes import VOCABULARY, Forgetful, ragged_examples, tiny, words
 from loop import arguments
 from torch import nn
 from transformers import (
@@ -25,7 +25,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.batch import Example
 from understudy.fused_linear.tiles import tiling
@@ -385,21 +384,6 @@ def test_a_prompt_may_fill_the_window_to_the_last_position():
     for kind in ("llama", "gpt2"):
         [example] = writer(tiny(kind), stop_ids=[52])([Example([4] * 52, [])], Step(0))
         assert len(example.response) == 12
-
-
-class Forgetful(nn.Module):
-    """A model that keeps no cache."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = tiny("llama")
-        self.config = self.inner.config
-
-    def get_input_embeddings(self):
-        return self.inner.get_input_embeddings()
-
-    def forward(self, input_ids, attention_mask, **_):
-        return CausalLMOutput(logits=self.inner(input_ids, attention_mask=attention_mask).logits)
 
 
 def test_a_model_without_a_cache_reads_the_whole_sequence_for_every_token_and_says_so(caplog):

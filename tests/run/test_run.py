@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from folders import characters, described, jsonl, llama, sums, write
+from folders import characters, described, jsonl, link_all, llama, sums, write
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -37,8 +37,7 @@ def things(tmp_path_factory):
 
 @pytest.fixture
 def home(tmp_path, things):
-    for thing in things.iterdir():
-        (tmp_path / thing.name).symlink_to(thing)
+    link_all(things, tmp_path)
     return tmp_path
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from folders import characters, described, llama, sums
+from folders import characters, described, link_all, llama, sums
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -34,8 +34,7 @@ def things(tmp_path_factory):
 
 @pytest.fixture
 def home(tmp_path, things):
-    for thing in things.iterdir():
-        (tmp_path / thing.name).symlink_to(thing)
+    link_all(things, tmp_path)
     return tmp_path
 
 

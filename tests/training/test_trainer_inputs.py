@@ -163,21 +163,26 @@ def test_a_student_without_a_name_needs_a_tokenizer(tmp_path):
         StudentTrainer(student(), None, SFT(), args=arguments(tmp_path))
 
 
-@pytest.mark.parametrize("is_bound", [False, True])
-def test_seqkd_needs_a_rollout_of_the_teacher_only(is_bound, tmp_path):
-    local = teacher()
-    engine = GenerateRollout().bind(local.model, words(), "teacher") if is_bound else GenerateRollout()
-    alone = StudentTrainer(
+def seqkd(folder, local, engine):
+    """A run of SeqKD without a rollout of the student."""
+    return StudentTrainer(
         student(),
         local,
         SeqKD(),
         None,
         short_sampling(),
         processing_class=words(),
-        args=arguments(tmp_path),
+        args=arguments(folder),
         train_dataset=ragged_examples(responses=False),
         teacher_rollout=engine,
     )
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_seqkd_needs_a_rollout_of_the_teacher_only(is_bound, tmp_path):
+    local = teacher()
+    engine = GenerateRollout().bind(local.model, words(), "teacher") if is_bound else GenerateRollout()
+    alone = seqkd(tmp_path, local, engine)
     both = trainer(tmp_path, SeqKD())
     alone.train()
     both.train()
@@ -185,17 +190,7 @@ def test_seqkd_needs_a_rollout_of_the_teacher_only(is_bound, tmp_path):
 
 
 def test_seqkd_trains_on_an_engine_without_a_teacher_here(tmp_path):
-    run = StudentTrainer(
-        student(),
-        None,
-        SeqKD(),
-        None,
-        short_sampling(),
-        processing_class=words(),
-        args=arguments(tmp_path),
-        train_dataset=ragged_examples(responses=False),
-        teacher_rollout=ScriptedRollout(author="teacher"),
-    )
+    run = seqkd(tmp_path, None, ScriptedRollout(author="teacher"))
     run.train()
     assert len(logged(run)) == 4
 

@@ -9,17 +9,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
-from unicodedata import category
 
 from jinja2 import Environment
 from markupsafe import Markup
 
 from ..compare.table import p_text, with_deviation
+from ..terminal import replace_control_codes
 from .drawing import Chart, svg
 from .text import is_share, label, number
 
 LEVELS = (0.5, 1, 2, 4)  # log q − log p in nats from which a token is shaded, and shaded darker
-_VISIBLE = "\n\r\t\u200c\u200d"  # lines, and the joiners that some scripts are written with
 _DISTANCES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 
 
@@ -75,9 +74,7 @@ def visible(value: Any) -> Any:
 
 
 def _clean(text: str) -> str:
-    return "".join(
-        c if c.isprintable() or c in _VISIBLE or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return replace_control_codes(text, "\n\r\t")
 
 
 Row = dict[str, Any]
