@@ -57,3 +57,13 @@ def test_the_model_without_adapters_is_the_one_inside_them(home):
 def test_an_unknown_adapter_setting_is_refused_with_the_one_that_is_meant(home):
     with pytest.raises(RecipeError, match='no field "target_module"; did you mean "target_modules'):
         with_adapters(home, str(home / "teacher"), target_module=["q_proj"])
+
+
+def test_too_little_memory_to_try_out_adapters_is_a_warning_and_no_refusal(home, monkeypatch, caplog):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("understudy.models.adapters.check_adapters", fail)
+    student = with_adapters(home, str(home / "teacher"), r=2, target_modules="all-linear")
+    assert hasattr(student, "peft_config")
+    assert "there is no memory to try out the adapters" in caplog.text

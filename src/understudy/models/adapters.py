@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..recipe import Recipe
@@ -80,6 +81,8 @@ def _check_saveable(recipe: Recipe, base: nn.Module, model: Any) -> None:
             check_merge(model)
         else:
             logger.warning("there is no memory to try out merging the adapters; it is checked after training")
+    except (torch.OutOfMemoryError, MemoryError):
+        logger.warning("there is no memory to try out the adapters; they are checked after training")
     except Exception as error:  # PEFT's merges raise anything
         tied = getattr(model.config, "tie_word_embeddings", False)
         remedy = "leave merge out" if merge and recipe.student.model is not None else "choose other target modules"
