@@ -473,6 +473,7 @@ def test_a_mistake_that_only_loading_can_detect(case, refused, home):
         ("training.max_step=5", r'the override "training.max_step=5": .*no field "max_step"; did you mean "max_steps"'),
         ("data.dataset.name=a", r'the override "data.dataset.name=a" sets a field of data.dataset, which is '),
         ("method.kd.sft_weight=0.5", r'is for kd, and the method is gkd; to change the method put "method=kd" before'),
+        ("method=", r"method: write one name, or one name with its fields: `gkd` or"),
         ("method.gkd.on_policy=3", r"line \d+: method.gkd: .*between 0 and 1, not 3"),
         ("student.merge=perhaps", r'the override "student.merge=perhaps": student.merge: .*boolean'),
     ],
@@ -499,6 +500,23 @@ def test_the_recipe_itself_is_never_overwritten(refused, home):
         message = refused("distill", recipe, f"training.output_dir={home}", *more)
         assert matches("contains the recipe itself.*give another training.output_dir", message)
     assert recipe.read_text() == before
+
+
+@pytest.mark.parametrize("output", ["student", "run/student", "run/checkpoint-2"])
+def test_the_model_that_a_run_begins_with_is_never_overwritten(output, refused, home):
+    shutil.copytree(home / "teacher", home / output)
+    recipe = recipe_of(home, {"student": {"model": str(home / output)}})
+    for more in ((), ("--restart",)):
+        folder = home / output.partition("/")[0]
+        message = refused("distill", recipe, f"training.output_dir={folder}", *more)
+        assert matches(rf"overwrite the model {home / output}, from which its student is loaded: give", message)
+
+
+def test_a_report_is_a_folder(refused, home):
+    (home / "run").mkdir()
+    recipe_of(home, {}).rename(home / "run" / "recipe.yaml")
+    message = refused("report", home / "run", "--output", home / "sums.jsonl")
+    assert matches(r"a report is a folder, and .*sums.jsonl is a file: give another --output", message)
 
 
 def test_a_restart_deletes_nothing_that_a_run_did_not_write(say, home):
@@ -616,6 +634,10 @@ def test_debug_shows_the_traceback_and_then_the_sentence(say, home):
         ),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--max-new-tokens", "x"), r"--max-new-tokens"),
         (("{home}/teacher", "--data", "{home}/sums.jsonl", "--temperature", "-1"), r"'--temperature': .*or equal to 0"),
+        (
+            ("{home}/teacher", "--data", "{home}/sums.jsonl", "--output", os.devnull),
+            rf"--output {os.devnull} is a device or pipe: name a file for the responses, such as responses.jsonl",
+        ),
         (("playground:chess", "--data", "{home}/sums.jsonl"), r"there is no 'playground:chess'"),
         (("{home}/narrow", "--data", "{home}/sums.jsonl"), r"the model has embeddings for"),
         (("{home}/teacher", "--data", "playground:arithmetic", "--split", "tst"), r"no split 'tst'"),

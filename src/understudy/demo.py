@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ _QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", 
 
 def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console | None = None) -> list[dict[str, Any]]:
     """Run the demo, print a table and return its rows: model, parameters, accuracy, tokens, seconds."""
-    console = console or Console()
+    console = console or get_console()
     start = time.perf_counter()
     console.rule("[bold]understudy[/]: distil a large model into a small one")
     console.print(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from understudy.compare import processes
 from understudy.compare.processes import run_in_processes
 
 SCRIPT = """
@@ -83,6 +84,26 @@ def test_runs_end_with_the_command_that_started_them(name, tmp_path):
     assert saved == ([] if name == "SIGKILL" else [signal.SIGTERM] * 2)
     assert ("ending 2 runs after a checkpoint" in output) == (name != "SIGKILL")
     assert len(list(tmp_path.glob("*.pid"))) == 2, "the third was never started"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows cannot hold signals back")
+def test_an_interrupt_waits_until_a_process_has_left_the_terminal():
+    started = []
+
+    def start():
+        with processes._interrupts_deferred():
+            signal.raise_signal(signal.SIGINT)
+            started.append("a process")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started
+    before = signal.getsignal(signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as a process that was started in the block has it
+    signal.raise_signal(signal.SIGINT)
+    processes._drop_interrupts()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_without_a_terminal_each_run_that_ends_is_a_line(tmp_path, monkeypatch):

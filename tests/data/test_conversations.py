@@ -53,8 +53,13 @@ def test_text_parts_are_one_text_and_other_parts_are_refused_by_name(chatml):
     row = {"messages": [{"role": "user", "content": parts}, ASSISTANT]}
     assert fingerprint(row, chatml) == fingerprint({"messages": [USER, ASSISTANT]}, chatml)
     image = {"type": "image_url", "image_url": {"url": "a.png"}}
-    with pytest.raises(DataError, match=r"part 2 of the content of message 1 .* \('image_url'\), and only text is"):
-        examples_from_rows([{"messages": [{"role": "user", "content": [*parts[:1], image]}]}], chatml)
+    for part, message in {
+        "image": (image, 'is of the type "image_url", and only parts of the type "text" are understood'),
+        "number": ({"type": "text", "text": 3}, r'has the "text" a number \(3\), which is not a string'),
+        "string": ("o?", r"is a string \('o\?'\), and only parts of the type"),
+    }.values():
+        with pytest.raises(DataError, match=f"part 2 of the content of message 1 of the messages {message}"):
+            examples_from_rows([{"messages": [{"role": "user", "content": [*parts[:1], part]}]}], chatml)
 
 
 @pytest.mark.parametrize(

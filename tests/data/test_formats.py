@@ -3,7 +3,7 @@
 import pytest
 from rows_of_text import PAIR, texts
 
-from understudy.data.examples import DataError, examples_from_rows
+from understudy.data.examples import DataError, examples_from_rows, load_examples
 
 
 def test_question_and_answer_are_taken_as_they_are(gpt2):
@@ -180,6 +180,20 @@ def test_plain_prompts_become_messages_where_the_template_is_chat(row, chatml):
     [example] = examples_from_rows([{**row, "system": "Be brief."}], chatml, template="chat")
     prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert texts(chatml, example) == (prompt, "Me.<|im_end|>")
+
+
+def test_capitals_and_spaces_in_the_names_of_columns_are_ignored(tmp_path, gpt2, caplog):
+    (tmp_path / "a.csv").write_text("Prompt, completion ,TEXT\nWho?,Me.,x\n")
+    [example] = load_examples(tmp_path / "a.csv", gpt2)
+    assert texts(gpt2, example) == ("Who?", "Me.<|endoftext|>")
+    assert 'prompt is read from "Prompt" and completion is read from " completion "' in caplog.text
+    assert 'not read: "TEXT"' in caplog.text
+    [example] = examples_from_rows([{"Q": "Who?", "Answer": "Me."}], gpt2, template="{Q}")
+    assert texts(gpt2, example) == ("Who?", "Me.<|endoftext|>")
+    [example] = examples_from_rows([{"prompt": "Who?", "Prompt": "x", "completion": "Me."}], gpt2)
+    assert texts(gpt2, example) == ("Who?", "Me.<|endoftext|>")
+    with pytest.raises(DataError, match=r'has the columns "Prompt", "PROMPT"'):
+        examples_from_rows([{"Prompt": "Who?", "PROMPT": "x"}], gpt2)
 
 
 def test_plain_prompts_for_a_chat_model_are_warned_about(chatml, gpt2, caplog):

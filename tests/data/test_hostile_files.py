@@ -121,7 +121,7 @@ def test_names_and_texts_with_escape_sequences_are_shown_as_text(tmp_path, gpt2,
     assert r'"prompt\x1b]0;title\x07\u202e"' in message
     rows = [{"query": "a", "response": "b"}, {escape: 1}]
     examples_from_rows(rows, gpt2, on_bad_row="skip", source=escape, max_length=2)
-    assert "1 rows of" in caplog.text
+    assert "1 row of" in caplog.text
     assert "\x1b" not in caplog.text
     error_of(f"{escape}\0", gpt2)
     error_of("a" * 5000 + ".jsonl", gpt2)

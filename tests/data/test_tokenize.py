@@ -128,7 +128,7 @@ def test_every_chunk_begins_with_a_bos(llama):
 
 
 def test_a_text_too_short_for_a_response_is_skipped(gpt2):
-    with pytest.raises(DataError, match=r"no usable row: 1 skipped, .* is no longer than text_prompt"):
+    with pytest.raises(DataError, match=r"1 skipped, .* no longer than text_prompt \(32\);.* text_as: lines"):
         examples_from_rows([{"text": "The star"}], gpt2)
     with pytest.raises(DataError, match="text_prompt is 64, and a prompt can have 1 to 63 tokens"):
         examples_from_rows([{"text": STORY}], gpt2, max_length=64, text_prompt=64)

@@ -5,13 +5,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..budget import spent
 from ..files import write_atomic
-from ..terminal import escape, show
+from ..terminal import counted, escape, show
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
@@ -21,7 +22,7 @@ _METRICS_FILE_KEYS = {"title", "metrics", "signatures", "curves"}
 
 def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print a run's results, and where its student is saved."""
-    console = console or Console()
+    console = console or get_console()
     distance = summary["student_samples"]
     if distance["before"] and distance["after"]:
         table = Table("on student samples", "before", "after", title="distance to the teacher, nats per token")
@@ -29,7 +30,8 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
             table.add_row(name, f"{distance['before'][name]:.4g}", f"{distance['after'][name]:.4g}")
         console.print(table)
     loss = "".join(f", {name} {value:.4g}" for name, value in summary["metrics"].items() if name == "eval_loss")
-    show(f"{summary['steps']} steps, {summary['tokens']} response tokens, {summary['seconds']:.1f} s{loss}", console)
+    steps = counted(summary["steps"], "step", "steps")
+    show(f"{steps}, {summary['tokens']:,} response tokens, {summary['seconds']:.1f} s{loss}", console)
     if budget := summary.get("budget"):
         show(f"spent {spent(budget)}; ended by {budget['ended_by']}", console)
     show(f"student: {summary['folder']}/student   everything else: {summary['folder']}", console)
@@ -37,7 +39,7 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
 
 def show_evaluation(result: "Evaluation", title: str, output: Path | None, console: Console | None = None) -> None:
     """Print the metrics as a table. All numbers go to a JSON file beside `output`, the file of responses."""
-    console = console or Console()
+    console = console or get_console()
     several = any(name.endswith("_std") for name in result.metrics)
     table = Table("metric", "value", *(["± over seeds"] if several else []))
     for name, value in result.metrics.items():
@@ -59,11 +61,17 @@ def show_evaluation(result: "Evaluation", title: str, output: Path | None, conso
 
 
 def check_measured(output: Path) -> None:
-    """Refuse an `output` whose metrics file would overwrite a file that no evaluation wrote; changes nothing.
+    """Refuse an `output` that is no file, or whose metrics file would overwrite a file that no evaluation wrote.
 
     Raises:
         ValueError: naming the file, with the remedy.
     """
+    if output.exists() and not output.is_file():
+        kind = "a folder" if output.is_dir() else "a device or pipe"
+        raise ValueError(
+            f"--output {output} is {kind}: name a file for the responses, such as responses.jsonl, beside which the "
+            "numbers are written, or leave it out"
+        )
     file = _metrics_file(output)
     for path in (file, file.with_name(f"{file.name}.partial")):
         try:

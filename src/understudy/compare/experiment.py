@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import get_console
 from rich.console import Console
 
 from ..evaluation.settings import EvalSettings
@@ -175,7 +176,7 @@ def compare(
     marker.mark(output, COMPARISON)
     record = _record(output, variants, recipes, runs, baseline)
     write_atomic(output / RECORD, json.dumps(record, indent=2))  # a report during the comparison reads it
-    run_in_processes(unfinished, parallel, console or Console())
+    run_in_processes(unfinished, parallel, console or get_console())
     return _write(output, record, runs, references)
 
 

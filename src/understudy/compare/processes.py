@@ -10,15 +10,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..terminal import show
+from ..terminal import counted, show
 
 _PAUSE = 0.2  # seconds between two looks at the processes
 
@@ -54,7 +55,8 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
                     while waiting and len(running) < parallel:
                         task = waiting.pop(0)
                         process = context.Process(target=_run, args=(task, threads))
-                        process.start()
+                        with _interrupts_deferred():
+                            process.start()
                         running.append((task, process))
                     time.sleep(_PAUSE)
                     ended = [task for task, process in running if not process.is_alive()]
@@ -69,7 +71,8 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
 def _end(processes: Sequence[Any], signals: "_Signals", console: Console) -> None:
     """End the processes: after their checkpoints, or at once after a second signal."""
     if processes:
-        show(f"ending {len(processes)} runs after a checkpoint; the same signal again ends them at once", console)
+        runs, them = counted(len(processes), "run", "runs"), "it" if len(processes) == 1 else "them"
+        show(f"ending {runs} after a checkpoint; the same signal again ends {them} at once", console)
     for process in processes:
         process.terminate()
     while alive := [process for process in processes if process.is_alive()]:
@@ -77,6 +80,31 @@ def _end(processes: Sequence[Any], signals: "_Signals", console: Console) -> Non
             for process in alive:
                 process.kill()
         time.sleep(_PAUSE)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C reaches this process after the block, and a process that is started in it not before `_run`.
+
+    Until then the new process belongs to the terminal, and an interrupt would end its imports with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks the signal when it is started by the first process
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _drop_interrupts() -> None:
+    """Discard a Ctrl-C that `_interrupts_deferred` held back, and let later ones through."""
+    if hasattr(signal, "pthread_sigmask"):
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # discards what waits
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, handler)
 
 
 class _Signals(AbstractContextManager["_Signals"]):
@@ -151,6 +179,7 @@ def _run(task: Task, threads: int) -> None:
     """In the process of a task: end with the parent, and leave signals of the terminal to it."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    _drop_interrupts()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

@@ -1,7 +1,7 @@
 """Column names: which format a row has, by the names of its columns. This is the only file that knows them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..registry import did_you_mean
@@ -51,12 +51,33 @@ def recognize(where: str, columns: Iterable[str], renamed: Mapping[str, str]) ->
     """The format of a row with these columns, of which those in `renamed` were named by the user.
 
     A format with an answer takes precedence over one without. A row with a prompt column and an answer column that
-    belong to different formats is understood if it has only one of each.
+    belong to different formats is understood if it has only one of each. Capitals and spaces around a name are ignored.
 
     Raises:
         BadRow: if there is no such format, or if several columns could be the prompt or the answer.
     """
-    present = list(columns)
+    own_names = by_usual_names(columns)
+    recognized = _recognize(where, own_names, renamed)
+    parts = {name: getattr(recognized, name) for name in ("prompt", "answer", "context", "system")}
+    return replace(recognized, **{name: own_names.get(usual, usual) for name, usual in parts.items()})
+
+
+def by_usual_names(columns: Iterable[str]) -> dict[str, str]:
+    """The columns by the names that formats know: "Prompt" and " prompt " by prompt, where no other column could be it.
+
+    Columns that no format knows have their own names.
+    """
+    names = list(columns)
+    usual = [name.strip().casefold() for name in names]
+    return {
+        known if known in MEANINGFUL and known not in names and usual.count(known) == 1 else name: name
+        for name, known in zip(names, usual, strict=True)
+    }
+
+
+def _recognize(where: str, own_names: Mapping[str, str], renamed: Mapping[str, str]) -> Recognized:
+    """As `recognize`, of columns by their usual names; the result has usual names too."""
+    present = list(own_names)
     kinds = ["messages", *PAIRS, "text"]
     # Formats with a column in `renamed` take precedence over formats whose columns happen to be there.
     kinds = [kind for kind in kinds if not renamed.keys().isdisjoint(columns_of(kind))] or kinds
@@ -67,7 +88,7 @@ def recognize(where: str, columns: Iterable[str], renamed: Mapping[str, str]) ->
         if kind in present and PAIRS.get(kind) in present:
             return _pair(kind, kind, PAIRS[kind], present)
     if not renamed:
-        recognized = _by_other_names(where, present)
+        recognized = _by_other_names(where, own_names)
         if recognized is not None:
             return recognized
     for kind in kinds:
@@ -76,7 +97,7 @@ def recognize(where: str, columns: Iterable[str], renamed: Mapping[str, str]) ->
     names = [column for kind in kinds for column in columns_of(kind)]
     guesses = [guess for column in present if (guess := did_you_mean(column, names))]
     raise BadRow(
-        f"{where}: no supported format ({FORMATS}) has the columns {quoted(present)}; "
+        f"{where}: no supported format ({FORMATS}) has the columns {quoted(own_names.values())}; "
         f"name yours with columns or template{guesses[0] if guesses else ''}"
     )
 
@@ -84,7 +105,8 @@ def recognize(where: str, columns: Iterable[str], renamed: Mapping[str, str]) ->
 def answer_column(columns: Mapping[str, Any], renamed: Mapping[str, str]) -> str | None:
     """The column of the answer to a template's prompt: one that the user named, or the first of those there."""
     names = [*(name for name in ANSWERS if name in renamed), *ANSWERS]
-    return next((name for name in names if name in columns), None)
+    own_names = by_usual_names(columns)
+    return next((own_names[name] for name in names if name in own_names), None)
 
 
 def columns_of(kind: str) -> set[str]:
@@ -109,8 +131,9 @@ def dotted_columns(columns: Mapping[str, Any], depth: int = 1) -> dict[str, Any]
     return values
 
 
-def _by_other_names(where: str, present: list[str]) -> Recognized | None:
+def _by_other_names(where: str, own_names: Mapping[str, str]) -> Recognized | None:
     """The format of a prompt and an answer of other names or of different formats; None without both."""
+    present = list(own_names)
     prompts = [name for name in PROMPTS if name in present]
     if "instruction" in prompts and "input" in prompts:
         prompts.remove("input")
@@ -120,8 +143,8 @@ def _by_other_names(where: str, present: list[str]) -> Recognized | None:
     if answers and (len(prompts) > 1 or len(answers) > 1):
         role, names = ("prompt", prompts) if len(prompts) > 1 else ("answer", answers)
         raise BadRow(
-            f"{where}: several columns could be the {role}: {quoted(names)}; name the one you mean, such as "
-            f"columns: {{prompt: {prompts[0]}, completion: {answers[0]}}}"
+            f"{where}: several columns could be the {role}: {quoted(own_names[name] for name in names)}; name the one "
+            f"you mean, such as columns: {{prompt: {own_names[prompts[0]]}, completion: {own_names[answers[0]]}}}"
         )
     if not answers and prompts[0] in PAIRS:
         return None

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from ..registry import did_you_mean
+from ..terminal import counted
 from .chat import ChatTemplate, Span, Tools
 from .columns import COLUMNS, MEANINGFUL, Recognized, answer_column, dotted_columns, quoted, recognize
 from .errors import BadRow, DataError, SourceRow, Unread, check_text, printable
@@ -108,15 +109,15 @@ class Format:
             is_chat = recognized.kind == "messages" or self.as_chat
             is_chat |= recognized.kind == "instruction" and bool(self.tokenizer.chat_template)
             read = {*recognized.columns(is_chat), *self.columns, *self.columns.values()}
-            if ignored := [name for name in columns if name in MEANINGFUL and name not in read]:
+            if ignored := [name for name in columns if name.strip().casefold() in MEANINGFUL and name not in read]:
                 notes[f"not read: {quoted(ignored)}"] = None
         for note in list(notes)[:MOST_NOTES]:
             logger.warning("%s: %s", printable(source), printable(note))
         if self._plain_prompts and self.tokenizer.chat_template:
             logger.warning(
-                "%s: %d prompts are plain text, which a chat model is not used to; set data.template: chat to render "
-                "them as messages of the user",
-                *(printable(source), self._plain_prompts),
+                "%s: %s plain text, which a chat model is not used to; set data.template: chat to render "
+                "prompts as messages of the user",
+                *(printable(source), counted(self._plain_prompts, "prompt is", "prompts are")),
             )
 
     def _text(self, row: SourceRow) -> Row | Document:

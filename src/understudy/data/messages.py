@@ -5,6 +5,7 @@ assistant's message may have tool calls and reasoning. What no chat template cou
 name.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,9 +157,15 @@ def _content(where: str, which: str, content: Any) -> Any:
     texts = []
     for number, part in enumerate(content, 1):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            reason = "and only text is understood"
-            raise BadRow(f"{where}: part {number} of the content of {which} is of the type {describe(kind)}, {reason}")
+        what = f"{where}: part {number} of the content of {which}"
+        if kind != "text":
+            is_named = isinstance(kind, str)
+            raise BadRow(
+                f"{what} is {f'of the type {json.dumps(kind)}' if is_named else describe(part)}, and only parts of the "
+                'type "text" are understood'
+            )
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f'{what} has the "text" {describe(part.get("text"))}, which is not a string')
         texts.append(part["text"])
     return "".join(texts)
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Example
+from ..terminal import counted
 from .chat import Span, end_of_response_ids
 from .errors import BadRow, DataError, printable
 from .formats import Document, Row
@@ -138,7 +139,9 @@ class ExampleBuilder:
         texts = self.tokenizer.batch_decode(prompts + responses, skip_special_tokens=True)
         for index, (where, prompt, response) in enumerate(zip(places, prompts, responses, strict=True)):
             if not response:
-                self.skipped.append(BadRow(f"{where}: a piece of {len(prompt)} tokens is no longer than text_prompt"))
+                size = counted(len(prompt), "token", "tokens")
+                reason = f"a piece of {size} is no longer than text_prompt ({self.text_prompt}); lower that, or set"
+                self.skipped.append(BadRow(f"{where}: {reason} text_as: lines where each line of a .txt is a prompt"))
                 continue
             truncated = response[-1] != self.tokenizer.eos_token_id
             text = texts[len(chunks) + index]
@@ -177,7 +180,8 @@ class ExampleBuilder:
         if self.skipped:
             first = self.skipped[0]
             logger.warning(
-                "%d rows of %s were skipped, the first because %s", len(self.skipped), printable(source), first
+                "%s of %s skipped, the first because %s",
+                *(counted(len(self.skipped), "row", "rows"), printable(source), first),
             )
 
 

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -137,8 +138,8 @@ class Recipe(_Block):
 
     @field_validator("teacher", "method", "rollout", mode="before")
     @classmethod
-    def _name_and_fields(cls, value: Any) -> Any:
-        return name_and_fields(value) if value is not None else None
+    def _name_and_fields(cls, value: Any, info: ValidationInfo) -> Any:
+        return None if value is None and info.field_name == "teacher" else name_and_fields(value)
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -48,6 +48,9 @@ def write_report(
     from .responses import side_by_side
 
     output = output or (places[0] / "report" if len(places) == 1 else Path("runs/report"))
+    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"a report is a folder, and {nearest} is a file: give another --output, or move that file")
     marker.check(output, REPORT, "give another --output")
     content = content_of(runs, places)
     ended = not content["unfinished"]

@@ -20,6 +20,7 @@ from ..recipe import Recipe, RecipeError, load
 from ..training import checkpoint
 from . import marker
 from .differences import Input, changed, differences, fixed, is_length, listed, touching
+from .sources import check_not_overwritten
 
 _RESPONSES = re.compile(r"responses-(.+)\.[0-9a-f]{8}\.jsonl")
 _MEASURED = ".metrics.json"
@@ -126,6 +127,7 @@ class RunFolder:
         Raises:
             RecipeError: naming the file or what differs, with the remedy.
         """
+        check_not_overwritten(recipe, self.path, self.student)
         before = self.read_recipe()
         is_source = self.recipe.exists() and self.recipe.resolve() == recipe.source.resolve()
         is_run = before is not None and RUN.name in marker.kinds(self.path)

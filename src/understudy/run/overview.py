@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..budget import amount
 from ..data.examples import Examples
-from ..terminal import show
+from ..terminal import counted, show
 
 if TYPE_CHECKING:
     from .build import Run
@@ -40,7 +40,7 @@ def overview(run: "Run") -> Iterator[tuple[str, str]]:
         yield "teacher", f"{name}{size}"
     yield "method", recipe.method[0]
     held_out = "" if run.held_out is None else f"; held out {len(run.held_out):,} of {run.held_out.source}"
-    yield "data", f"{len(run.train):,} rows of {run.train.source}{held_out}"
+    yield "data", f"{counted(len(run.train), 'row', 'rows')} of {run.train.source}{held_out}"
     yield "training", ", ".join(_training(run))
 
 
@@ -55,11 +55,13 @@ def _training(run: "Run") -> Iterator[str]:
     """Steps, batch size and precision."""
     arguments, budget = run.trainer.args, run.recipe.budget
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rows = counted(batch, "row", "rows")
     if arguments.max_steps > 0:
-        yield f"{arguments.max_steps:,} steps of {batch:,} rows"
+        yield f"{counted(arguments.max_steps, 'step', 'steps')} of {rows}"
     else:
         steps = max(1, int(len(run.train) * arguments.num_train_epochs / batch))
-        yield f"{arguments.num_train_epochs:g} epochs, about {steps:,} steps of {batch:,} rows"
+        epochs = f"{arguments.num_train_epochs:g} {'epoch' if arguments.num_train_epochs == 1 else 'epochs'}"
+        yield f"{epochs}, about {counted(steps, 'step', 'steps')} of {rows}"
     if budget is not None:
         yield f"at most {amount({budget.kind: budget.limit})}"
     if arguments.bf16 or arguments.fp16:
