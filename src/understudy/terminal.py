@@ -29,12 +29,10 @@ logger = logging.getLogger(__name__)
 # Colours that can be read on a dark and on a light terminal, in place of rich's yellow, cyan and nearly black grey.
 THEME = Theme(
     {
-        "bar.back": "grey54",
+        "bar.back": "grey46",
         "progress.elapsed": "none",
         "progress.remaining": "none",
         "progress.download": "none",
-        "markdown.table.header": "bold",
-        "markdown.table.border": "none",
     }
 )
 INTERRUPTED = 130  # exit code after Ctrl-C

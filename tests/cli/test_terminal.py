@@ -14,6 +14,7 @@ from rich.console import Console
 
 from understudy import cli
 from understudy.batch import Example
+from understudy.cli.results import show_comparison
 from understudy.recipe import load
 from understudy.run.dry_run import dry_run, rendered
 from understudy.terminal import escape, show
@@ -67,6 +68,8 @@ def test_a_terminal_shows_a_bar_with_steps_remaining_time_and_loss(home):
     assert all(len(bar) <= 80 for bar in bars)
     assert "samples of the student after step 6" in frames
     assert f"student: {home}/run/student   everything else: {home}/run" in text.replace("\r\n", "\n")
+    colours = set(re.findall(r"\x1b\[(?:1;)?(?:33|36|37|93|96|97)m", text))
+    assert not colours, "of which a light terminal shows little"
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is visible again"
 
 
@@ -107,6 +110,21 @@ def test_a_dry_run_shows_everything_and_writes_nothing(home, tmp_path, monkeypat
         assert f"nothing was written to {home}/new/run" in out
     assert sorted(home.rglob("*")) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_table_of_a_comparison_has_columns_in_a_terminal_and_is_markdown_elsewhere(tmp_path):
+    rows = ["| model | accuracy (greedy) | seconds |", "|---|---|---|", r"| a\|\[b\] | 2.5 ± 3.5 |  |"]
+    table = "\n".join([*rows, "", r"- a\|\[b\], seed 0: no"]) + "\n"
+    for is_terminal in (True, False):
+        with (tmp_path / "out").open("w", encoding="utf-8") as file:
+            show_comparison(table, Console(file=file, width=30, force_terminal=is_terminal, color_system=None))
+        lines = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
+        if is_terminal:
+            assert [line.split() for line in lines if "2.5" in line] == [["a|[b]", "2.5", "±", "3.5"]]
+            assert lines[-1] == "- a|[b], seed 0: no"
+            assert all(len(line) <= 30 for line in lines)
+        else:
+            assert lines == [*table.splitlines(), ""]
 
 
 class Words:

@@ -1,12 +1,13 @@
 """The preallocated key-value cache against transformers' DynamicCache."""
 
 import logging
+from inspect import signature
 
 import pytest
 import torch
 from fakes import tiny
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer
 
 from understudy.generation.kv_cache import FixedLayer, PreallocatedLayer, can_drop_rows, preallocated_cache
 
@@ -69,7 +70,9 @@ def test_models_compute_the_same_logits_with_the_preallocated_cache(kind):
     ids = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
     cache = preallocated_cache(model)
-    logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([4, 1, 1, 3], dim=1)]
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # since transformers 5.24
+    options = {name: cache, "use_cache": True}
+    logits = [model(part, **options).logits for part in ids.split([4, 1, 1, 3], dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-5)
     if kind != "gemma2":  # whose one layer has a sliding window
         assert any(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
@@ -77,7 +80,8 @@ def test_models_compute_the_same_logits_with_the_preallocated_cache(kind):
 
 def test_a_cache_that_cannot_drop_rows_is_detected_and_logged(caplog):
     cache = DynamicCache()
-    cache.layers = [DynamicLayer(), LinearAttentionLayer()]
+    linear_attention = getattr(cache_utils, "LinearAttentionLayer", object)  # the oldest transformers has none
+    cache.layers = [DynamicLayer(), linear_attention()]
     with caplog.at_level(logging.INFO, "understudy.generation.kv_cache"):
         assert not can_drop_rows(cache)
     assert "rows of a DynamicCache cannot be dropped" in caplog.text

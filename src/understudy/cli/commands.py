@@ -165,6 +165,7 @@ def compare(
     from ..compare.experiment import compare
     from ..compare.variants import budget_override, common_dataset, variants
     from ..evaluation.settings import EvalSettings
+    from .results import show_comparison
 
     recipe_variants = variants(
         recipes, [*(overrides or []), *([budget_override(budget)] if budget is not None else [])], sweep
@@ -174,7 +175,7 @@ def compare(
     settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     changes: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": seeds}
     comparison = compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline)
-    show(comparison.table)
+    show_comparison(comparison.table)
     if page:
         from ..report import write_report
 

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import get_console
+from rich import box, get_console
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..budget import spent
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
 
 _METRICS_FILE_KEYS = {"title", "metrics", "signatures", "curves"}
+_ESCAPED = re.compile(r"\\(.)")  # in Markdown
 
 
 def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -58,6 +60,29 @@ def show_evaluation(result: "Evaluation", title: str, output: Path | None, conso
         write_atomic(metrics_file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         responses = f"responses: {output}   " if result.responses else ""
         show(f"{responses}all numbers: {metrics_file}", console)
+
+
+def show_comparison(markdown: str, console: Console | None = None) -> None:
+    """Print the table of a comparison: as columns that fit a terminal, elsewhere as the Markdown that it is."""
+    console = console or get_console()
+    if not console.is_terminal:
+        return show(markdown, console)
+    lines = markdown.splitlines()
+    heads, _, *rows = (_cells(line) for line in lines if line.startswith("|"))
+    table = Table(Column(heads[0], overflow="fold"), box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for head in heads[1:]:
+        table.add_column(head, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in lines[2 + len(rows) :]:
+        show(_ESCAPED.sub(r"\1", line), console)
+
+
+def _cells(line: str) -> list[Text]:
+    """The cells of a line of a Markdown table, in which a bar that ends no cell has a backslash before it."""
+    cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
+    return [Text(escape(_ESCAPED.sub(r"\1", cell))) for cell in cells]
 
 
 def check_measured(output: Path) -> None:

@@ -42,6 +42,8 @@ class Decoder:
         if "output_router_logits" in parameters:
             self._options["output_router_logits"] = False  # the router's loss is of whole sequences
         self._takes_position_ids = "position_ids" in parameters
+        # The name of the cache, of the argument as of the output, depends on the version of transformers.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def prompts(self) -> Tensor:
         """(R, V) the logits after the prompts."""
@@ -63,10 +65,10 @@ class Decoder:
 
     def _next(self, ids: Tensor) -> Tensor:
         self._read += ids.shape[1]
-        output = self._model(**self._inputs(ids, self._read), past_key_values=self._cache, use_cache=True)
-        self._cache = getattr(output, "past_key_values", None)
+        output = self._model(**self._inputs(ids, self._read), **{self._cache_name: self._cache}, use_cache=True)
+        self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:
-            raise ValueError("it returns no past_key_values")
+            raise ValueError(f"it returns no {self._cache_name}")
         return output.logits[:, -1]
 
     def _inputs(self, ids: Tensor, length: int) -> dict[str, Any]:
@@ -118,12 +120,14 @@ class CompiledDecoder(Decoder):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         for tensor in (inputs["attention_mask"], *chain(*memory)):
             torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() // 2)
-        return _compiled(self._model, inputs, memory, position)
+        return _compiled(self._model, self._cache_name, inputs, memory, position)
 
 
-def _forward(model: Any, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]], position: Tensor) -> Tensor:
+def _forward(
+    model: Any, cache_name: str, inputs: dict[str, Any], memory: list[tuple[Tensor, Tensor]], position: Tensor
+) -> Tensor:
     cache = Cache(layers=[FixedLayer(keys, values, position) for keys, values in memory])
-    return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+    return model(**inputs, **{cache_name: cache}, use_cache=True).logits[:, -1]
 
 
 _compiled = CompiledFunction(_forward, "the model cannot be compiled here, which makes generating slower")
