@@ -1,6 +1,7 @@
 """Comparing recipes: runs in processes of their own, resuming, and evaluation with the same settings."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from understudy import cli
 from understudy.compare.evaluations import evaluate_into, named_settings, read_result, with_format_of
-from understudy.compare.experiment import VariantRun, compare
+from understudy.compare.experiment import VariantRun, compare, recording
 from understudy.compare.statistics import Result
 from understudy.compare.variants import Variant, budget_override, common_dataset, variants
 from understudy.evaluation.settings import EvalSettings
@@ -339,6 +340,14 @@ def test_scores_are_by_prompt_where_each_has_several_responses(home, tmp_path):
     assert isinstance(result, Result)
     assert len(result.scores["T=1"]) == 12
     assert sum(result.scores["T=1"]) / 12 == pytest.approx(result.metrics["T=1"]["accuracy"])
+
+
+def test_what_a_run_writes_to_standard_error_is_in_its_log(tmp_path, capfd):
+    folder = RunFolder(tmp_path / "kd")
+    with recording(folder):
+        print("a warning", file=sys.stderr)
+    assert folder.log.read_text() == "a warning\n"
+    assert capfd.readouterr().err == ""
 
 
 def test_the_command_ends_with_1_where_a_run_failed(home, tmp_path, monkeypatch, capsys):

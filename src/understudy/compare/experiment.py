@@ -11,7 +11,7 @@ comparison: finished runs and evaluations are not repeated.
 import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,13 @@ class ReferenceRun:
 
 @contextmanager
 def recording(folder: RunFolder) -> Iterator[Console]:
-    """Claim a folder; output goes to log.txt in it, and an error to failed.txt as well. A signal is no error."""
+    """Claim a folder; output and warnings go to its log.txt, and an error to failed.txt as well. A signal is no error.
+
+    On the terminal they would be written into the comparison's bar, and would not say which run they are about.
+    """
     claim(folder)
     folder.failed.unlink(missing_ok=True)
-    with folder.log.open("a", encoding="utf-8") as log:
+    with folder.log.open("a", encoding="utf-8") as log, redirect_stderr(log):
         try:
             yield Console(file=log, width=120)
         except Interrupted as error:
