@@ -21,7 +21,7 @@ from functools import reduce
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_origin
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Registry(Generic[T]):
 
     def _classes(self, module: str) -> list[type[T]]:
         """The subclasses of `base` that the module itself defines."""
-        content = [x for x in vars(importlib.import_module(module)).values() if isinstance(x, type)]
+        content = [x for x in vars(importlib.import_module(module)).values() if is_class(x)]
         return [x for x in content if issubclass(x, self.base) and x is not self.base and x.__module__ == module]
 
     def _entry_points(self) -> dict[str, str]:
@@ -99,12 +99,17 @@ class Registry(Generic[T]):
 
     def _checked(self, value: Any, name: str) -> type[T]:
         base = f"{self.base.__module__}.{self.base.__name__}"
-        if not isinstance(value, type) or not issubclass(value, self.base):
+        if not is_class(value) or not issubclass(value, self.base):
             raise UnknownName(f"the {self.noun} {name} is not a subclass of {base}: derive it from that class")
         if inspect.isabstract(value):
             missing = " and ".join(sorted(value.__abstractmethods__))  # type: ignore[attr-defined]
             raise UnknownName(f"the {self.noun} {name} is abstract: define {missing}, as {base} asks for")
         return value
+
+
+def is_class(value: Any) -> bool:
+    """Is this a class? In Python 3.10 `list[int]` is an instance of `type` as well, and no class."""
+    return isinstance(value, type) and get_origin(value) is None
 
 
 def import_object(path: str, noun: str, kind: str) -> Any:

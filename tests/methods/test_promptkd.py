@@ -11,7 +11,7 @@ import torch
 from fakes import VOCABULARY, BigramTeacher, some_examples, tiny, words
 from loop import difference, student, teacher, trainer, weights, whole_and_accumulated
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, GPT2Config, GPT2LMHeadModel
 
 from understudy.batch import Batch
 from understudy.divergences import JensenShannon, ReverseKL
@@ -69,6 +69,7 @@ def test_a_random_prompt_is_as_large_as_the_embeddings_that_the_layers_receive()
     assert float(teacher.prompt.std() / rows.std()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="the oldest transformers has no Gemma 4")
 def test_a_teacher_that_reads_embeddings_otherwise_is_refused_unless_there_is_no_prompt():
     model = families.model("gemma4_text")
     with pytest.raises(
@@ -272,6 +273,7 @@ def test_a_teacher_that_is_no_live_model_is_refused(tmp_path):
 def test_gpt2_xl_gets_eleven_thousand_parameters(caplog, monkeypatch):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
+        model.tie_weights()  # which the oldest transformers does only where weights have values
     monkeypatch.setattr(promptkd, "check_soft_prompt", lambda model: None)  # tensors on "meta" have no values
     with caplog.at_level(logging.INFO, logger="understudy.methods.promptkd"):
         tokenizer = SimpleNamespace(encode=lambda *a, **k: [1] * 7)

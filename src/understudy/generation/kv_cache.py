@@ -97,6 +97,8 @@ class FixedLayer(CacheLayerMixin):
         assert self.keys is not None
         return self.keys.shape[-2]
 
+    get_max_cache_shape = get_max_length  # its name in the oldest transformers
+
 
 def preallocated_cache(model: Any) -> Any:
     """An empty cache, preallocated in the layers that store all positions; None: the model creates its own."""

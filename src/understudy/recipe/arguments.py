@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ..registry import Registry, UnknownName, nearest
+from ..registry import Registry, UnknownName, is_class, nearest
 from .yaml_text import RecipeError
 
 
@@ -71,7 +71,7 @@ def _convert_field(value: Any, hint: Any, where: str) -> Any:
     from ..divergences import Divergence
 
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if any(isinstance(option, type) and issubclass(option, Divergence) for option in options):
+    if any(is_class(option) and issubclass(option, Divergence) for option in options):
         if value is None and type(None) in options:
             return None
         return _construct_by_name(value, Registry("divergence", Divergence.__module__, Divergence), where)
