@@ -42,6 +42,7 @@ class Decoder:
         if "output_router_logits" in parameters:
             self._options["output_router_logits"] = False  # the router's loss is of whole sequences
         self._takes_position_ids = "position_ids" in parameters
+        self._takes_cache_position = "cache_position" in parameters  # in the oldest transformers
         # The name of the cache, of the argument as of the output, depends on the version of transformers.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
@@ -115,8 +116,11 @@ class CompiledDecoder(Decoder):
         self._read, self._positions = self._read + 1, self._positions[:, -1:] + 1
         visible = -(-self._read // _STEP) * _STEP
         inputs = self._inputs(tokens[:, None], visible)
+        if self._takes_cache_position:  # by default models compute it from a length that is a number, not a tensor
+            inputs["cache_position"] = position
         memory = [layer.extend(self._read, visible) for layer in self._cache.layers]
-        for tensor in (*filter(torch.is_tensor, inputs.values()), *chain(*memory)):
+        by_row = [x for name, x in inputs.items() if torch.is_tensor(x) and name != "cache_position"]
+        for tensor in (*by_row, *chain(*memory)):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         for tensor in (inputs["attention_mask"], *chain(*memory)):
             torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() // 2)
