@@ -6,6 +6,7 @@ import torch
 from fakes import ragged_examples, words
 from loop import arguments, same, weights
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from understudy.methods.sft import SFT
 from understudy.training import checkpoint
@@ -20,23 +21,21 @@ def trainer(folder, model, **changed):
     return StudentTrainer(model, None, SFT(), args=arguments(folder, **EVERY_STEP, **changed), **data)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_mixture_of_experts_resumes_to_the_bit_and_ends_with_its_best_weights(tied, tmp_path):
+def test_a_mixture_of_experts_resumes_to_the_bit_and_ends_with_its_best_weights(tmp_path):
     def experts():
-        return families.model("mixtral", tie_word_embeddings=tied)
+        return families.model("mixtral", tie_word_embeddings=True)
 
-    whole = trainer(tmp_path, experts(), max_steps=3)
+    def saved(step):
+        return weights(AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}"))
+
+    whole = trainer(tmp_path, experts(), max_steps=2, learning_rate=1.0, load_best_model_at_end=True)
     whole.train()
-    resumed = trainer(tmp_path, experts(), max_steps=3)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert same(weights(resumed.model), weights(whole.model))
-
-    best = trainer(tmp_path / "best", experts(), max_steps=2, learning_rate=1.0, load_best_model_at_end=True)
-    best.train()
-    assert best.state.best_global_step == 1, "the second step makes it worse"
-    first = trainer(tmp_path / "first", experts(), max_steps=1, learning_rate=1.0)
-    first.train()
-    assert same(weights(best.model), weights(first.model))
+    assert whole.state.best_global_step == 1, "the second step makes it worse"
+    first, second = saved(1), saved(2)
+    assert same(weights(whole.model), first)
+    resumed = trainer(tmp_path, experts(), max_steps=2, learning_rate=1.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(weights(resumed.model), second)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(tmp_path):

@@ -209,7 +209,7 @@ class RunFolder:
         changes = self._changed_inputs(inputs)
         if changes and not accept_changes:
             names = listed([description for _, description in changes])
-            message = f"{names} {'has' if len(changes) == 1 else 'have'} changed since the run in {self.path} began"
+            message = f"{names} {'have' if len(changes) > 1 or 'weights' in names else 'has'} changed since the run in {self.path} began"
             remedies = f"restore what has changed, {_REMEDY}, {_ACCEPT}, or {_RESTART}"
             raise recipe.error(changes[0][0].key, f"{message}: {remedies}")
 
