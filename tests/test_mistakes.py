@@ -395,6 +395,14 @@ MISTAKES = {
         {"evaluate": {"dataset": "{home}/prompts.jsonl"}, "method": "kd"},
         r"kd trains on responses, and no row of {home}/prompts.jsonl has one",
     ),
+    "a stop token that there is not": (
+        {"rollout": {"generate": {"max_new_tokens": 8, "stop_ids": [-1]}}},
+        r"line \d+: the stop token -1 is none of the tokenizer's \d+ tokens, and would end nothing: correct",
+    ),
+    "a soft prompt longer than the context length": (
+        {"method": {"promptkd": {"prompt_tokens": 63}}},
+        r"a prompt of 63 tokens .* the context window of 64: lower method\.promptkd\.prompt_tokens",
+    ),
     "longer than the context length": (
         {"data": {"dataset": "{home}/sums.jsonl", "max_length": 65}},
         r"line \d+: data.max_length 65 is more than the models' context length 64: lower it",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from folders import described, llama
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from understudy.models.adapters import without_adapters
@@ -57,6 +58,17 @@ def test_the_model_without_adapters_is_the_one_inside_them(home):
 def test_an_unknown_adapter_setting_is_refused_with_the_one_that_is_meant(home):
     with pytest.raises(RecipeError, match='no field "target_module"; did you mean "target_modules'):
         with_adapters(home, str(home / "teacher"), target_module=["q_proj"])
+
+
+def test_what_peft_adds_to_its_lists_does_not_change_the_recipe(home):
+    if "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this version of PEFT does not have it")
+    llama(home / "tied", tie_word_embeddings=True)
+    peft = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    recipe = parse(described(home, student={"model": str(home / "tied"), "peft": peft}))
+    before = recipe.resolved()
+    load_student(recipe, student_config(recipe, None), None)
+    assert recipe.resolved() == before, "a resumed run would be refused as one of another recipe"
 
 
 def test_too_little_memory_to_try_out_adapters_is_a_warning_and_no_refusal(home, monkeypatch, caplog):

@@ -21,7 +21,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number):
         stop.on_step_end(ARGS, TrainerState(global_step=1), control)
         assert not control.should_training_stop
         os.kill(os.getpid(), number)
-        stop.on_step_end(ARGS, TrainerState(global_step=2), control)
+        (stop.on_evaluate if number == signal.SIGHUP else stop.on_step_end)(ARGS, TrainerState(global_step=2), control)
         assert control.should_save
         assert control.should_training_stop
         assert {each: signal.getsignal(each) for each in SIGNALS} == before, "a second one ends the run at once"

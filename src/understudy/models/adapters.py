@@ -1,5 +1,6 @@
 """PEFT adapters: the base model below them, adding them to a student, and what of them can be saved."""
 
+import copy
 import logging
 from typing import Any
 
@@ -38,7 +39,8 @@ def lora_config(recipe: Recipe, fields: dict[str, Any]) -> Any:
         message = f"init_lora_weights: {init} needs data or a quantized model, which a recipe does not give it: "
         raise recipe.error("student.peft.init_lora_weights", message + "use true, gaussian, orthogonal, pissa or olora")
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "revision": recipe.student.options.get("revision"), **fields})
+        own = copy.deepcopy(fields)  # PEFT adds names of its own to the lists that it is given
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "revision": recipe.student.options.get("revision"), **own})
     except (ValueError, TypeError) as error:
         raise recipe.error("student.peft", f"student.peft: {reason(error)}") from None
 

@@ -27,7 +27,7 @@ def student_config(recipe: Recipe, teacher: str | None) -> Any:
         _check_adapters_of(recipe, student.model)
         return config
     if student.fresh is not None:
-        return _fresh_config(recipe, student.fresh, teacher)
+        return _fresh_config(recipe, copy.deepcopy(student.fresh), teacher)
     return _layers_config(recipe, student.layers or [], teacher)
 
 
@@ -67,7 +67,7 @@ def _check_adapters_of(recipe: Recipe, name: str) -> None:
 
 def _named_model(recipe: Recipe, name: str) -> Any:
     student, adapters = recipe.student, holds_adapters(name)
-    options = {"dtype": student.dtype, **student.options}
+    options = {"dtype": student.dtype, **copy.deepcopy(student.options)}
     model = load_model(name, trainable=adapters and student.peft is None, **options)
     if not adapters:
         return model

@@ -1,5 +1,6 @@
 """Check a recipe's fields against the constructor of the class that they are for, and build the instance."""
 
+import copy
 import inspect
 import types
 import typing
@@ -59,7 +60,7 @@ def arguments(
         if name not in settable and (not open_ended or name in named):
             hint = nearest(str(name), [*settable, *other_fields])
             raise RecipeError(f'{where} has no field "{name}"{hint}', f"{where}.{name}")
-        values[name] = _convert_field(value, hints.get(name, Any), f"{where}.{name}")
+        values[name] = _convert_field(copy.deepcopy(value), hints.get(name, Any), f"{where}.{name}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in values]
     if missing:
         raise RecipeError(f'{where} needs "{missing[0]}": add {where}.{missing[0]}', where)

@@ -1,5 +1,6 @@
 """A recipe's training block as transformers' TrainingArguments."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -38,7 +39,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         if (reason := refusal(key, value)) is not None:
             raise recipe.error(f"training.{key}", f"training.{key} has no effect here, so leave it out: {reason}")
         if not is_idle(key):
-            values[key] = _value(recipe, key, value, hints[key])
+            values[key] = copy.deepcopy(_value(recipe, key, value, hints[key]))  # transformers changes mappings
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         values.pop("ddp_backend", None)  # there is nothing to connect
     _check_dependencies(recipe, values)

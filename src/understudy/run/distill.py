@@ -27,7 +27,7 @@ from ..recipe import Recipe
 from ..step import Step
 from ..teacher import Capability
 from ..terminal import is_first_process, show, working
-from ..training.checkpoint import damaged
+from ..training.checkpoint import damaged, step_of
 from ..training.signals import Interrupted, StopOnSignal
 from .arguments import training_arguments
 from .build import Run, build
@@ -51,7 +51,8 @@ def distill(
 
     Raises:
         RecipeError: for what is wrong with the recipe, before anything is computed.
-        Interrupted: after Ctrl-C, SIGTERM or the end of the terminal, with a checkpoint saved.
+        Interrupted: after Ctrl-C, SIGTERM or the end of the terminal, with a checkpoint saved, or without one (see
+            `save_strategy`) at the end of training, with the run finished first.
     """
     console = (console or get_console()) if is_first_process() else Console(quiet=True)
     arguments = training_arguments(recipe)
@@ -108,8 +109,21 @@ def _train(run: Run, accepted: list[str], console: Console) -> dict[str, Any]:
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.accelerator.wait_for_everyone()
+        step = trainer.state.global_step
+        if step_of(folder.last_checkpoint() or "") == step:
+            if stop.agree(trainer.args) is not None:
+                raise Interrupted(step, stop.signal or 0)
+            stop.let_through()  # the same command resumes from here
+        summary = _end(run, before)
     if stop.signal is not None:
-        raise Interrupted(trainer.state.global_step, stop.signal)
+        raise Interrupted(step, stop.signal, finished=True)
+    return summary
+
+
+def _end(run: Run, before: dict[str, float]) -> dict[str, Any]:
+    """Evaluate and save the trained student, and return the content of run.json."""
+    folder, trainer = run.folder, run.trainer
     if run.samples is not None:
         run.samples.show_last(trainer.args, trainer.state)
     seconds = {"seconds": trainer.spending.run_seconds, "cpu_seconds": trainer.spending.cpu_seconds}
@@ -118,7 +132,7 @@ def _train(run: Run, accepted: list[str], console: Console) -> dict[str, Any]:
     summary = summarize(run, seconds, metrics) | {"student_samples": {"before": before, "after": after}}
     summary["accepted_changes"] = folder.accepted_changes
     save_student(run)
-    if is_first:
+    if trainer.args.process_index == 0:
         trainer.method.export(folder.path)
         write_atomic(folder.run_json, json.dumps(summary, indent=2))
     return summary

@@ -211,7 +211,8 @@ class RunFolder:
         changes = self._changed_inputs(inputs)
         if changes and not accept_changes:
             names = listed([description for _, description in changes])
-            message = f"{names} {'has' if len(changes) == 1 else 'have'} changed since the run in {self.path} began"
+            verb = "have" if len(changes) > 1 or "weights" in changes[0][0].name else "has"
+            message = f"{names} {verb} changed since the run in {self.path} began"
             remedies = f"restore what has changed, {_REMEDY}, {_ACCEPT}, or {_RESTART}"
             raise recipe.error(changes[0][0].key, f"{message}: {remedies}")
 

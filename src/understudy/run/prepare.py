@@ -11,6 +11,7 @@ from ..methods import METHODS
 from ..models.context_window import context_window
 from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
 from ..models.student import student_config, tokenizer_name
+from ..models.vocabulary import vocabulary_size
 from ..recipe import Recipe, RecipeError
 from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
@@ -54,6 +55,10 @@ def prepare(recipe: Recipe) -> Prepared:
         raise recipe.error("rollout", str(error)) from None
     teacher = _teacher(recipe, method)
     configs = _check_configs(recipe, teacher, method)
+    vocabulary = vocabulary_size(configs.tokenizer)
+    if unknown := [i for i in sampling.stop_ids if not 0 <= i < vocabulary]:
+        message = f"the stop token {unknown[0]} is none of the tokenizer's {vocabulary} tokens, and would end nothing"
+        raise recipe.error(f"rollout.{recipe.rollout[0]}.stop_ids", f"{message}: correct stop_ids")
     reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
     train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, configs.context_length, reserve)
     return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
@@ -96,8 +101,11 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
         if teacher is not None and teacher.model_name is not None and uses_teacher(method):
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    window = context_window(*configs)
-    return Configs(tokenizer, config, None if window is None else window - method.teacher_prefix_tokens)
+    window, prefix = context_window(*configs), method.teacher_prefix_tokens
+    if window is not None and window < prefix + 2:
+        message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
+        raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
+    return Configs(tokenizer, config, None if window is None else window - prefix)
 
 
 def _reward(recipe: Recipe) -> Reward | None:

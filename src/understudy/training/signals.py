@@ -12,15 +12,16 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class Interrupted(Exception):
-    """The run was stopped by a signal after saving a checkpoint."""
+    """The run was stopped by a signal after saving a checkpoint, or at its end the student."""
 
-    def __init__(self, step: int, number: int) -> None:
-        super().__init__(f"stopped after step {step}; the same command resumes from there")
+    def __init__(self, step: int, number: int, finished: bool = False) -> None:
+        after = "which was the last one: the run is finished" if finished else "the same command resumes from there"
+        super().__init__(f"stopped after step {step}{',' if finished else ';'} {after}")
         self.exit_code = 128 + number
 
 
 class StopOnSignal(TrainerCallback):
-    """The first signal ends the run after the current step, with a checkpoint; a second one ends it at once.
+    """The first signal ends the run after the current step or evaluation, with a checkpoint; a second one at once.
 
     Use it as a context manager around training. Signals that are ignored, as by nohup, stay ignored. Several processes
     agree on the step at which they end, because a signal reaches them at different times.
@@ -53,9 +54,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agree(args) is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last step there is no further one that would save."""
+        self.on_step_end(args, state, control)
+
+    def agree(self, args: Any) -> int | None:
+        """The signal that any of the processes has received, the same on all of them."""
         if args.world_size > 1:
             number = torch.tensor(self.signal or 0, device=args.device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
             self.signal = int(number) or None
-        if self.signal is not None:
-            control.should_save = control.should_training_stop = True
+        return self.signal
+
+    def let_through(self) -> None:
+        """From now on a signal ends the process at once."""
+        self._restore()

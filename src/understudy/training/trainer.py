@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..batch import Batch, Example, micro_batches
@@ -46,6 +46,7 @@ from .inputs import RowReader, as_student, as_teacher, as_tokenizer, padding
 from .loggers import describe_to_loggers
 from .method_output import checked_loss, checked_metrics
 from .preparation import adapted, check_models, compiles
+from .resumable import ResumableTrainer
 from .router_loss import RouterLoss
 from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
@@ -54,7 +55,7 @@ from .step_metrics import StepMetrics
 from .writers import bind_writers
 
 
-class StudentTrainer(Trainer):
+class StudentTrainer(ResumableTrainer):
     """Distils a teacher into a student by a method.
 
     Args:
