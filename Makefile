@@ -17,19 +17,23 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher test fuzz test-oldest bench lint check format clean
+.PHONY: help env demo teacher student test fuzz test-oldest bench lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 env: $(READY) ## create or update the environment
 
-demo: $(READY) ## distil a small model on the CPU, and see what came of it
+demo: $(READY) ## distil a small model on the CPU in three ways, and see what came of it
 	$(BIN)/understudy demo
 
 teacher: $(READY) ## make the playground's teacher again and put it into the package (about half an hour)
 	$(BIN)/understudy distill recipes/playground/teacher.yaml
-	$(BIN)/python -m understudy.playground.ship runs/teacher/student
+	$(BIN)/python -m understudy.playground.ship runs/teacher/student playground:arithmetic
+
+student: $(READY) ## make the warm start of the playground's student again and put it into the package
+	$(BIN)/understudy distill recipes/playground/warm_start.yaml
+	$(BIN)/python -m understudy.playground.ship runs/warm_start/student playground:arithmetic-student
 
 # One thread per worker: threads of two workers on the same cores would only wait for each other.
 test: $(READY) ## run the tests

@@ -413,11 +413,11 @@ MISTAKES = {
     ),
     "a task that is none": (
         {"data": {"dataset": "playground:arithmetik"}},
-        r"'playground:arithmetik'; the playground's tasks",
+        r"'playground:arithmetik'; the playground has playground:arithmetic",
     ),
     "a teacher of no task": (
         {"teacher": {"local": {"model": "playground:chess"}}},
-        r"there is no 'playground:chess'; the playground's tasks are playground:arithmetic",
+        r"there is no 'playground:chess'; the playground has playground:arithmetic",
     ),
     "quantization without its library": (
         {"teacher": {"local": {"model": "{home}/teacher", "quantization": {"load_in_4bit": True}}}},

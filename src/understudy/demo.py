@@ -1,104 +1,121 @@
-"""The demo: distil a small model for arithmetic, after a warm start by SFT, with supervised KD and with GKD.
+"""The demo: a student with few worked examples learns arithmetic by SFT, by supervised KD and by GKD.
 
-Both start from the same warm student and train on the same number of response tokens: supervised KD on the worked
-solutions of the dataset, GKD on student samples.
+All three begin at the warm start that ships with the package, which was fine-tuned on the same 1,000 worked problems
+that they train on, and take the same number of steps. It is the comparison of recipes/playground/sft, kd and gkd, with
+a table of its own.
 """
 
+import os
 import time
 from pathlib import Path
-from typing import Any
 
 from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
-from .compare.evaluations import evaluate_into, named_settings, read_result
+from .compare.differences import Difference
+from .compare.experiment import Comparison, compare
 from .compare.statistics import Result
-from .data.load import load_data
+from .compare.variants import variants
 from .evaluation.settings import EvalSettings
-from .models.load import load_model, load_tokenizer
-from .recipe import Data, load
+from .models.load import load_model
+from .recipe import Data, locate
 from .report import write_report
-from .run.distill import distill
 from .run.folder import RunFolder
 from .terminal import show
 
-TEACHER = "playground:arithmetic"
-_QUICK = ["training.max_steps=4", "training.logging_steps=2", "data.limit=200", "evaluate.show=1"]
+TEACHER, STUDENT = "playground:arithmetic", "playground:arithmetic-student"
+METHODS = {"sft": "SFT", "kd": "supervised KD", "gkd": "GKD (on-policy)"}
+PROBLEMS = 1000  # held out
+_QUICK = ["training.max_steps=4", "training.logging_steps=2", "training.eval_steps=2", "evaluate.limit=20"]
+_SAMPLES = 3  # of every student
 
 
-def run_demo(folder: Path, quick: bool = False, seed: int = 0, console: Console | None = None) -> list[dict[str, Any]]:
-    """Run the demo, print a table and return its rows: model, parameters, accuracy, tokens, seconds."""
+def run_demo(
+    folder: Path, quick: bool = False, seed: int = 0, samples: bool = False, console: Console | None = None
+) -> Comparison:
+    """Run the demo, and print its table and the report's path.
+
+    Args:
+        quick: only a few steps and problems.
+        seed: of the students' training and sampling.
+        samples: print responses of every student.
+    """
     console = console or get_console()
     start = time.perf_counter()
+    problems = 20 if quick else PROBLEMS
     console.rule("[bold]understudy[/]: distil a large model into a small one")
     console.print(
-        "The task: word problems with written-out working. The teacher ships with the package; the student starts\n"
-        "from random weights, is warmed up on worked solutions, and then learns from the teacher in two ways.\n"
+        "The task: word problems with written-out working. The teacher solves nearly all\n"
+        "of them. The student, 15 times smaller, has learned 1,000 worked problems by SFT\n"
+        "and solves few new ones. From there it learns in three ways:\n"
+        "  SFT            from the worked solutions again\n"
+        "  supervised KD  from the teacher's distributions over the worked solutions\n"
+        "  GKD            from the teacher's distributions over the student's own attempts\n"
+        "                 at the same 1,000 problems\n"
     )
-
-    def train(name: str, *overrides: str) -> dict[str, Any]:
-        console.rule(name)
-        common = [f"training.seed={seed}", f"training.output_dir={folder / name}", *(_QUICK if quick else [])]
-        recipe = load(f"playground/{name}", [*common, *overrides])
-        return distill(recipe, restart=True, console=console)
-
-    warm = train("warm_start")
-    start_from = (f"student.model={warm['folder']}/student", "training.learning_rate=5e-3")
-    on_policy = train("gkd", *start_from)
-    steps = max(1, round(on_policy["tokens"] / _dataset_tokens_per_step()))
-    supervised = train("kd", *start_from, f"training.max_steps={steps}")
-
-    console.rule("500 held-out problems" if not quick else "a few held-out problems")
-    models = {
-        "teacher": (TEACHER, None),
-        "student after SFT": (f"{warm['folder']}/student", warm),
-        "  then supervised KD": (f"{supervised['folder']}/student", supervised),
-        "  then GKD (λ = 0.5)": (f"{on_policy['folder']}/student", on_policy),
-    }
-    rows = [_evaluate(name, model, run, folder, quick) for name, (model, run) in models.items()]
-    _show(rows, console)
-    runs = [Path(run["folder"]) for run in (warm, supervised, on_policy)]
-    page, _ = write_report(runs, folder / "report", models=not quick)
-    show(f"report: {page}", console)
-    show(f"runs: {folder}   in all {time.perf_counter() - start:.0f} s", console)
-    return rows
+    comparison = compare(
+        variants([locate(f"playground/{name}") for name in reversed(METHODS)], _QUICK if quick else []),
+        folder,
+        EvalSettings(Data(dataset=TEACHER, split="test", limit=problems)),
+        seeds=[seed],
+        parallel=max(1, min(len(METHODS), os.cpu_count() or 1)),
+        baseline="kd",
+        console=console,
+    )
+    if comparison.failed:
+        show(comparison.table, console)
+        return comparison
+    _show_table(comparison, problems, console)
+    if samples:
+        _show_samples(folder, seed, console)
+    page, _ = write_report([folder], models=not quick)
+    show(f"report: {page}   runs: {folder}   in all {time.perf_counter() - start:.0f} s", console)
+    return comparison
 
 
-def _dataset_tokens_per_step() -> float:
-    """The mean number of response tokens in a step of supervised training, to give both methods the same number."""
-    recipe = load("playground/kd")
-    examples = load_data(recipe.data.model_copy(update={"limit": 2000}), load_tokenizer(TEACHER), None, 1)
-    mean = sum(len(example.response) for example in examples) / len(examples)
-    return mean * recipe.training["per_device_train_batch_size"]
-
-
-def _evaluate(name: str, model: str, run: dict[str, Any] | None, folder: Path, quick: bool) -> dict[str, Any]:
-    """Evaluate a model on the held-out problems, and save the evaluation in its folder, where the report reads it."""
-    settings = named_settings(EvalSettings(Data(dataset=TEACHER, split="test", limit=20 if quick else 500)))
-    place = RunFolder(Path(run["folder"]) if run else folder / "teacher")
-    evaluate_into(place, model, settings)
-    result = read_result(place, model, settings)
-    assert isinstance(result, Result)
-    return {
-        "model": name,
-        "parameters": sum(p.numel() for p in load_model(model).parameters()),
-        "accuracy": result.metrics["greedy"]["accuracy"],
-        "tokens": None if run is None else run["tokens"],
-        "seconds": None if run is None else run["seconds"],
-    }
-
-
-def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("model", title="accuracy on held-out problems (greedy), and what the training cost")
-    for name in ("parameters", "accuracy", "tokens", "seconds"):
+def _show_table(comparison: Comparison, problems: int, console: Console) -> None:
+    title = f"accuracy on {problems:,} held-out problems"
+    table = Table("model", title=title, caption="in brackets: 95 % interval over the problems")
+    for name in ("parameters", "accuracy", "gain over warm start", "tokens", "CPU s"):
         table.add_column(name, justify="right")
-    for row in rows:
-        trained = ("", "") if row["tokens"] is None else (f"{row['tokens']:,}", f"{row['seconds']:.0f}")
-        table.add_row(row["model"], f"{row['parameters']:,}", f"{row['accuracy']:.1%}", *trained)
+    for name, model in (("teacher", TEACHER), ("warm start", STUDENT)):
+        table.add_row(name, _parameters(model), _accuracy(comparison.references[name]), "", "", "")
+    rows = {row.name: row for row in comparison.rows}
+    for name, title in METHODS.items():
+        row = rows[name]
+        accuracy = f"{row.metrics['greedy']['accuracy'].mean:.1%}"
+        costs = [f"{spread.mean:,.0f}" if spread else "" for spread in (row.tokens, row.cpu_seconds)]
+        table.add_row(title, _parameters(STUDENT), accuracy, _points(row.gain["greedy"]), *costs)
     console.print(table)
-    _, warm, supervised, on_policy = (row["accuracy"] for row in rows)
+    kd, gkd = (rows[name].gain["greedy"].mean for name in ("kd", "gkd"))
     console.print(
-        f"GKD: {100 * (on_policy - warm):+.1f} points over its warm start, "
-        f"{100 * (on_policy - supervised):+.1f} points over supervised KD with the same number of training tokens."
+        f"GKD gains {100 * gkd:.1f} points over the warm start, supervised KD {100 * kd:.1f}: "
+        f"{_points(rows['gkd'].difference['greedy'])} between them."
     )
+
+
+def _show_samples(folder: Path, seed: int, console: Console) -> None:
+    """Print the responses of every student to the same problems."""
+    responses = {
+        title: RunFolder(folder / name / f"seed-{seed}").read_responses()["greedy"][:_SAMPLES]
+        for name, title in METHODS.items()
+    }
+    for problem in zip(*responses.values(), strict=True):
+        show(problem[0]["prompt"].strip(), console)
+        for title, line in zip(responses, problem, strict=True):
+            working = line["response"].replace("\n", "  ")
+            show(f"  {title:<15} {working}  {'right' if line['correct'] else 'wrong'}", console)
+
+
+def _parameters(model: str) -> str:
+    return f"{sum(parameter.numel() for parameter in load_model(model).parameters()):,}"
+
+
+def _accuracy(result: Result) -> str:
+    return f"{result.metrics['greedy']['accuracy']:.1%}"
+
+
+def _points(difference: Difference) -> str:
+    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

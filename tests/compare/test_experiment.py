@@ -62,7 +62,7 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
         Variant("lost", home / "kd.yaml", ("training.learning_rate=1e30",)),
     ]
     settings, options = settings_on(home, metrics=("chrf",)), {"temperatures": (0.0, 1.0), "exposure": 5}
-    comparison = compare(compared, output, settings, **options, seeds=1, parallel=2, baseline="kd", console=QUIET)
+    comparison = compare(compared, output, settings, **options, seeds=(0,), parallel=2, baseline="kd", console=QUIET)
     assert comparison.failed == 1
     text = comparison.table
     for name in ("kd", "gkd"):
@@ -95,7 +95,7 @@ def test_recipes_are_run_over_seeds_and_evaluated_alike_and_once(home):
     lost = output / "gkd" / "seed-0" / "evaluation.json"
     scores = json.loads(lost.read_text())["results"]["greedy"]["scores"]
     lost.unlink()
-    compare(compared[:2], output, settings, **options, seeds=1, baseline="kd", console=QUIET)
+    compare(compared[:2], output, settings, **options, seeds=(0,), baseline="kd", console=QUIET)
     assert {p for p, mtime in before.items() if p.stat().st_mtime_ns != mtime} == {lost}
     assert json.loads(lost.read_text())["results"]["greedy"]["scores"] == scores
 

@@ -36,6 +36,9 @@ class Sleep:
         (self.folder / f"{self.name}.partial").rename(self.folder / f"{self.name}.pid")
         time.sleep(120)
 
+    def progress(self):
+        return 0.0
+
     def error(self):
         return None
 

@@ -11,15 +11,16 @@ from .options import quiet
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="The folder for the runs.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="The folder for the runs.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, as a check.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of data, students and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of training and sampling.")] = 0,
+    samples: Annotated[bool, typer.Option("--samples", help="Print some responses of every student.")] = False,
 ) -> None:
     """Distil a small model that learns arithmetic from a bigger one: no downloads, a few minutes on a laptop."""
     quiet()
     from ..demo import run_demo
 
-    run_demo(folder, quick=quick, seed=seed)
+    run_demo(output, quick, seed, samples)
 
 
 def distill(
@@ -173,7 +174,7 @@ def compare(
     block = Data(dataset=data or common_dataset(recipe_variants), split=split, limit=limit)
     settings = EvalSettings(block, metrics=tuple(metrics or ()))
     settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
-    changes: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": seeds}
+    changes: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": range(seeds)}
     comparison = compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline)
     show_comparison(comparison.table)
     if page:

@@ -45,7 +45,7 @@ class PlannedRun(Protocol):
 
 
 def check_options(
-    settings: EvalSettings, temperatures: Sequence[float], exposure: int, seeds: int, parallel: int
+    settings: EvalSettings, temperatures: Sequence[float], exposure: int, seeds: Sequence[int], parallel: int
 ) -> None:
     """Check the options of a comparison.
 
@@ -54,7 +54,7 @@ def check_options(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("compare starts a process for each run itself: start it without torchrun or accelerate launch")
-    least = {"--seeds": (seeds, 1), "--parallel": (parallel, 1), "--exposure-bias": (exposure, 0)}
+    least = {"--seeds": (len(seeds), 1), "--parallel": (parallel, 1), "--exposure-bias": (exposure, 0)}
     optional = {"--limit": settings.data.limit, "--max-new-tokens": settings.max_new_tokens}
     optional |= {"--max-prompt-length": settings.max_prompt_length}
     least |= {name: (value, 1) for name, value in optional.items() if value is not None}

@@ -20,7 +20,7 @@ from rich import get_console
 from rich.console import Console
 
 from ..evaluation.settings import EvalSettings
-from ..files import write_atomic
+from ..files import read_jsonl, write_atomic
 from ..recipe import Recipe, RecipeError
 from ..run import marker
 from ..run.distill import Interrupted, distill
@@ -54,6 +54,7 @@ class VariantRun:
     seed: int
     folder: RunFolder
     settings: NamedSettings
+    max_steps: int | None = None  # of training, where the recipe says it
 
     @property
     def name(self) -> str:
@@ -67,6 +68,13 @@ class VariantRun:
         with recording(self.folder) as console:
             distill(self.variant.recipe_in(self.folder, self.seed), console=console)
             evaluate_into(self.folder, self.model, self.settings)
+
+    def progress(self) -> float:
+        """The share of the training steps that are in the log."""
+        if not self.max_steps or not self.folder.metrics.is_file():
+            return 0.0
+        steps = [line["step"] for line in read_jsonl(self.folder.metrics) if "step" in line]
+        return min(1.0, max(steps, default=0) / self.max_steps)
 
     def result(self) -> Result | str:
         """The student's result, or why there is none."""
@@ -90,6 +98,9 @@ class ReferenceRun:
     def __call__(self) -> None:
         with recording(self.folder):
             evaluate_into(self.folder, self.model, self.settings)
+
+    def progress(self) -> float:
+        return 0.0
 
     def result(self) -> Result | str:
         """The model's result, or why there is none."""
@@ -123,6 +134,8 @@ class Comparison:
 
     table: str  # in Markdown
     failed: int  # runs and evaluations without a result
+    rows: Sequence[statistics.TableRow]  # of the variants
+    references: Mapping[str, Result]  # of the teacher and the warm start, where all variants share them
 
 
 def compare(
@@ -132,12 +145,12 @@ def compare(
     *,
     temperatures: Sequence[float] = (0.0,),
     exposure: int = 0,
-    seeds: int = 1,
+    seeds: Sequence[int] = (0,),
     parallel: int = 1,
     baseline: str | None = None,
     console: Console | None = None,
 ) -> Comparison:
-    """Run variants with the seeds 0 … seeds − 1, and evaluate all students with the same settings.
+    """Run variants with several seeds, and evaluate all students with the same settings.
 
     The teacher and the warm start are evaluated as well, where all variants share them.
 
@@ -162,8 +175,10 @@ def compare(
         )
     named = named_settings(settings, temperatures, exposure, models.get("teacher"))
     runs = [
-        VariantRun(variant, seed, variant.folder(output, seed), with_format_of(named, recipe))
-        for seed in range(seeds)
+        VariantRun(
+            variant, seed, variant.folder(output, seed), with_format_of(named, recipe), recipe.training.get("max_steps")
+        )
+        for seed in seeds
         for variant, recipe in zip(variants, recipes, strict=True)
     ]
     references = [
@@ -223,7 +238,7 @@ def _write(
     }
     write_atomic(output / RECORD, json.dumps(content, indent=2))
     write_atomic(output / TABLE, table)
-    return Comparison(table, len(failed) + sum(len(row.failed) for row in rows))
+    return Comparison(table, len(failed) + sum(len(row.failed) for row in rows), rows, finished)
 
 
 def _columns(rows: Sequence[statistics.TableRow], settings: NamedSettings) -> list[tuple[str, str]]:

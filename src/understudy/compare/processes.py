@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..terminal import counted, show
 
 _PAUSE = 0.2  # seconds between two looks at the processes
+_LOOK = 2.0  # seconds between two looks at how far they are
 
 
 class Task(Protocol):
@@ -33,6 +34,10 @@ class Task(Protocol):
         ...
 
     def __call__(self) -> None: ...
+
+    def progress(self) -> float:
+        """The share of it that is done, from 0 to 1, as far as it can be told."""
+        ...
 
     def error(self) -> str | None:
         """Why it has failed; None if it has not."""
@@ -63,6 +68,7 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
                     running = [(task, process) for task, process in running if task not in ended]
                     for task in ended:
                         display.show_ended(task)
+                    display.show_running([task for task, _ in running])
         finally:
             _end([process for _, process in running], signals, console)
     signals.deliver()
@@ -140,6 +146,7 @@ class _Display(AbstractContextManager["_Display"]):
 
     def __init__(self, total: int, console: Console) -> None:
         self._console, self._total, self._count, self._start = console, total, 0, time.monotonic()
+        self._looked = self._start  # when the running tasks were asked last
         columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._bar = Progress(
             *(TextColumn("compare"), BarColumn(20), *columns),
@@ -159,7 +166,7 @@ class _Display(AbstractContextManager["_Display"]):
     def show_ended(self, task: Task) -> None:
         """Show that one more task has ended."""
         self._count += 1
-        self._bar.advance(self._task)
+        self._bar.update(self._task, completed=self._count)
         if (error := task.error()) is not None:
             show(f"{task.name} failed: {error}", self._console)
         if not self._console.is_terminal:
@@ -167,6 +174,12 @@ class _Display(AbstractContextManager["_Display"]):
             left = _clock(elapsed / self._count * (self._total - self._count))
             text = f"{self._count} of {self._total} ended after {_clock(elapsed)}, about {left} left: {task.name}"
             show(text, self._console)
+
+    def show_running(self, tasks: Sequence[Task]) -> None:
+        """Advance the bar by the shares of running tasks, every few seconds."""
+        if self._console.is_terminal and time.monotonic() - self._looked > _LOOK:
+            self._looked = time.monotonic()
+            self._bar.update(self._task, completed=self._count + sum(task.progress() for task in tasks))
 
 
 def _clock(seconds: float) -> str:

@@ -60,6 +60,7 @@ class TableRow:
     failed: tuple[str, ...]  # why some seeds have no result
     metrics: Mapping[str, Mapping[str, Spread]]  # protocol → metric → its spread
     difference: Mapping[str, Difference]  # protocol → the difference from the baseline, where responses are paired
+    gain: Mapping[str, Difference]  # protocol → the difference from the warm start
     gap_closed: Mapping[str, Mapping[str, float]]  # protocol → metric → share of the gap from warm start to teacher
     seconds: Spread | None
     cpu_seconds: Spread | None
@@ -82,9 +83,10 @@ def table_rows(
         metrics = _spreads(list(finished.values()))
         difference = _differences(finished, results[baseline]) if baseline not in (None, name) else {}
         costs = {n: _cost(list(finished.values()), n) for n in ("seconds", "cpu_seconds", "tokens")}
+        gain = _differences(finished, dict.fromkeys(finished, start)) if start is not None else {}
         gap = _gap_closed(metrics, teacher, start)
         ends = {"budget": _limit(finished), "ended_early": _ended_early(finished)}
-        table.append(TableRow(name, len(finished), failed, metrics, difference, gap, **costs, **ends))
+        table.append(TableRow(name, len(finished), failed, metrics, difference, gain, gap, **costs, **ends))
     return table
 
 
@@ -120,7 +122,8 @@ def budget_notes(rows: Sequence[TableRow]) -> list[str]:
 
 def difference_notes(rows: Sequence[TableRow]) -> list[str]:
     """Why differences in the table have no p value."""
-    untested = [difference for row in rows for difference in row.difference.values() if difference.p is None]
+    differences = [d for row in rows for d in (*row.difference.values(), *row.gain.values())]
+    untested = [difference for difference in differences if difference.p is None]
     notes = []
     if any(difference.seeds < 2 for difference in untested):
         notes.append(

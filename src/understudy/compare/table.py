@@ -28,9 +28,9 @@ def markdown(
         failed: which of these could not be evaluated, and why.
     """
     heads = ["model", *(plain(f"{metric} ({protocol})") for protocol, metric in columns)]
-    heads += ["difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
+    heads += ["over warm start", "difference", "gap closed", "seconds", "CPU seconds", "response tokens"]
     rows = [
-        [plain(name), *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), "", "", "", "", ""]
+        [plain(name), *(_number(r.metrics.get(p, {}).get(m), m) for p, m in columns), *[""] * 6]
         for name, r in references.items()
     ]
     rows += [_cells(row, columns) for row in table]
@@ -48,14 +48,15 @@ def plain(text: str) -> str:
 
 
 def _cells(row: TableRow, columns: Sequence[tuple[str, str]]) -> list[str]:
-    """A variant's cells: its metrics, the difference from the baseline and the gap closed in the first, the costs."""
+    """A variant's cells: metrics; in the first the gain, the difference from the baseline, the gap closed; costs."""
     cells = [plain(row.name) + (f" ({len(row.failed)} failed)" if row.failed else "")]
     for protocol, metric in columns:
         spread = row.metrics.get(protocol, {}).get(metric)
         cells.append("" if spread is None else _plus_minus(spread, metric, row.seeds))
     protocol, metric = columns[0]
-    difference, gap = row.difference.get(protocol), row.gap_closed.get(protocol, {}).get(metric)
-    cells.append("" if difference is None else _difference(difference))
+    for difference in (row.gain.get(protocol), row.difference.get(protocol)):
+        cells.append("" if difference is None else _difference(difference))
+    gap = row.gap_closed.get(protocol, {}).get(metric)
     cells.append("" if gap is None else f"{gap:.0%}")
     return cells + ["" if s is None else f"{s.mean:,.0f}" for s in (row.seconds, row.cpu_seconds, row.tokens)]
 

@@ -1,10 +1,13 @@
-"""Resolve the name `playground:arithmetic`, which may stand for a model, a tokenizer or a dataset."""
+"""Resolve names of the playground: models and tokenizers that ship with the package, and its generated datasets."""
 
 from importlib import resources
 from typing import Any, cast
 
 PREFIX = "playground:"
-TASKS = ("arithmetic",)
+MODELS = {  # name → folder; a name without -student is a dataset as well
+    "arithmetic": "arithmetic_teacher",
+    "arithmetic-student": "arithmetic_student",
+}
 PROBLEMS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # without a limit
 
 
@@ -12,31 +15,36 @@ def is_playground(name: str) -> bool:
     """Is this a name of the playground?
 
     Raises:
-        ValueError: for an unknown task of the playground, with the known ones.
+        ValueError: for an unknown one, with the known ones.
     """
     if not str(name).startswith(PREFIX):
         return False
-    if name.removeprefix(PREFIX) not in TASKS:
-        raise ValueError(
-            f"there is no {name!r}; the playground's tasks are {', '.join(PREFIX + task for task in TASKS)}"
-        )
+    if name.removeprefix(PREFIX) not in MODELS:
+        raise ValueError(f"there is no {name!r}; the playground has {', '.join(PREFIX + model for model in MODELS)}")
     return True
 
 
 def resolve(name: str) -> str:
-    """The folder of the playground's teacher and tokenizer for a name of the playground; any other name unchanged."""
-    return (
-        str(resources.files("understudy.playground") / f"{name.removeprefix(PREFIX)}_teacher")
-        if is_playground(name)
-        else name
-    )
+    """The folder of a model of the playground, with its tokenizer; any other name unchanged.
+
+    `playground:arithmetic` is the teacher, `playground:arithmetic-student` the warm start of a small student.
+    """
+    if not is_playground(name):
+        return name
+    return str(resources.files("understudy.playground") / MODELS[name.removeprefix(PREFIX)])
 
 
 def rows(name: str, split: str = "train", seed: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
-    """A task's problems as dataset rows with prompt and completion."""
+    """A task's problems as dataset rows with prompt and completion.
+
+    Raises:
+        ValueError: for the name of a student, and an unknown split.
+    """
     from .arithmetic import Split, problems
 
     assert is_playground(name)
+    if name.endswith("-student"):
+        raise ValueError(f"{name} is a model, not a dataset: use {name.removesuffix('-student')}")
     if split not in PROBLEMS:
         raise ValueError(f"the playground has no split {split!r}; it has {', '.join(PROBLEMS)}")
     return problems(limit or PROBLEMS[split], seed, cast(Split, split))

@@ -1,4 +1,4 @@
-"""Copy a trained teacher into the package: `python -m understudy.playground.ship runs/teacher/student`."""
+"""Put a trained model into the package: `python -m understudy.playground.ship FOLDER playground:NAME`."""
 
 import sys
 from pathlib import Path
@@ -9,18 +9,18 @@ from transformers import AutoModelForCausalLM
 from .names import resolve
 from .vocabulary import tokenizer
 
-LIMIT = 8 * 2**20  # bytes
+LIMITS = {"playground:arithmetic": 8 * 2**20, "playground:arithmetic-student": 2**20}  # bytes
 
 
-def ship(student: str) -> None:
-    """Save the model in bfloat16, with the playground's tokenizer, in the folder of `playground:arithmetic`."""
-    target = Path(resolve("playground:arithmetic"))
-    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(target)
+def ship(model: str, name: str) -> None:
+    """Save a model in bfloat16, with the playground's tokenizer, in the folder of a name of the playground."""
+    target = Path(resolve(name))
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(target)
     tokenizer().save_pretrained(target)
     size = (target / "model.safetensors").stat().st_size
-    assert size <= LIMIT, f"{size} bytes are more than the package should carry"
+    assert size <= LIMITS[name], f"{size} bytes are more than the package should carry"
     sys.stdout.write(f"{target}: {size / 2**20:.1f} MB\n")
 
 
 if __name__ == "__main__":
-    ship(sys.argv[1])
+    ship(*sys.argv[1:])

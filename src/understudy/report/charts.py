@@ -30,6 +30,7 @@ from .drawing import (
     thinned,
     with_file_names,
 )
+from .learning_curves import learning_curves
 from .positions import by_position
 from .sweeps import swept
 from .text import duration, heading, interval, is_share, label, number
@@ -57,6 +58,7 @@ def charts(content: Mapping[str, Any]) -> dict[str, list[Chart]]:
     runs = content["runs"]
     several = len(runs) > 1
     sections = {
+        "learning": learning_curves(content) if several else [],
         "quality": [
             *(swept(content) or _intervals(content)),
             *(_against_time(content) if several else _learning(runs[0])),

@@ -120,17 +120,19 @@ def _peak(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> flo
 
 
 def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """The logged numbers: name → steps, seconds of training until then, values."""
+    """The logged numbers: name → steps, seconds of training and response tokens until then, values."""
     series: dict[str, dict[str, list[float]]] = {}
-    elapsed = 0.0
+    elapsed = tokens = 0.0
     for line in lines:
         elapsed += _sum([line], *(f"seconds_{name}" for name in _ACTIVITIES))
+        tokens += _sum([line], "tokens")
         for name, value in line.items():
             is_curve = name == "tokens_per_second" or not name.startswith(_TOTALS)
             if is_curve and isinstance(value, int | float) and "step" in line:
-                points = series.setdefault(name, {"step": [], "seconds": [], "value": []})
+                points = series.setdefault(name, {"step": [], "seconds": [], "tokens": [], "value": []})
                 points["step"].append(line["step"])
                 points["seconds"].append(elapsed)
+                points["tokens"].append(tokens)
                 points["value"].append(value)
     return series
 

@@ -106,12 +106,12 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
     columns = [(p, m) for p, m in comparison["columns"] if m != "truncated" or any(v.get(p, {}).get(m) for v in values)]
     first = tuple((comparison["quality"] or [("", "")])[0])
     heads = ["model", *(f"{label(m)} ({p})" for p, m in columns)]
-    heads += [f"difference from {comparison['baseline']} [95 %], p", "gap to the teacher closed", "seeds"]
-    heads += ["seconds", "CPU seconds", "response tokens"]
+    heads += ["gain over the warm start [95 %], p", f"difference from {comparison['baseline']} [95 %], p"]
+    heads += ["gap to the teacher closed", "seeds", "seconds", "CPU seconds", "response tokens"]
     rows = [
         _row(
             name,
-            [*((v := r["metrics"].get(p, {}).get(m), number(v, m)) for p, m in columns), *[(None, "")] * 6],
+            [*((v := r["metrics"].get(p, {}).get(m), number(v, m)) for p, m in columns), *[(None, "")] * 7],
             "reference",
         )
         for name, r in comparison["references"].items()
@@ -123,10 +123,11 @@ def _comparison(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _variant(row: Mapping[str, Any], columns: Sequence[tuple[str, str]], protocol: str, metric: str) -> list[Any]:
-    """A variant's cells: metrics, difference and gap in the first metric, seeds, costs."""
+    """A variant's cells: metrics, gain, difference and gap in the first metric, seeds, costs."""
     cells = [_spread(row["metrics"].get(p, {}).get(m), m, row["seeds"]) for p, m in columns]
     share = row["gap_closed"].get(protocol, {}).get(metric)
-    cells += [_difference(row["difference"].get(protocol)), (share, "" if share is None else f"{100 * share:.0f} %")]
+    cells += [_difference(row[name].get(protocol)) for name in ("gain", "difference")]
+    cells += [(share, "" if share is None else f"{100 * share:.0f} %")]
     cells += [(row["seeds"], str(row["seeds"]))]
     return cells + [_spread(row[cost], "", 1) for cost in ("seconds", "cpu_seconds", "tokens")]
 
