@@ -16,6 +16,7 @@ from rich.table import Table
 from .compare.differences import Difference
 from .compare.experiment import Comparison, compare
 from .compare.statistics import Result
+from .compare.table import in_points
 from .compare.variants import variants
 from .evaluation.settings import EvalSettings
 from .models.load import load_model
@@ -86,12 +87,12 @@ def _show_table(comparison: Comparison, problems: int, console: Console) -> None
         row = rows[name]
         accuracy = f"{row.metrics['greedy']['accuracy'].mean:.1%}"
         costs = [f"{spread.mean:,.0f}" if spread else "" for spread in (row.tokens, row.cpu_seconds)]
-        table.add_row(title, _parameters(STUDENT), accuracy, _points(row.gain["greedy"]), *costs)
+        table.add_row(title, _parameters(STUDENT), accuracy, _points(row.gain["greedy"]["accuracy"]), *costs)
     console.print(table)
-    kd, gkd = (rows[name].gain["greedy"].mean for name in ("kd", "gkd"))
+    kd, gkd = (rows[name].gain["greedy"]["accuracy"].mean for name in ("kd", "gkd"))
     console.print(
         f"GKD gains {100 * gkd:.1f} points over the warm start, supervised KD {100 * kd:.1f}: "
-        f"{_points(rows['gkd'].difference['greedy'])} between them."
+        f"{_points(rows['gkd'].difference['greedy']['accuracy'])} between them."
     )
 
 
@@ -117,5 +118,5 @@ def _accuracy(result: Result) -> str:
 
 
 def _points(difference: Difference) -> str:
-    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    mean, low, high = in_points(difference, "accuracy")
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -12,6 +12,12 @@ class Score:
 
     value: float  # out of 100, as papers print it
     signature: str
+    by_response: Sequence[float] = ()  # the number of every response, where `value` is their mean
+
+    @classmethod
+    def mean(cls, by_response: Sequence[float], signature: str) -> "Score":
+        """The mean of numbers, one for each response: two models can then be compared prompt by prompt."""
+        return cls(sum(by_response) / len(by_response), signature, by_response)
 
 
 class Metric(ABC):

@@ -18,6 +18,7 @@ import os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from rich.console import Console
+from understudy.compare import processes
 from understudy.compare.processes import run_in_processes
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Sleep:
         return None
 
 if __name__ == "__main__":
+    processes._PRELOADED.clear()  # these tasks need none of it
     run_in_processes([Sleep(Path(sys.argv[1]), f"task{i}") for i in range(3)], 2, Console())
 """
 
@@ -126,9 +128,7 @@ def test_without_a_terminal_each_run_that_ends_is_a_line(tmp_path, monkeypatch):
         def is_alive(self):
             return False
 
-    monkeypatch.setattr(
-        "understudy.compare.processes.multiprocessing.get_context", lambda _: type("", (), {"Process": Process})
-    )
+    monkeypatch.setattr("understudy.compare.processes._context", lambda: type("", (), {"Process": Process}))
     console = Console(file=(tmp_path / "out.txt").open("w+"), width=80)
     run_in_processes([Failing(), Failing()], 1, console)
     console.file.seek(0)

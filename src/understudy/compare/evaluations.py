@@ -131,9 +131,8 @@ def result_of(results: Mapping[str, Any], run: Mapping[str, Any] | None) -> Resu
     return Result(
         metrics={str(name): _numbers(part["metrics"]) for name, part in results.items()},
         scores={
-            str(name): [float(score) for score in part["scores"]]
+            str(name): {str(metric): [float(score) for score in of] for metric, of in part["scores"].items()}
             for name, part in results.items()
-            if part.get("scores") is not None
         },
         **{name: costs.get(name) for name in names},
         budget=_budget((run or {}).get("budget")),
@@ -155,18 +154,8 @@ def _budget(content: Any) -> dict[str, Any] | None:
 
 
 def _content(evaluation: Evaluation, settings: EvalSettings) -> dict[str, Any]:
-    correct = [response["correct"] for response in evaluation.responses]
-    scores = None
-    if None not in correct and not settings.exposure_bias:
-        scores = _over_seeds([float(value) for value in correct], len(settings.seeds))
-    content = {"metrics": evaluation.metrics, "scores": scores}
+    content = {"metrics": evaluation.metrics, "scores": {} if settings.exposure_bias else evaluation.scores}
     return content | ({"curves": evaluation.curves} if evaluation.curves else {})
-
-
-def _over_seeds(scores: Sequence[float], seeds: int) -> list[float]:
-    """The mean score of each prompt over its responses, which are in the order of the seeds."""
-    prompts = len(scores) // seeds
-    return [sum(scores[prompt::prompts]) / seeds for prompt in range(prompts)]
 
 
 def _digest(loaded: LoadedModel, settings: EvalSettings) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from rich import get_console
 from rich.console import Console
 
+from ..evaluation.response_metrics import with_buckets
 from ..evaluation.settings import EvalSettings
 from ..files import read_jsonl, write_atomic
 from ..recipe import Recipe, RecipeError
@@ -244,7 +245,8 @@ def _write(
 def _columns(rows: Sequence[statistics.TableRow], settings: NamedSettings) -> list[tuple[str, str]]:
     """The table's columns, (settings' name, metric) each."""
     names = [name for name in settings if name != EXPOSURE]
-    metrics = ["accuracy", *dict.fromkeys(metric for each in settings.values() for metric in each.metrics)]
+    numbers = [name for each in settings.values() for name in with_buckets(each.metrics, each.length_buckets)]
+    metrics = ["accuracy", *dict.fromkeys(numbers)]
     metrics = [metric for metric in metrics if any(metric in part for row in rows for part in row.metrics.values())]
     columns = [(name, metric) for name in names for metric in metrics]
     columns += [(name, "response_length") for name in names]

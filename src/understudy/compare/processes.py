@@ -8,9 +8,10 @@ parent holds open, and ends when it closes.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..terminal import counted, show
 
 _PAUSE = 0.2  # seconds between two looks at the processes
+_PRELOADED = ["understudy.run.distill", "understudy.compare.evaluations"]
 _LOOK = 2.0  # seconds between two looks at how far they are
 
 
@@ -51,7 +53,7 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
         KeyboardInterrupt: after Ctrl-C. Another signal has its usual effect, once the processes have ended.
     """
     threads = max(1, (os.cpu_count() or 1) // parallel)
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     waiting, running = list(tasks), []
     with _Signals() as signals:
         try:
@@ -59,7 +61,7 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
                 while (waiting or running) and not signals.received:
                     while waiting and len(running) < parallel:
                         task = waiting.pop(0)
-                        process = context.Process(target=_run, args=(task, threads))
+                        process = context.Process(target=_run, args=(task, threads, dict(os.environ)))
                         with _interrupts_deferred():
                             process.start()
                         running.append((task, process))
@@ -72,6 +74,20 @@ def run_in_processes(tasks: Sequence[Task], parallel: int, console: Console) -> 
         finally:
             _end([process for _, process in running], signals, console)
     signals.deliver()
+
+
+def _context() -> Any:
+    """How processes are started: forked from a server that has imported what every run needs, where that is safe.
+
+    These imports take seconds. A process that has used an accelerator cannot be forked, and an import may use it.
+    """
+    import torch
+
+    if not sys.platform.startswith("linux") or torch.accelerator.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def _end(processes: Sequence[Any], signals: "_Signals", console: Console) -> None:
@@ -188,8 +204,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _run(task: Task, threads: int) -> None:
-    """In the process of a task: end with the parent, and leave signals of the terminal to it."""
+def _run(task: Task, threads: int, environment: Mapping[str, str]) -> None:
+    """In the process of a task: end with the parent, and leave signals of the terminal to it.
+
+    The environment is that of the parent now, not when the server of `_context` was started.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     _drop_interrupts()

@@ -15,6 +15,7 @@ from ..budget import amount, spent
 from .differences import LEAST_PROMPTS, Difference, paired_difference
 from .student_t import quantile
 
+Differences = Mapping[str, Mapping[str, Difference]]  # protocol → metric → difference, where prompts are paired
 SHARES = ("accuracy", "truncated", "agreement", "top_10_overlap")  # metrics that are written in percent
 
 
@@ -23,7 +24,7 @@ class Result:
     """The metrics of one model, and what its training cost."""
 
     metrics: Mapping[str, Mapping[str, float]]  # protocol → metric → value
-    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)  # protocol → one number per response
+    scores: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # the same of every prompt
     seconds: float | None = None  # of training
     cpu_seconds: float | None = None
     tokens: float | None = None  # response tokens trained on
@@ -59,8 +60,8 @@ class TableRow:
     seeds: int
     failed: tuple[str, ...]  # why some seeds have no result
     metrics: Mapping[str, Mapping[str, Spread]]  # protocol → metric → its spread
-    difference: Mapping[str, Difference]  # protocol → the difference from the baseline, where responses are paired
-    gain: Mapping[str, Difference]  # protocol → the difference from the warm start
+    difference: Differences  # from the baseline
+    gain: Differences  # from the warm start
     gap_closed: Mapping[str, Mapping[str, float]]  # protocol → metric → share of the gap from warm start to teacher
     seconds: Spread | None
     cpu_seconds: Spread | None
@@ -122,8 +123,8 @@ def budget_notes(rows: Sequence[TableRow]) -> list[str]:
 
 def difference_notes(rows: Sequence[TableRow]) -> list[str]:
     """Why differences in the table have no p value."""
-    differences = [d for row in rows for d in (*row.difference.values(), *row.gain.values())]
-    untested = [difference for difference in differences if difference.p is None]
+    differences = [by_metric for row in rows for by_metric in (*row.difference.values(), *row.gain.values())]
+    untested = [d for by_metric in differences for d in by_metric.values() if d.p is None]
     notes = []
     if any(difference.seeds < 2 for difference in untested):
         notes.append(
@@ -148,21 +149,24 @@ def _spreads(results: list[Result]) -> dict[str, dict[str, Spread]]:
     }
 
 
-def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | str]) -> dict[str, Difference]:
-    """The differences from the baseline over the seeds that both have."""
+def _differences(results: Mapping[int, Result], baseline: Mapping[int, Result | str]) -> Differences:
+    """The differences from the baseline over the seeds that both have, in metrics with a number for every prompt."""
     pairs = [
         (result, baseline_result)
         for seed, result in results.items()
         if isinstance(baseline_result := baseline.get(seed), Result)
     ]
-    protocols = pairs[0][0].scores if pairs else ()
-    differences = {protocol: difference_of(pairs, protocol) for protocol in protocols}
-    return {protocol: difference for protocol, difference in differences.items() if difference is not None}
+    differences: dict[str, dict[str, Difference]] = {}
+    for protocol, scores in (pairs[0][0].scores if pairs else {}).items():
+        for metric in scores:
+            if (difference := difference_of(pairs, protocol, metric)) is not None:
+                differences.setdefault(protocol, {})[metric] = difference
+    return differences
 
 
-def difference_of(pairs: Sequence[tuple[Result, Result]], protocol: str) -> Difference | None:
+def difference_of(pairs: Sequence[tuple[Result, Result]], protocol: str, metric: str) -> Difference | None:
     """The difference of pairs of results, one for each seed; None unless all have scores of the same prompts."""
-    first, second = ([pair[i].scores.get(protocol, ()) for pair in pairs] for i in (0, 1))
+    first, second = ([pair[i].scores.get(protocol, {}).get(metric, ()) for pair in pairs] for i in (0, 1))
     if len({len(scores) for scores in (*first, *second)}) != 1 or not first[0]:
         return None
     return paired_difference(first, second)

@@ -54,8 +54,8 @@ def _cells(row: TableRow, columns: Sequence[tuple[str, str]]) -> list[str]:
         spread = row.metrics.get(protocol, {}).get(metric)
         cells.append("" if spread is None else _plus_minus(spread, metric, row.seeds))
     protocol, metric = columns[0]
-    for difference in (row.gain.get(protocol), row.difference.get(protocol)):
-        cells.append("" if difference is None else _difference(difference))
+    for difference in (row.gain.get(protocol, {}).get(metric), row.difference.get(protocol, {}).get(metric)):
+        cells.append("" if difference is None else _difference(difference, metric))
     gap = row.gap_closed.get(protocol, {}).get(metric)
     cells.append("" if gap is None else f"{gap:.0%}")
     return cells + ["" if s is None else f"{s.mean:,.0f}" for s in (row.seconds, row.cpu_seconds, row.tokens)]
@@ -78,9 +78,15 @@ def with_deviation(mean: str, deviation: float) -> str:
     return f"{mean} ± {deviation:.{len(mean.partition('.')[2])}f}"
 
 
-def _difference(difference: Difference) -> str:
+def in_points(difference: Difference, metric: str) -> tuple[float, float, float]:
+    """The mean, low and high of a difference in points of 100."""
+    scale = 100 if metric in SHARES else 1
+    return scale * difference.mean, scale * difference.low, scale * difference.high
+
+
+def _difference(difference: Difference, metric: str) -> str:
     """In points of 100, with the p value, or the interval where there is none."""
-    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    mean, low, high = in_points(difference, metric)
     if difference.p is not None:
         return f"{mean:+.1f} (p {p_text(difference.p)})"
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}" + (" over prompts)" if difference.seeds < 2 else ")")

@@ -16,7 +16,6 @@ With several seeds a number is the mean over seeds, and `<name>_std` their stand
 """
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,8 @@ from ..scores import DIVERGENCE_METRICS
 from ..teacher import Capability, Teacher
 from . import exposure_bias as bias
 from .distance import distances
-from .responses import BatchSizeSearch, Response, Responses, check_resumable, generate_responses
+from .response_metrics import buckets, over_seeds, response_metrics
+from .responses import BatchSizeSearch, Responses, check_resumable, generate_responses
 
 Curve = Mapping[str, Sequence[float | None]]  # a number's name: its values at the first position, the second, …
 
@@ -49,6 +49,7 @@ class Evaluation:
     metrics: dict[str, float]
     signatures: dict[str, str] = field(default_factory=dict)  # how the text metrics were computed
     curves: dict[str, Curve] = field(default_factory=dict)  # numbers by position in a response
+    scores: dict[str, list[float]] = field(default_factory=dict)  # by metric the number of each prompt
 
 
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
     batch_size: int = 32,
     metrics: Sequence[str] = (),
     *,
+    length_buckets: Sequence[int] = (),
     exposure_bias: bool = False,
     output: Path | None = None,
     first_batch_size: int | None = None,
@@ -74,6 +76,7 @@ def evaluate(
         seed: of sampling; every prompt gets one response for each seed.
         batch_size: sequences scored at once by model and teacher, for their distance.
         metrics: further ones of the folder metrics/, out of 100, over the rows that have references.
+        length_buckets: bounds of the references' lengths in tokens, by which the metrics are also computed.
         exposure_bias: generate responses of the teacher as well, and measure `exposure_bias`.
         output: a JSONL file of responses, from which an interrupted evaluation is resumed; the teacher's go beside it.
         first_batch_size: where `responses.BatchSizeSearch` begins; by default the rollout's own batch size stays.
@@ -84,7 +87,7 @@ def evaluate(
             seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    check(examples, sampling, teacher, seeds, metrics, exposure_bias)
+    check(examples, sampling, teacher, seeds, metrics, length_buckets, exposure_bias)
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
         search = first_batch_size and BatchSizeSearch(first_batch_size)
@@ -97,20 +100,26 @@ def evaluate(
     if exposure_bias and path is not None:  # before the student's responses are generated
         check_resumable(live_teacher.model, tokenizer, examples, rollout, sampling, seeds, "teacher", path)
     generated = generate("student", model, output)
-    (numbers, signatures), curves = _response_metrics(generated, len(examples), metrics), dict[str, Curve]()
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    measured = response_metrics(generated, len(examples), metrics, length_buckets, length)
+    numbers, curves = measured.numbers, dict[str, Curve]()
     samples, vocabulary = [r.example for r in generated.responses], vocabulary_size(tokenizer)
     if teacher is not None:
         on_progress = _task(progress, "distance to the teacher", len(samples))
         parts = [samples[start : start + len(examples)] for start in range(0, len(samples), len(examples))]
         by_seed = [distances(model, teacher, part, vocabulary, batch_size, on_progress) for part in parts]
-        numbers |= _over_seeds([_with_perplexity(part.means()) for part in by_seed])
+        numbers |= over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
     if exposure_bias:
         samples_of_teacher = [r.example for r in generate("teacher", live_teacher.model, path).responses]
         exposure = bias.exposure_bias(model, live_teacher, samples, samples_of_teacher, vocabulary, batch_size)
         numbers["exposure_bias"] = float(exposure.percent[-1])
         curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}
-    return Evaluation([response.line for response in generated.responses], numbers, signatures, curves)
+    lines = [response.line for response in generated.responses]
+    return Evaluation(lines, numbers, measured.signatures, curves, measured.scores)
 
 
 def distance(
@@ -127,6 +136,7 @@ def check(
     teacher: Teacher | None,
     seeds: Sequence[int],
     metrics: Sequence[str],
+    length_buckets: Sequence[int],
     exposure_bias: bool,
 ) -> None:
     """Refuse settings that would fail or be meaningless, before any response is generated.
@@ -135,6 +145,7 @@ def check(
         ValueError: as `evaluate`.
     """
     text_metrics.check(metrics)
+    buckets(length_buckets)
     diversity = [name for name in metrics if text_metrics.compares_responses(name)]
     quality = [name for name in metrics if name not in diversity]
     if quality and not any(row.references for row in examples.rows):
@@ -158,61 +169,6 @@ def check(
 
 def _is_correct(text: str, row: Row) -> bool | None:
     return any(agree(text, reference) for reference in row.references) if row.references else None
-
-
-def _response_metrics(
-    generated: Responses, examples: int, metrics: Sequence[str]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics of the responses alone, and the signatures of the text metrics among them."""
-    responses = generated.responses
-    by_seed = [responses[start : start + examples] for start in range(0, len(responses), examples)]
-    numbers = _over_seeds([_counts(part) for part in by_seed]) | {"seconds": generated.seconds}
-    if generated.tokens:
-        numbers["tokens_per_second"] = generated.tokens / generated.seconds
-    scores, signatures = _text_metrics(metrics, by_seed)
-    return numbers | scores, signatures
-
-
-def _counts(responses: Sequence[Response]) -> dict[str, float]:
-    correct = [response.line["correct"] for response in responses if response.line["correct"] is not None]
-    return {
-        **({"accuracy": sum(correct) / len(correct)} if correct else {}),
-        "examples": float(len(responses)),
-        "response_length": sum(len(response.example.response) for response in responses) / len(responses),
-        "truncated": sum(response.example.truncated for response in responses) / len(responses),
-    }
-
-
-def _text_metrics(
-    metrics: Sequence[str], by_seed: Sequence[Sequence[Response]]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics of the folder metrics/ for the responses of every seed, and their signatures."""
-    diversity = [name for name in metrics if text_metrics.compares_responses(name)]
-    quality = [name for name in metrics if name not in diversity]
-    scores = []
-    for responses in by_seed:
-        lines = [response.line for response in responses if response.line["references"]]
-        texts, references = [line["response"] for line in lines], [line["references"] for line in lines]
-        scores.append(text_metrics.score(quality, texts, references))
-    prompts = [[response.line["response"] for response in prompt] for prompt in zip(*by_seed, strict=True)]
-    other_responses = [texts[:i] + texts[i + 1 :] for texts in prompts for i in range(len(texts))]
-    across_seeds = text_metrics.score(diversity, [text for texts in prompts for text in texts], other_responses)
-    numbers = _over_seeds([{name: score.value for name, score in part.items()} for part in scores])
-    numbers |= {name: score.value for name, score in across_seeds.items()}
-    return numbers, {name: score.signature for name, score in (scores[0] | across_seeds).items()}
-
-
-def _over_seeds(by_seed: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The numbers of a single seed; of several, their means and, as `<name>_std`, their sample standard deviations."""
-    if len(by_seed) == 1:
-        return by_seed[0]
-    numbers = {}
-    for name in by_seed[0]:
-        values = [part[name] for part in by_seed]
-        numbers[name] = statistics.fmean(values)
-        if name != "examples":
-            numbers[f"{name}_std"] = statistics.stdev(values)
-    return numbers
 
 
 def _with_perplexity(means: dict[str, float]) -> dict[str, float]:

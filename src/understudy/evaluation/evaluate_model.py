@@ -70,6 +70,7 @@ def evaluate_loaded(
         loaded.teacher,
         settings.seeds,
         metrics=settings.metrics,
+        length_buckets=settings.length_buckets,
         exposure_bias=settings.exposure_bias,
         output=output,
         first_batch_size=search,
@@ -113,7 +114,8 @@ def prepare(tokenizer: Any, config: Any, settings: EvalSettings) -> Prepared:
     rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
     sampling = Sampling(cast(int, settings.max_new_tokens), settings.temperature)
     examples = _prompts(settings, tokenizer, context_window(*configs))
-    check(examples, sampling, teacher, settings.seeds, settings.metrics, settings.exposure_bias)
+    metrics = (settings.metrics, settings.length_buckets)
+    check(examples, sampling, teacher, settings.seeds, *metrics, settings.exposure_bias)
     return Prepared(tokenizer, examples, rollout, sampling, teacher)
 
 

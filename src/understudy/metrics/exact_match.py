@@ -12,8 +12,8 @@ class ExactMatch(Metric):
     names = ("exact_match",)
 
     def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
-        matches = sum(map(exact_match, responses, references))
-        return {"exact_match": Score(100 * matches / len(responses), "case:lower|punctuation:removed|refs:any")}
+        matches = [100.0 * exact_match(*pair) for pair in zip(responses, references, strict=True)]
+        return {"exact_match": Score.mean(matches, "case:lower|punctuation:removed|refs:any")}
 
 
 def exact_match(response: str, references: Sequence[str]) -> bool:

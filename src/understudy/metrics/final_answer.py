@@ -39,9 +39,9 @@ class FinalAnswer(Metric):
 
     def score(self, responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
         pairs = zip(responses, references, strict=True)
-        correct = sum(any(_same_answer(response, text) for text in texts) for response, texts in pairs)
+        correct = [100.0 * any(_same_answer(response, text) for text in texts) for response, texts in pairs]
         signature = r"mark:####,\boxed,last-number|compare:number|refs:any"
-        return {"final_answer": Score(100 * correct / len(responses), signature)}
+        return {"final_answer": Score.mean(correct, signature)}
 
 
 def _same_answer(response: str, reference: str) -> bool:

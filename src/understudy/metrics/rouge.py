@@ -22,8 +22,8 @@ class Rouge(Metric):
         scorer = RougeScorer(list(kinds.values()), use_stemmer=True)
         results = [scorer.score_multi(texts, response) for response, texts in zip(responses, references, strict=True)]
         return {
-            name: Score(
-                100 * sum(float(scores[kind].fmeasure) for scores in results) / len(results),
+            name: Score.mean(
+                [100 * float(scores[kind].fmeasure) for scores in results],
                 f"{kind}|measure:f1|stemmer:porter|refs:best|rouge-score:{version('rouge-score')}",
             )
             for name, kind in kinds.items()

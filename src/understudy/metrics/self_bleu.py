@@ -20,4 +20,4 @@ class SelfBleu(Metric):
 
         bleu = BLEU(effective_order=True)
         values = [bleu.sentence_score(text, texts).score for text, texts in zip(responses, references, strict=True)]
-        return {"self_bleu": Score(sum(values) / len(values), str(bleu.get_signature()))}
+        return {"self_bleu": Score.mean(values, str(bleu.get_signature()))}

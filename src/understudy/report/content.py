@@ -15,6 +15,7 @@ from typing import Any
 from ..compare import statistics
 from ..compare.evaluations import EXPOSURE, reference_folder, result_of
 from ..compare.statistics import Result
+from ..evaluation.response_metrics import with_buckets
 from ..run.folder import RunFolder
 from .curves import distance, exposure_bias, sweep
 from .folders import RunRecord, dig, read_comparison
@@ -168,7 +169,8 @@ def _comparison(runs: Sequence[RunRecord], places: Sequence[Path]) -> dict[str, 
     baseline = record["baseline"] if record.get("baseline") in results else None
     table = statistics.table_rows(results, baseline, references.get("teacher"), references.get("warm start"))
     protocols = [protocol for protocol in common if protocol != EXPOSURE]
-    metrics = dict.fromkeys(metric for each in settings.values() for metric in each.get("metrics", ()))
+    named = [with_buckets(each.get("metrics", ()), each.get("length_buckets", ())) for each in settings.values()]
+    metrics = dict.fromkeys(metric for names in named for metric in names)
     quality = [(p, m) for p in protocols for m in ("accuracy", *metrics) if m in common[p]]
     columns = [*quality, *((p, m) for p in protocols for m in ("response_length", "truncated") if m in common[p])]
     columns += [_EXPOSURE_BIAS] if _EXPOSURE_BIAS[1] in common.get(EXPOSURE, ()) else []
@@ -253,10 +255,8 @@ def _ranking(
     names = [row.name for row in ranked]
     best, second = ({s: r for s, r in results[name].items() if isinstance(r, Result)} for name in names[:2])
     seeds = sorted(set(best) & set(second))
-    difference = statistics.difference_of([(best[s], second[s]) for s in seeds], protocol) if seeds else None
-    if metric != "accuracy" or difference is None:
-        return {"names": names, "difference": None}
-    return {"names": names, "difference": asdict(difference)}
+    difference = statistics.difference_of([(best[s], second[s]) for s in seeds], protocol, metric) if seeds else None
+    return {"names": names, "difference": None if difference is None else asdict(difference)}
 
 
 def finite(value: Any) -> Any:

@@ -126,7 +126,7 @@ def _variant(row: Mapping[str, Any], columns: Sequence[tuple[str, str]], protoco
     """A variant's cells: metrics, gain, difference and gap in the first metric, seeds, costs."""
     cells = [_spread(row["metrics"].get(p, {}).get(m), m, row["seeds"]) for p, m in columns]
     share = row["gap_closed"].get(protocol, {}).get(metric)
-    cells += [_difference(row[name].get(protocol)) for name in ("gain", "difference")]
+    cells += [_difference(row[name].get(protocol, {}).get(metric), metric) for name in ("gain", "difference")]
     cells += [(share, "" if share is None else f"{100 * share:.0f} %")]
     cells += [(row["seeds"], str(row["seeds"]))]
     return cells + [_spread(row[cost], "", 1) for cost in ("seconds", "cpu_seconds", "tokens")]
@@ -159,11 +159,12 @@ def _spread(spread: Mapping[str, float] | None, metric: str, seeds: int) -> tupl
     return mean, text
 
 
-def _difference(difference: Mapping[str, float] | None) -> tuple[Any, str]:
+def _difference(difference: Mapping[str, float] | None, metric: str) -> tuple[Any, str]:
     """A difference in points of 100, its interval and p."""
     if difference is None:
         return None, ""
-    mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
+    scale = 100 if is_share(metric) else 1
+    mean, low, high = (scale * difference[name] for name in ("mean", "low", "high"))
     text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     if difference["p"] is not None:
         return difference["mean"], f"{text}, {p_text(difference['p'])}"

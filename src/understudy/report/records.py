@@ -63,7 +63,7 @@ class Before(_Record):
 class _Scored(_Record):
     """Scores of the responses, and curves."""
 
-    scores: list[Number] | None = None
+    scores: dict[str, list[Number]] = {}
     curves: dict[str, dict[str, list[Number] | None]] = {}
 
 
@@ -78,6 +78,7 @@ class Settings(_Record):
 
     data: dict[str, Any] | None = None
     metrics: list[str] = []
+    length_buckets: list[int] = []
 
 
 class Evaluated(_Scored):
