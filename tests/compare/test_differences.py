@@ -105,7 +105,9 @@ def test_the_quantiles_are_those_of_the_tables(alpha, freedom, expected):
 
 
 def results(*scores):
-    return {s: Result({"greedy": {"accuracy": sum(a) / len(a)}}, {"greedy": a}) for s, a in enumerate(scores)}
+    return {
+        s: Result({"greedy": {"accuracy": sum(a) / len(a)}}, {"greedy": {"accuracy": a}}) for s, a in enumerate(scores)
+    }
 
 
 def test_the_table_says_what_the_interval_is_over():

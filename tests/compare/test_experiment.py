@@ -338,8 +338,9 @@ def test_scores_are_by_prompt_where_each_has_several_responses(home, tmp_path):
     evaluate_into(folder, str(folder.student), named)
     result = read_result(folder, str(folder.student), named)
     assert isinstance(result, Result)
-    assert len(result.scores["T=1"]) == 12
-    assert sum(result.scores["T=1"]) / 12 == pytest.approx(result.metrics["T=1"]["accuracy"])
+    scores = result.scores["T=1"]["accuracy"]
+    assert len(scores) == 12
+    assert sum(scores) / 12 == pytest.approx(result.metrics["T=1"]["accuracy"])
 
 
 def test_what_a_run_writes_to_standard_error_is_in_its_log(tmp_path, capfd):

@@ -8,7 +8,9 @@ from understudy.compare.table import markdown
 
 
 def result(accuracy, scores=(), **cost):
-    return Result({"greedy": {"accuracy": accuracy, "bleu": 10 * accuracy}}, {"greedy": list(scores)}, **cost)
+    return Result(
+        {"greedy": {"accuracy": accuracy, "bleu": 10 * accuracy}}, {"greedy": {"accuracy": list(scores)}}, **cost
+    )
 
 
 def test_a_spread_is_the_mean_the_sample_deviation_and_student_s_interval():
@@ -46,7 +48,7 @@ def test_failed_runs_are_shown_and_the_others_stay():
     )
     assert [row.seeds for row in table] == [1, 2, 0]
     assert table[0].difference == {}
-    assert table[1].difference["greedy"].mean == pytest.approx(0.25)  # over the seed that both have
+    assert table[1].difference["greedy"]["accuracy"].mean == pytest.approx(0.25)  # over the seed that both have
     assert table[1].seconds is None
     text = markdown(table, [("greedy", "accuracy"), ("greedy", "bleu")], {"teacher": result(1.0)})
     rows = text.splitlines()
@@ -56,6 +58,22 @@ def test_failed_runs_are_shown_and_the_others_stay():
     assert rows[4].startswith("| gkd | 65.0 ± 7.1 |")
     assert "- kd, seed 1: the disk is full" in rows
     assert all(row.count("|") == rows[0].count("|") for row in rows[:6])
+
+
+def test_gains_are_over_the_warm_start_on_the_same_prompts_in_every_metric_with_a_number_per_response():
+    start = Result({"greedy": {"accuracy": 0.25}}, {"greedy": {"accuracy": [0, 0, 0, 1], "rouge_l": [10, 20, 30, 40]}})
+    runs = [
+        Result({"greedy": {"accuracy": 0.75, "rouge_l": 50.0}}, {"greedy": {"accuracy": correct, "rouge_l": rouge}})
+        for correct, rouge in (([1, 1, 0, 1], [50, 50, 50, 50]), ([0, 1, 1, 1], [60, 60, 60, 60]))
+    ]
+    [row] = table_rows({"gkd": dict(enumerate(runs))}, start=start)
+    gain = row.gain["greedy"]
+    assert gain["accuracy"].mean == pytest.approx(0.5)
+    assert gain["rouge_l"].mean == pytest.approx(30)
+    assert gain["rouge_l"].low < 30 < gain["rouge_l"].high
+    text = markdown([row], [("greedy", "rouge_l")], {})
+    assert "| over warm start |" in text
+    assert "+30.0 (" in text
 
 
 def run_with(spent, by="budget", **budget):

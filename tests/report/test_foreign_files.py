@@ -29,7 +29,8 @@ PLACES = {
     ),
     "evaluation.json": (
         " settings settings/greedy settings/greedy/data settings/greedy/metrics results results/greedy "
-        "results/greedy/metrics results/greedy/metrics/accuracy results/greedy/scores results/greedy/curves "
+        "results/greedy/metrics results/greedy/metrics/accuracy results/greedy/scores results/greedy/scores/accuracy "
+        "results/greedy/curves "
         "results/greedy/curves/exposure_bias results/greedy/responses"
     ),
     "before.json": " student_samples",

@@ -83,6 +83,7 @@ def evaluate(
     seed: options.Seeds = None,
     batch_size: options.BatchSize = None,
     metric: options.Metrics = None,
+    length_buckets: options.LengthBuckets = "",
     exposure_bias: Annotated[
         bool, typer.Option("--exposure-bias", help="Measure exposure bias; the teacher generates responses as well.")
     ] = False,
@@ -97,6 +98,7 @@ def evaluate(
     template_arguments = options.mapping("--chat-template-kwargs", chat_template_kwargs)
     column_names = dict(options.column(column) for column in columns or []) or None
     check(metric or [])
+    buckets = options.bounds(length_buckets)
     if lm_eval is None and data is None:
         raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
     quiet()
@@ -111,7 +113,12 @@ def evaluate(
         return show_evaluation(result, f"{model} on {lm_eval}", output)
     block = {"dataset": str(data), "name": name, "split": split, "limit": limit, "columns": column_names}
     block |= {"template": template, "chat_template_kwargs": template_arguments}
-    changes |= {"teacher": teacher, "metrics": tuple(metric or ()), "exposure_bias": exposure_bias}
+    changes |= {
+        "teacher": teacher,
+        "metrics": tuple(metric or ()),
+        "length_buckets": buckets,
+        "exposure_bias": exposure_bias,
+    }
     _evaluate(model, block, {**changes, "batch_size": batch_size}, output)
 
 
@@ -147,6 +154,7 @@ def compare(
     max_new_tokens: options.MaxNewTokens = None,
     max_prompt_length: options.MaxPromptLength = None,
     metrics: options.Metrics = None,
+    length_buckets: options.LengthBuckets = "",
     temperatures: options.Temperatures = None,
     exposure: Annotated[
         int, typer.Option("--exposure-bias", min=0, help="Measure exposure bias on the first N prompts.")
@@ -172,7 +180,7 @@ def compare(
         recipes, [*(overrides or []), *([budget_override(budget)] if budget is not None else [])], sweep
     )
     block = Data(dataset=data or common_dataset(recipe_variants), split=split, limit=limit)
-    settings = EvalSettings(block, metrics=tuple(metrics or ()))
+    settings = EvalSettings(block, metrics=tuple(metrics or ()), length_buckets=options.bounds(length_buckets))
     settings = settings.changed(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     changes: dict[str, Any] = {"temperatures": temperatures or [0.0], "exposure": exposure, "seeds": range(seeds)}
     comparison = compare(recipe_variants, output, settings, **changes, parallel=parallel, baseline=baseline)

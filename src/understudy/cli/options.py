@@ -12,6 +12,9 @@ from ..terminal import is_first_process
 Split = Annotated[str, typer.Option(help="The dataset's split to evaluate on.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N rows.")]
 Metrics = Annotated[list[str] | None, typer.Option("--metric", help="A further metric, such as rouge_l, bleu or chrf.")]
+LengthBuckets = Annotated[
+    str, typer.Option(help="Metrics also by the reference's length: 8,20 for up to 8, 9 to 20 and more tokens.")
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(min=1, help="The longest response; by default 256, or half of the model's context length."),
@@ -61,6 +64,14 @@ def column(text: str) -> tuple[str, str]:
     if not separator or not name or not own_name:
         raise ValueError(f"--column {text} should be column=name, such as completion=de")
     return name, own_name
+
+
+def bounds(text: str) -> tuple[int, ...]:
+    """The bounds of `--length-buckets`: rising numbers of tokens."""
+    try:
+        return tuple(int(part) for part in text.split(",") if text)
+    except ValueError:
+        raise ValueError(f"--length-buckets {text} should be numbers of tokens, such as 8,20") from None
 
 
 def mapping(option: str, text: str | None) -> dict[str, Any] | None:

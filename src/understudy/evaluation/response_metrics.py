@@ -1,8 +1,8 @@
 """Metrics of responses alone: accuracy, lengths, and the text metrics of the folder metrics/, also by length.
 
-DPKD's tables (arXiv 2406.19774) split the test prompts by the length of their reference, because a short answer is right
-or wrong while a long one is more or less similar. With bounds (8, 20), `rouge_l` is also computed as `rouge_l_1_to_8`,
-`rouge_l_9_to_20` and `rouge_l_from_21`, over the responses whose first reference has so many tokens.
+DPKD's tables (arXiv 2406.19774) split the test prompts by the length of their reference, because a short answer is
+right or wrong while a long one is more or less similar. With bounds (8, 20), `rouge_l` is also computed as
+`rouge_l_1_to_8`, `rouge_l_9_to_20` and `rouge_l_from_21`, over the responses whose first reference has so many tokens.
 """
 
 import statistics
@@ -69,7 +69,7 @@ def response_metrics(
     signatures = {name: score.signature for name, score in (scored[0] | diversity).items()}
     scores = {name: [part[name].by_response for part in scored] for name in scored[0]}
     correct = [[response.line["correct"] for response in part] for part in by_seed]
-    scores |= {"accuracy": correct} if None not in sum(correct, []) else {}
+    scores |= {"accuracy": correct} if not any(None in part for part in correct) else {}
     means = {name: list(map(statistics.fmean, zip(*of, strict=True))) for name, of in scores.items()}
     return ResponseMetrics(numbers, signatures, {name: values for name, values in means.items() if values})
 
