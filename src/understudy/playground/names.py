@@ -1,14 +1,15 @@
 """Resolve names of the playground: models and tokenizers that ship with the package, and its generated datasets."""
 
 from importlib import resources
-from typing import Any, cast
+from typing import Any
 
 PREFIX = "playground:"
 MODELS = {  # name → folder; a name without -student is a dataset as well
     "arithmetic": "arithmetic_teacher",
     "arithmetic-student": "arithmetic_student",
+    "instructions": "instructions_teacher",
 }
-PROBLEMS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # without a limit
+ROWS = {"train": 100_000, "validation": 2_000, "test": 2_000, "unseen": 2_000}  # without a limit
 
 
 def is_playground(name: str) -> bool:
@@ -35,16 +36,19 @@ def resolve(name: str) -> str:
 
 
 def rows(name: str, split: str = "train", seed: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
-    """A task's problems as dataset rows with prompt and completion.
+    """A task's rows, with prompt and completion; those of the instructions also with their kind.
 
     Raises:
         ValueError: for the name of a student, and an unknown split.
     """
-    from .arithmetic import Split, problems
-
     assert is_playground(name)
     if name.endswith("-student"):
         raise ValueError(f"{name} is a model, not a dataset: use {name.removesuffix('-student')}")
-    if split not in PROBLEMS:
-        raise ValueError(f"the playground has no split {split!r}; it has {', '.join(PROBLEMS)}")
-    return problems(limit or PROBLEMS[split], seed, cast(Split, split))
+    splits = [split for split in ROWS if split != "unseen" or name == "playground:instructions"]
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+    if name == "playground:instructions":
+        from .instructions.rows import instructions as generate
+    else:
+        from .arithmetic import problems as generate
+    return generate(limit or ROWS[split], seed, split)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The playground's tokenizer: every word of the stories is one token, every digit is one token.
+"""The playground's tokenizers: every word of a task is one token, every digit is one token.
 
 A word's token includes the space before it, as in GPT-2, so that joining the tokens gives the text back exactly. A
 digit's token does not, so that it is the same everywhere; the space before a number is a token.
@@ -10,13 +10,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .arithmetic import NAMES, THEMES, THINGS
+from .instructions.rows import instructions
 
 PIECE = r"####| ?[A-Za-z]+|[\s\S]"  # the result's mark; a word with the space before it; any other character
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 
 def vocabulary() -> list[str]:
-    """All tokens in the order of their ids: special tokens, digits and signs, words."""
+    """The tokens of the arithmetic task in the order of their ids: special tokens, digits and signs, words."""
     sentences = [f.text for theme in THEMES for part in (theme.openings, theme.events, theme.questions) for f in part]
     words = {piece for text in sentences for piece in re.findall(PIECE, " " + re.sub(r"\{\w+\}", "", text))}
     starts = {re.findall(PIECE, f.text)[0] for theme in THEMES for f in theme.openings}  # no space at a text's start
@@ -25,9 +26,17 @@ def vocabulary() -> list[str]:
     return [*SPECIAL, "####", *"0123456789+-*/=\n .,?", *sorted(tokens)]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with which `decode(encode(text)) == text` for every text of the playground; it adds no tokens."""
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary())}, unk_token="<unk>"))
+def words_of_instructions() -> list[str]:
+    """The tokens of the instruction task: all words of so many rows that none is missing."""
+    rows = [*instructions(40_000), *instructions(2_000, split="unseen")]
+    pieces = {piece for row in rows for text in (row["prompt"], row["completion"]) for piece in re.findall(PIECE, text)}
+    return [*SPECIAL, *"0123456789\n .,:!?", *sorted(piece for piece in pieces if re.search("[A-Za-z]", piece))]
+
+
+def tokenizer(name: str = "playground:arithmetic") -> PreTrainedTokenizerFast:
+    """A tokenizer with which `decode(encode(text)) == text` for every text of a task; it adds no tokens."""
+    tokens = words_of_instructions() if name == "playground:instructions" else vocabulary()
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
