@@ -100,6 +100,7 @@ class Evaluate(_Block):
     name: str | None = None
     limit: int | None = 500
     metrics: list[str] = []  # of greedy responses to the held-out prompts
+    exposure_bias: int = Field(default=0, ge=0)  # the number of held-out prompts on which it is measured; 0: not
     patience: int | None = Field(default=None, gt=0)  # evaluations without improvement after which training stops
     show: int = Field(default=3, ge=0)  # sample responses to print when training has ended
     show_every: int | None = Field(default=None, gt=0)  # print them during training too, with this many steps between

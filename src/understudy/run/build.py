@@ -1,6 +1,6 @@
 """Build data, models and trainer from a recipe; cheap checks come before expensive ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -9,10 +9,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
-from .. import metrics
 from ..batch import Example
 from ..data.examples import Examples
-from ..evaluation.evaluate import evaluate
 from ..generation.response_cache import CachedRollout
 from ..generation.stop_tokens import stop_ids
 from ..method import Method
@@ -21,7 +19,6 @@ from ..models.student import load_student
 from ..recipe import Recipe
 from ..reward import RewardModel
 from ..rollout import Rollout
-from ..sampling import Sampling
 from ..teacher import Teacher
 from ..training.callbacks import LogMetrics
 from ..training.display import ShowSamples
@@ -30,6 +27,7 @@ from .arguments import check_optimizer
 from .best import Patience, check_best_metric
 from .differences import Input
 from .folder import RunFolder
+from .held_out_metrics import held_out_metrics
 from .inputs import run_inputs
 from .prepare import prepare, uses_teacher
 
@@ -77,6 +75,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
     check_optimizer(recipe, arguments, student)
     origin = Origin.of(dtype, student)
+    generator = teacher  # exposure bias is measured with it even if the method does not use it
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
@@ -98,7 +97,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         sampling,
         processing_class=configs.tokenizer,
         teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder, inputs),
-        response_metrics=_response_metrics(recipe, rollout, sampling, configs.tokenizer, held_out),
+        response_metrics=held_out_metrics(recipe, rollout, sampling, configs.tokenizer, held_out, generator),
         budget=recipe.budget,
         corpus=() if corpus is None else corpus.examples,
         args=arguments,
@@ -134,31 +133,6 @@ def _teacher_rollout(
         return None
     weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
     return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses, weights)
-
-
-def _response_metrics(
-    recipe: Recipe, rollout: Rollout, sampling: Sampling, tokenizer: Any, held_out: Examples | None
-) -> Callable[[Any], dict[str, float]] | None:
-    """A function from the student to the metrics of its greedy responses to the held-out prompts, if there are any.
-
-    Their length is `greedy_response_length`, beside that of the responses on which the loss is measured.
-    """
-    names = recipe.evaluate.metrics
-    if not names:
-        return None
-    if held_out is None:
-        raise recipe.error("evaluate.metrics", "metrics need held-out data: add evaluate.dataset")
-    with recipe.locating("evaluate.metrics"):
-        metrics.check(names)
-    greedy = replace(sampling, temperature=0.0, n=1)
-    skipped = ("seconds", "tokens_per", "examples")
-
-    def response_metrics(student: Any, examples: Examples = held_out) -> dict[str, float]:
-        values = evaluate(student, tokenizer, examples, rollout, greedy, metrics=names).metrics
-        renamed = {name: f"greedy_{name}" for name in ("response_length", "truncated")}
-        return {renamed.get(k, k): value for k, value in values.items() if not k.startswith(skipped)}
-
-    return response_metrics
 
 
 def _add_callbacks(run: Run, console: Console | None) -> None:

@@ -23,7 +23,7 @@ _FREE = {
 }
 _EVALUATION = {  # free as well, unless an evaluation decides which student is saved
     *("training.save_steps", "training.save_strategy", "training.eval_steps", "training.eval_strategy"),
-    *("training.eval_delay", "training.eval_on_start", "evaluate.metrics"),
+    *("training.eval_delay", "training.eval_on_start", "evaluate.metrics", "evaluate.exposure_bias"),
 }
 _LENGTH = {"training.max_steps", "training.num_train_epochs", "budget.tokens", "budget.seconds"}
 _ENDLESS_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt"}

@@ -84,28 +84,78 @@ def _spelled(rng: random.Random) -> Slots:
 
 LISTS = (
     Kind("sort", ("Sort these words: {list}.", "Put {list} in alphabetical order."), ("{sorted}",), _words),
-    Kind("reverse", ("Reverse the list {list}.", "Write these words in reverse order: {list}."), ("{reversed}",), _words),
+    Kind(
+        "reverse", ("Reverse the list {list}.", "Write these words in reverse order: {list}."), ("{reversed}",), _words
+    ),
     Kind("count", ("How many words are in the list {list}?", "Count these words: {list}."), ("{count}",), _words),
     Kind("first", ("What is the first word of {list}?", "Write only the first word: {list}."), ("{first}",), _words),
     Kind("last", ("What is the last word of {list}?", "Write only the last word: {list}."), ("{last}",), _words),
-    Kind("first two", ("Write only the first two words: {list}.", "Keep the first two of {list}."), ("{start}",), _words),
-    Kind("longest", ("Which word is the longest: {list}?", "Find the longest word in {list}."), ("{longest}",), _longest),
+    Kind(
+        "first two", ("Write only the first two words: {list}.", "Keep the first two of {list}."), ("{start}",), _words
+    ),
+    Kind(
+        "longest", ("Which word is the longest: {list}?", "Find the longest word in {list}."), ("{longest}",), _longest
+    ),
     Kind("remove", ("Remove {out} from {list}.", "Write the list {list} without {out}."), ("{without}",), _words),
-    Kind("replace", ("Replace {out} by {new} in {list}.", "Write {new} in place of {out}: {list}."), ("{changed}",), _words),
+    Kind(
+        "replace",
+        ("Replace {out} by {new} in {list}.", "Write {new} in place of {out}: {list}."),
+        ("{changed}",),
+        _words,
+    ),
     Kind("add", ("Add {new} to the list {list}.", "Write {list} and then {new}, as a list."), ("{longer}",), _words),
-    Kind("put first", ("Put {new} before the list {list}.", "Write {new} and then the list {list}."), ("{earlier}",), _words),
-    Kind("first letters", ("Write the first letters of {list}.", "First letters: {list}."), ("{first_letters}",), _words),
-    Kind("join", ("Join these words with and: {list}.", "Write {list} as a part of a sentence."), ("{sentence}",), _words),
-    Kind("twice", ("Which word is in the list twice: {list}?", "Find the word that is there twice: {list}."), ("{twice}",), _twice),
-    Kind("odd one", ("Which word does not belong: {list}?", "Find the word that does not fit: {list}."), ("{odd}",), _odd_one),
+    Kind(
+        "put first",
+        ("Put {new} before the list {list}.", "Write {new} and then the list {list}."),
+        ("{earlier}",),
+        _words,
+    ),
+    Kind(
+        "first letters", ("Write the first letters of {list}.", "First letters: {list}."), ("{first_letters}",), _words
+    ),
+    Kind(
+        "join", ("Join these words with and: {list}.", "Write {list} as a part of a sentence."), ("{sentence}",), _words
+    ),
+    Kind(
+        "twice",
+        ("Which word is in the list twice: {list}?", "Find the word that is there twice: {list}."),
+        ("{twice}",),
+        _twice,
+    ),
+    Kind(
+        "odd one",
+        ("Which word does not belong: {list}?", "Find the word that does not fit: {list}."),
+        ("{odd}",),
+        _odd_one,
+    ),
     Kind("sort numbers", ("Sort these numbers: {list}.", "Put the numbers {list} in order."), ("{sorted}",), _numbers),
     Kind("largest", ("What is the largest number: {list}?", "Find the largest of {list}."), ("{largest}",), _numbers),
-    Kind("repeat", ("Write {word} {times} times.", "Repeat the word {word} {times} times."), ("{repeated}",), _repeated),
+    Kind(
+        "repeat", ("Write {word} {times} times.", "Repeat the word {word} {times} times."), ("{repeated}",), _repeated
+    ),
     Kind("spell", ("Spell the word {word}.", "Write the letters of {word}."), ("{letters}",), _spelled),
-    Kind("last letters", ("Write the last letters of {list}.", "Last letters: {list}."), ("{last_letters}",), _words, False),
+    Kind(
+        "last letters",
+        ("Write the last letters of {list}.", "Last letters: {list}."),
+        ("{last_letters}",),
+        _words,
+        False,
+    ),
     Kind("sort falling", ("Sort these words in reverse order: {list}.",), ("{falling}",), _words, False),
-    Kind("last two", ("Write only the last two words: {list}.", "Keep the last two of {list}."), ("{end}",), _words, False),
-    Kind("letters", ("How many letters are in the word {word}?", "Count the letters of {word}."), ("{count}",), _spelled, False),
+    Kind(
+        "last two",
+        ("Write only the last two words: {list}.", "Keep the last two of {list}."),
+        ("{end}",),
+        _words,
+        False,
+    ),
+    Kind(
+        "letters",
+        ("How many letters are in the word {word}?", "Count the letters of {word}."),
+        ("{count}",),
+        _spelled,
+        False,
+    ),
     Kind("plurals", ("Write the plurals of these words: {list}.",), ("{plurals}",), _words, False),
     Kind("opposites", ("Write the opposites of these words: {list}.",), ("{opposites}",), _opposites, False),
 )

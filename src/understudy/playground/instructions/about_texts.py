@@ -61,7 +61,9 @@ def _count(rng: random.Random) -> Slots:
 
 TEXTS = (
     Kind("copy", ("Copy this sentence: {text}", "Write this again: {text}"), ("{text}",), _sentence),
-    Kind("rename", ("Write this about {other}: {text}", "Replace {name} by {other}: {text}"), ("{renamed}",), _sentence),
+    Kind(
+        "rename", ("Write this about {other}: {text}", "Replace {name} by {other}: {text}"), ("{renamed}",), _sentence
+    ),
     Kind("recolour", ("Change the colour to {new_colour}: {text}",), ("{recoloured}",), _sentence),
     Kind("has no", ("Say that it is not so: {text}", "Write the opposite: {text}"), ("{negated}",), _sentence),
     Kind("past", ("Write this in the past: {walk}", "Say it as of yesterday: {walk}"), ("{past}",), _sentence),
@@ -87,11 +89,15 @@ TEXTS = (
         _sentence,
     ),
     Kind("who has more", ("{text} Who has more?", "Who has more? {text}"), ("{more}", "{more} has more."), _amounts),
-    Kind("who has fewer", ("{text} Who has fewer?", "Who has fewer? {text}"), ("{fewer}", "{fewer} has fewer."), _amounts),
+    Kind(
+        "who has fewer", ("{text} Who has fewer?", "Who has fewer? {text}"), ("{fewer}", "{fewer} has fewer."), _amounts
+    ),
     Kind("how many", ("{text} How many {things} does {more} have?",), ("{amount}", "{amount} {things}."), _amounts),
     Kind("digits", ("Write the number {word} in digits.", "Write in digits: {word}."), ("{digits}",), _count),
     Kind("number word", ("Write the number {digits} as a word.", "Write as a word: {digits}."), ("{word}",), _count),
     Kind("find the number", ("Which number is in this sentence? {text}",), ("{word}",), _count),
     Kind("sound of a pet", ("{text} What sound does it make?",), ("It {sound}.", "The {animal} {sound}."), _pet, False),
-    Kind("home of a pet", ("{text} Where does it live?",), ("It lives {home}.", "A {animal} lives {home}."), _pet, False),
+    Kind(
+        "home of a pet", ("{text} Where does it live?",), ("It lives {home}.", "A {animal} lives {home}."), _pet, False
+    ),
 )

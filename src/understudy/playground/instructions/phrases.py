@@ -41,7 +41,12 @@ PHRASES = {
         "Many thanks for the {colour} {thing}.",
         "I am very happy about the {colour} {thing}.",
     ),
-    "praise": ("It is just what I needed.", "I will use it every day.", "It looks very nice.", "You are a good friend."),
+    "praise": (
+        "It is just what I needed.",
+        "I will use it every day.",
+        "It looks very nice.",
+        "You are a good friend.",
+    ),
     "invitation": (
         "Please come to the {place} on {day}.",
         "I invite you to the {place} on {day}.",

@@ -3,8 +3,8 @@
     Put mouse, pear, boat in alphabetical order.
     boat, mouse, pear
 
-The splits train, validation and test have the same kinds and different requests; the split `unseen` has kinds of its own,
-whose words and parts occur in the others, for generalisation to unseen tasks as in Super-NaturalInstructions
+The splits train, validation and test have the same kinds and different requests; the split `unseen` has kinds of its
+own, whose words and parts occur in the others, for generalisation to unseen tasks as in Super-NaturalInstructions
 (arXiv 2204.07705).
 """
 
@@ -27,12 +27,12 @@ _TEXTS = 3  # a kind of writing is drawn so many times as often as another one, 
 def instructions(count: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
     """`count` rows, each `{"prompt": request and a newline, "completion": response, "kind": kind}`.
 
-    The same arguments give the same rows on every machine and Python version. Small kinds are as frequent as large ones,
-    so in the split train a request of a small kind may come again, perhaps with another response; in the other splits
-    all requests are different.
+    The same arguments give the same rows on every machine and Python version. Small kinds are as frequent as large
+    ones, so in the split train a request of a small kind may come again, perhaps with another response; in the other
+    splits all requests are different.
 
     Raises:
-        ValueError: for an unknown split, and for more different requests than there are.
+        ValueError: for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the instructions have {', '.join(SPLITS)}")
@@ -40,15 +40,11 @@ def instructions(count: int, seed: int = 0, split: Split = "train") -> list[dict
     kinds = [kind for kind in (*LISTS, *TEXTS, *FACTS, *_TEXTS * WRITING) if kind.seen == (split != "unseen")]
     rows: list[dict[str, str]] = []
     prompts: set[str] = set()
-    misses = 0
     while len(rows) < count:
         row = pick(rng, kinds).row(rng)
         if split_of(row["prompt"]) != split and split != "unseen":
             continue
         if split != "train" and row["prompt"] in prompts:
-            misses += 1
-            if misses > 100 * count:
-                raise ValueError(f"the split {split} has fewer than {count} different requests: lower the limit")
             continue
         prompts.add(row["prompt"])
         rows.append(row)

@@ -16,7 +16,14 @@ WORDS = tuple(word for members in GROUPS.values() for word in members)
 THINGS = ("ball", "book", "chair", "cup", "key", "lamp", *GROUPS["tool"], *GROUPS["garment"])
 
 PLURALS = {"animal": "animals", "fruit": "fruits", "tool": "tools", "garment": "garments", "vehicle": "vehicles"}
-PLURALS |= {"cherry": "cherries", "knife": "knives", "mouse": "mice", "scarf": "scarves", "sheep": "sheep", "wolf": "wolves"}
+PLURALS |= {
+    "cherry": "cherries",
+    "knife": "knives",
+    "mouse": "mice",
+    "scarf": "scarves",
+    "sheep": "sheep",
+    "wolf": "wolves",
+}
 PLURALS |= {"peach": "peaches", "bus": "buses"}
 PLURALS |= {word: f"{word}s" for word in (*WORDS, *THINGS) if word not in PLURALS}
 

@@ -94,7 +94,11 @@ WRITING = (
             "Tell a short story about {name} and a {animal} in the {place}.",
             "Write a story with {name}, a {animal} and the {place}.",
         ),
-        ("[opening] [event] [ending]", "[opening] [event] [event] [ending]", "[opening] [event] [event] [event] [ending]"),
+        (
+            "[opening] [event] [ending]",
+            "[opening] [event] [event] [ending]",
+            "[opening] [event] [event] [event] [ending]",
+        ),
         _scene,
     ),
     Kind("greeting", ("Write a greeting to {name}.", "Say hello to {name}."), ("[greeting]! [wish]",), _scene),
