@@ -17,7 +17,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher student test fuzz test-oldest bench lint check format clean
+.PHONY: help env demo teacher student instructions-teacher instructions-student test fuzz test-oldest bench lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,9 +31,17 @@ teacher: $(READY) ## make the playground's teacher again and put it into the pac
 	$(BIN)/understudy distill recipes/playground/teacher.yaml
 	$(BIN)/python -m understudy.playground.ship runs/teacher/student playground:arithmetic
 
+instructions-teacher: $(READY) ## make the teacher of the instruction task again and put it into the package (about half an hour)
+	$(BIN)/understudy distill recipes/playground/instructions/teacher.yaml
+	$(BIN)/python -m understudy.playground.ship runs/teacher/student playground:instructions
+
 student: $(READY) ## make the warm start of the playground's student again and put it into the package
 	$(BIN)/understudy distill recipes/playground/warm_start.yaml
 	$(BIN)/python -m understudy.playground.ship runs/warm_start/student playground:arithmetic-student
+
+instructions-student: $(READY) ## make the warm start of the instruction task again and put it into the package
+	$(BIN)/understudy distill recipes/playground/instructions/warm_start.yaml
+	$(BIN)/python -m understudy.playground.ship runs/warm_start/student playground:instructions-student
 
 # One thread per worker: threads of two workers on the same cores would only wait for each other.
 test: $(READY) ## run the tests

@@ -8,6 +8,7 @@ MODELS = {  # name → folder; a name without -student is a dataset as well
     "arithmetic": "arithmetic_teacher",
     "arithmetic-student": "arithmetic_student",
     "instructions": "instructions_teacher",
+    "instructions-student": "instructions_student",
 }
 ROWS = {"train": 100_000, "validation": 2_000, "test": 2_000, "unseen": 2_000}  # without a limit
 

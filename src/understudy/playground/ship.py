@@ -13,6 +13,7 @@ LIMITS = {  # bytes
     "playground:arithmetic": 8 * 2**20,
     "playground:arithmetic-student": 2**20,
     "playground:instructions": 8 * 2**20,
+    "playground:instructions-student": 2**20,
 }
 
 
@@ -20,7 +21,7 @@ def ship(model: str, name: str) -> None:
     """Save a model in bfloat16, with the playground's tokenizer, in the folder of a name of the playground."""
     target = Path(resolve(name))
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(target)
-    tokenizer(name).save_pretrained(target)
+    tokenizer(name.removesuffix("-student")).save_pretrained(target)
     size = (target / "model.safetensors").stat().st_size
     assert size <= LIMITS[name], f"{size} bytes are more than the package should carry"
     sys.stdout.write(f"{target}: {size / 2**20:.1f} MB\n")
