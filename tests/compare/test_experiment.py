@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -341,6 +342,14 @@ def test_scores_are_by_prompt_where_each_has_several_responses(home, tmp_path):
     scores = result.scores["T=1"]["accuracy"]
     assert len(scores) == 12
     assert sum(scores) / 12 == pytest.approx(result.metrics["T=1"]["accuracy"])
+
+
+def test_the_progress_of_a_run_is_the_share_of_its_steps_in_the_log(home, tmp_path):
+    run = VariantRun(Variant("kd", home / "kd.yaml"), 0, RunFolder(tmp_path), {}, max_steps=8)
+    assert run.progress() == 0
+    jsonl(run.folder.metrics, [{"step": 2, "loss": 1.0}, {"step": 6, "loss": 0.5}, {"step": 6, "eval_loss": 1.0}])
+    assert run.progress() == 0.75
+    assert replace(run, max_steps=None).progress() == 0
 
 
 def test_what_a_run_writes_to_standard_error_is_in_its_log(tmp_path, capfd):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -109,6 +110,18 @@ def test_an_interrupt_waits_until_a_process_has_left_the_terminal():
     processes._drop_interrupts()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_bar_moves_with_the_shares_of_running_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_LOOK", -1.0)
+    console = Console(file=(tmp_path / "out.txt").open("w"), width=80, force_terminal=True)
+    task = SimpleNamespace(name="kd, seed 0", progress=lambda: 0.25, error=lambda: None)
+    with processes._Display(2, console) as display:
+        display.show_running([task, task])
+        assert display._bar.tasks[0].completed == 0.5
+        display.show_ended(task)
+        display.show_running([task])
+        assert display._bar.tasks[0].completed == 1.25
 
 
 def test_without_a_terminal_each_run_that_ends_is_a_line(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def png(chart: Chart, path: Path) -> None:
         tall = max(panel.height for panel in chart.panels) + 0.25
         figure = Figure(figsize=(columns * WIDTH, rows * tall + 0.3))
         figure.suptitle(chart.title, x=0.02, ha="left", fontsize=9)
-        _fill(figure, chart.panels, columns, titled=True)
+        _fill(figure, chart.panels, columns, titled=[panel.title for panel in chart.panels] != [chart.title])
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=160)
     write_atomic(path, picture.getvalue())

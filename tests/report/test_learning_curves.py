@@ -1,0 +1,50 @@
+"""The first chart of a comparison: held-out quality over training tokens."""
+
+from matplotlib.figure import Figure
+
+from understudy.report.learning_curves import learning_curves
+
+
+def run(name, values, metric="eval_accuracy"):
+    series = {"step": [0, 10, 20], "seconds": [0.0, 1.0, 2.0], "tokens": [0.0, 1000.0, 2000.0], "value": values}
+    return {"name": name, "series": {metric: series}}
+
+
+def content(*runs, teacher=None):
+    references = {"teacher": {"metrics": {"greedy": {"accuracy": teacher}}}} if teacher else {}
+    return {"runs": list(runs), "comparison": {"quality": [("greedy", "accuracy")], "references": references}}
+
+
+def labels_of(chart):
+    axes = Figure().add_axes((0.1, 0.1, 0.6, 0.8))
+    chart.panels[0].draw(axes)
+    return [text.get_text() for text in axes.texts], axes
+
+
+def test_every_seed_is_a_line_and_the_best_recipe_is_first():
+    runs = run("kd", [0.1, 0.1, 0.2]), run("gkd", [0.1, 0.2, 0.4]), run("gkd", [0.1, 0.2, 0.5])
+    [chart] = learning_curves(content(*runs, teacher=0.98))
+    assert chart.title == "Accuracy over training tokens"
+    assert chart.panels[0].about == "gkd 45.0 % at the end; kd 20.0 % at the end; teacher 98.0 %."
+    texts, axes = labels_of(chart)
+    assert sorted(texts) == ["gkd 45.0 %", "kd 20.0 %", "teacher 98.0 %"]
+    assert [list(line.get_xdata()) for line in axes.lines[:3]] == [[0, 1000, 2000]] * 3
+    assert axes.get_ylim()[0] <= 0
+
+
+def test_a_teacher_far_above_is_named_and_not_drawn():
+    [chart] = learning_curves(content(run("kd", [0.1, 0.1, 0.1]), run("gkd", [0.1, 0.1, 0.2]), teacher=0.98))
+    assert "teacher 98.0 %" in chart.panels[0].about
+    assert not any("teacher" in text for text in labels_of(chart)[0])
+
+
+def test_without_the_metric_of_the_comparison_another_one_is_drawn():
+    runs = [run(name, [10.0, None, value], "eval_rouge_l") for name, value in (("kd", 20.0), ("gkd", 30.0))]
+    [chart] = learning_curves({"runs": runs, "comparison": None})
+    assert chart.title == "Rouge l over training tokens"
+    assert chart.panels[0].about == "gkd 30.00 at the end; kd 20.00 at the end."
+
+
+def test_one_variant_or_one_point_has_no_such_chart():
+    assert learning_curves(content(run("gkd", [0.1, 0.2, 0.4]))) == []
+    assert learning_curves(content(run("gkd", [0.1, 0.2, 0.4]), run("kd", [None, None, 0.4]))) == []
