@@ -32,7 +32,7 @@ class Kind:
     @property
     def is_open(self) -> bool:
         """May the same request be answered in several ways?"""
-        return len(self.responses) > 1 or bool(PHRASE.search(self.responses[0]))
+        return len(self.responses) > 1 or any(map(PHRASE.search, self.responses))
 
 
 def expand(rng: random.Random, text: str, slots: Slots) -> str:
