@@ -9,7 +9,7 @@ import pytest
 from understudy.evaluation.response_metrics import buckets
 from understudy.models.load import load_tokenizer
 from understudy.playground.instructions.rows import KINDS, instructions
-from understudy.playground.instructions.words import ANIMALS, GROUPS, NAMES, PLURALS
+from understudy.playground.instructions.words import ANIMALS, GROUPS, NAMES, PLURALS, WORDS
 from understudy.playground.names import rows
 from understudy.playground.vocabulary import tokenizer
 
@@ -25,22 +25,21 @@ def pairs(kind):
 
 
 def listed(text):
-    """The list in a request: all after a colon, or the longest part with commas."""
-    found = re.findall(r"\w+(?:, \w+)+", text)
-    return max(found, key=len).split(", ")
+    """The list in a request: its words and digits that are no part of the wording."""
+    return [word for word in re.findall(r"\w+", text) if word in WORDS or word.isdigit()]
 
 
 ANSWERS = {  # kind: a second way to find the answer in the request
-    "sort": lambda text: ", ".join(sorted(listed(text))),
-    "reverse": lambda text: ", ".join(reversed(listed(text))),
+    "sort": lambda text: " ".join(sorted(listed(text))),
+    "reverse": lambda text: " ".join(reversed(listed(text))),
     "first": lambda text: listed(text)[0],
-    "last two": lambda text: ", ".join(listed(text)[-2:]),
+    "last two": lambda text: " ".join(listed(text)[-2:]),
     "longest": lambda text: max(listed(text), key=len),
     "first letters": lambda text: " ".join(word[0] for word in listed(text)),
     "largest": lambda text: max(listed(text), key=int),
-    "sort numbers": lambda text: ", ".join(sorted(listed(text), key=int)),
+    "sort numbers": lambda text: " ".join(sorted(listed(text), key=int)),
     "twice": lambda text: next(word for word in listed(text) if listed(text).count(word) == 2),
-    "plurals": lambda text: ", ".join(PLURALS[word] for word in listed(text)),
+    "plurals": lambda text: " ".join(PLURALS[word] for word in listed(text)),
     "spell": lambda text: " ".join(re.search(r"(?:word|of) (\w+)", text)[1]),
     "copy": lambda text: text.partition(": ")[2],
     "odd one": lambda text: next(word for of in GROUPS.values() for word in of if {*of} & {*listed(text)} == {word}),

@@ -7,35 +7,31 @@ from .kind import Kind, Slots, number, several
 from .words import GROUPS, NUMBERS, OPPOSITES, PLURALS, WORDS
 
 
-def _join(words: list[str]) -> str:
-    return ", ".join(words)
-
-
 def _words(rng: random.Random) -> Slots:
     """A list of words and everything that is asked about one."""
-    words = several(rng, WORDS, number(rng, 3, 6))
+    words = several(rng, WORDS, number(rng, 3, 5))
     new = pick(rng, [word for word in WORDS if word not in words])
     out = pick(rng, words)
     return {
-        "list": _join(words),
-        "sorted": _join(sorted(words)),
-        "falling": _join(sorted(words, reverse=True)),
-        "reversed": _join(words[::-1]),
+        "list": " ".join(words),
+        "sorted": " ".join(sorted(words)),
+        "falling": " ".join(sorted(words, reverse=True)),
+        "reversed": " ".join(words[::-1]),
         "count": NUMBERS[len(words) - 1],
         "first": words[0],
         "last": words[-1],
-        "start": _join(words[:2]),
-        "end": _join(words[-2:]),
+        "start": " ".join(words[:2]),
+        "end": " ".join(words[-2:]),
         "first_letters": " ".join(word[0] for word in words),
         "last_letters": " ".join(word[-1] for word in words),
         "new": new,
         "out": out,
-        "without": _join([word for word in words if word != out]),
-        "changed": _join([new if word == out else word for word in words]),
-        "longer": _join([*words, new]),
-        "earlier": _join([new, *words]),
+        "without": " ".join([word for word in words if word != out]),
+        "changed": " ".join([new if word == out else word for word in words]),
+        "longer": " ".join([*words, new]),
+        "earlier": " ".join([new, *words]),
         "sentence": f"{', '.join(words[:-1])} and {words[-1]}",
-        "plurals": _join([PLURALS[word] for word in words]),
+        "plurals": " ".join([PLURALS[word] for word in words]),
     }
 
 
@@ -44,32 +40,31 @@ def _longest(rng: random.Random) -> Slots:
         words = several(rng, WORDS, number(rng, 3, 5))
         lengths = sorted(map(len, words))
         if lengths[-1] > lengths[-2]:
-            return {"list": _join(words), "longest": max(words, key=len)}
+            return {"list": " ".join(words), "longest": max(words, key=len)}
 
 
 def _twice(rng: random.Random) -> Slots:
     words = several(rng, WORDS, number(rng, 3, 5))
     twice = pick(rng, words)
     place = int(rng.random() * (len(words) + 1))
-    return {"list": _join([*words[:place], twice, *words[place:]]), "twice": twice}
+    return {"list": " ".join([*words[:place], twice, *words[place:]]), "twice": twice}
 
 
 def _odd_one(rng: random.Random) -> Slots:
     group, other = several(rng, tuple(GROUPS), 2)
     odd = pick(rng, GROUPS[other])
     words = several(rng, (*several(rng, GROUPS[group], 3), odd), 4)
-    return {"list": _join(words), "odd": odd}
+    return {"list": " ".join(words), "odd": odd}
 
 
 def _opposites(rng: random.Random) -> Slots:
     words = several(rng, tuple(OPPOSITES), number(rng, 2, 3))
-    return {"list": _join(words), "opposites": _join([OPPOSITES[word] for word in words])}
+    return {"list": " ".join(words), "opposites": " ".join([OPPOSITES[word] for word in words])}
 
 
 def _numbers(rng: random.Random) -> Slots:
-    numbers = sorted(int(text) for text in several(rng, tuple(map(str, range(1, 100))), number(rng, 3, 5)))
-    mixed = several(rng, tuple(map(str, numbers)), len(numbers))
-    return {"list": _join(mixed), "sorted": _join([str(n) for n in numbers]), "largest": str(numbers[-1])}
+    numbers = several(rng, tuple("0123456789"), number(rng, 3, 5))
+    return {"list": " ".join(numbers), "sorted": " ".join(sorted(numbers)), "largest": max(numbers)}
 
 
 def _repeated(rng: random.Random) -> Slots:

@@ -37,7 +37,7 @@ def _sentence(rng: random.Random) -> Slots:
 
 def _amounts(rng: random.Random) -> Slots:
     name, other = several(rng, NAMES, 2)
-    amount, lower = sorted((number(rng, 2, 60), number(rng, 61, 99)), reverse=True)
+    amount, lower = sorted(map(int, several(rng, tuple("23456789"), 2)), reverse=True)
     thing = PLURALS[pick(rng, THINGS)]
     owners = [(name, amount), (other, lower)]
     (first, most), (second, least) = owners if rng.random() < 0.5 else owners[::-1]

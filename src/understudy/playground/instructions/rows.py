@@ -1,7 +1,7 @@
 """Rows of the instruction task: a request, a response and the kind of instruction.
 
-    Put mouse, pear, boat in alphabetical order.
-    boat, mouse, pear
+    Put mouse pear boat in alphabetical order.
+    boat mouse pear
 
 The splits train, validation and test have the same kinds and different requests; the split `unseen` has kinds of its
 own, whose words and parts occur in the others, for generalisation to unseen tasks as in Super-NaturalInstructions

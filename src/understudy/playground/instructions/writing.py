@@ -44,7 +44,7 @@ def _members(rng: random.Random) -> Slots:
     group = pick(rng, tuple(GROUPS))
     members = several(rng, GROUPS[group], 3)
     sentence = f"{members[0]}, {members[1]} and {members[2]}"
-    return {"name": pick(rng, NAMES), "groups": PLURALS[group], "list": ", ".join(members), "sentence": sentence}
+    return {"name": pick(rng, NAMES), "groups": PLURALS[group], "list": " ".join(members), "sentence": sentence}
 
 
 def _trouble(rng: random.Random) -> Slots:
