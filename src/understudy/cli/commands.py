@@ -20,7 +20,8 @@ def demo(
     quiet()
     from ..demo import run_demo
 
-    run_demo(output, quick, seed, samples)
+    if run_demo(output, quick, seed, samples).failed:
+        raise typer.Exit(1)
 
 
 def distill(

@@ -187,7 +187,7 @@ def compare(
         for name, model in models.items()
     ]
     check_folders(output, COMPARISON, runs, [reference.folder for reference in references])
-    tasks = [*references, *runs]
+    tasks = [*runs, *references]  # the longest first
     unfinished = [task for task in tasks if task.error() is not None]
     if unfinished:
         check_inputs(runs, {reference.model: reference.settings for reference in references})

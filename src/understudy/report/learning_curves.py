@@ -13,7 +13,7 @@ from .text import heading, is_share, number
 _COLOURS = (ACCENT, INK, SOFT)  # of the best variants; further ones are faint
 _MOST = 8  # variants that are drawn, the best ones
 _RIGHT = 0.66
-_FAR = 4  # a teacher this many times above the best curve is named, and not drawn
+_FAR = 2  # a teacher this many times above the best curve is named, and not drawn
 
 Line = Sequence[tuple[float, float]]
 
@@ -31,7 +31,9 @@ def learning_curves(content: Mapping[str, Any]) -> list[Chart]:
     teacher = _teacher(content, metric)
     about = "; ".join(f"{variant} {number(ends[variant], metric)} at the end" for variant in ranked)
     about += "" if teacher is None else f"; teacher {number(teacher, metric)}"
-    left_out = f", the best {_MOST} of {len(lines)} recipes" if len(lines) > _MOST else ""
+    shows_teacher = teacher is not None and teacher < _FAR * max(ends.values())
+    subtitle = "on held-out data" + (f", the best {_MOST} of {len(lines)} recipes" if len(lines) > _MOST else "")
+    subtitle += "" if teacher is None or shows_teacher else f"; the teacher is at {number(teacher, metric)}"
 
     def draw(axes: Axes) -> None:
         labels = []
@@ -40,7 +42,7 @@ def learning_curves(content: Mapping[str, Any]) -> list[Chart]:
                 axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.4 if colour == ACCENT else 1)
             text = f"{variant} {number(ends[variant], metric)}"
             labels.append((ends[variant], text, SOFT if colour == FAINT else colour))
-        if teacher is not None and teacher < _FAR * max(ends.values()):
+        if teacher is not None and shows_teacher:
             axes.axhline(teacher, color=SOFT, linewidth=0.8, linestyle=(0, (3, 2)))
             labels.append((teacher, f"teacher {number(teacher, metric)}", SOFT))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -51,7 +53,7 @@ def learning_curves(content: Mapping[str, Any]) -> list[Chart]:
 
     title = f"{heading(metric)} over training tokens"
     panel = Panel(title, f"{about}.", draw, right=_RIGHT)
-    return [Chart("learning-curves", title, f"on held-out data{left_out}", [panel])]
+    return [Chart("learning-curves", title, subtitle, [panel])]
 
 
 def _metric_and_lines(content: Mapping[str, Any]) -> tuple[str, dict[str, list[Line]]]:
