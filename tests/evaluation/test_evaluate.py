@@ -14,6 +14,8 @@ from understudy.batch import Batch, Example
 from understudy.data.examples import examples_from_rows
 from understudy.evaluation.distance import distances
 from understudy.evaluation.evaluate import distance, evaluate
+from understudy.evaluation.response_metrics import buckets, response_metrics
+from understudy.evaluation.responses import Response, Responses
 from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import Sampling
@@ -387,3 +389,18 @@ def test_a_file_that_no_teacher_wrote_is_refused_before_the_student_s_responses_
         evaluate(model, TOKENIZER, examples, Counting(), Sampling(4), LocalTeacher(model), **options)
     assert Counting.calls == 0
     assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["responses.teacher.jsonl"]
+
+
+def test_metrics_are_also_computed_by_the_length_of_the_reference():
+    pairs = [("1", "1"), ("22", "23"), ("4567", "4567"), ("111", "890")]
+    lines = [{"response": text, "references": [reference], "correct": text == reference} for text, reference in pairs]
+    responses = [Response(Example([0], [1, 2], "student", i), line) for i, line in enumerate(lines)]
+    measured = response_metrics(Responses(responses, 8, 1.0), 4, ["exact_match", "bleu"], (1, 3), characters())
+    expected = {"exact_match": 50, "exact_match_1_to_1": 100, "exact_match_2_to_3": 0, "exact_match_from_4": 100}
+    assert {name: measured.numbers[name] for name in expected} == expected
+    assert measured.scores["exact_match"] == [100, 0, 100, 0]
+    assert measured.scores["exact_match_2_to_3"] == [0, 0]
+    assert measured.scores["accuracy"] == [1, 0, 1, 0]
+    assert "bleu" not in measured.scores
+    with pytest.raises(ValueError, match="do not divide responses"):
+        buckets((8, 8))

@@ -93,13 +93,11 @@ def evaluate(
     """Evaluate a model on a dataset: accuracy and text metrics of its responses, and the distance to a teacher."""
     from ..metrics import check
 
-    changes = options.sampling(protocol, temperature, seed) | options.set_options(
-        max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length
-    )
+    changes = options.sampling(protocol, temperature, seed) | {"length_buckets": options.bounds(length_buckets)}
+    changes |= options.set_options(max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     template_arguments = options.mapping("--chat-template-kwargs", chat_template_kwargs)
     column_names = dict(options.column(column) for column in columns or []) or None
     check(metric or [])
-    buckets = options.bounds(length_buckets)
     if lm_eval is None and data is None:
         raise ValueError("Missing option '--data': name a dataset, or with --lm-eval tasks")
     quiet()
@@ -114,12 +112,7 @@ def evaluate(
         return show_evaluation(result, f"{model} on {lm_eval}", output)
     block = {"dataset": str(data), "name": name, "split": split, "limit": limit, "columns": column_names}
     block |= {"template": template, "chat_template_kwargs": template_arguments}
-    changes |= {
-        "teacher": teacher,
-        "metrics": tuple(metric or ()),
-        "length_buckets": buckets,
-        "exposure_bias": exposure_bias,
-    }
+    changes |= {"teacher": teacher, "metrics": tuple(metric or ()), "exposure_bias": exposure_bias}
     _evaluate(model, block, {**changes, "batch_size": batch_size}, output)
 
 

@@ -80,11 +80,9 @@ def evaluate(
         exposure_bias: generate responses of the teacher as well, and measure `exposure_bias`.
         output: a JSONL file of responses, from which an interrupted evaluation is resumed; the teacher's go beside it.
         first_batch_size: where `responses.BatchSizeSearch` begins; by default the rollout's own batch size stays.
-        progress: a progress display.
 
     Raises:
-        ValueError: before anything is generated, for an unknown metric, for metrics whose references are missing, for
-            seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
+        ValueError: before anything is generated, as `check`.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     check(examples, sampling, teacher, seeds, metrics, length_buckets, exposure_bias)
@@ -100,16 +98,12 @@ def evaluate(
     if exposure_bias and path is not None:  # before the student's responses are generated
         check_resumable(live_teacher.model, tokenizer, examples, rollout, sampling, seeds, "teacher", path)
     generated = generate("student", model, output)
-
-    def length(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    measured = response_metrics(generated, len(examples), metrics, length_buckets, length)
+    measured = response_metrics(generated, len(examples), metrics, length_buckets, tokenizer)
     numbers, curves = measured.numbers, dict[str, Curve]()
     samples, vocabulary = [r.example for r in generated.responses], vocabulary_size(tokenizer)
     if teacher is not None:
         on_progress = _task(progress, "distance to the teacher", len(samples))
-        parts = [samples[start : start + len(examples)] for start in range(0, len(samples), len(examples))]
+        parts = [[response.example for response in part] for part in generated.by_seed(len(examples))]
         by_seed = [distances(model, teacher, part, vocabulary, batch_size, on_progress) for part in parts]
         numbers |= over_seeds([_with_perplexity(part.means()) for part in by_seed])
         curves["distance"] = sum(by_seed[1:], by_seed[0]).by_position()
@@ -118,8 +112,7 @@ def evaluate(
         exposure = bias.exposure_bias(model, live_teacher, samples, samples_of_teacher, vocabulary, batch_size)
         numbers["exposure_bias"] = float(exposure.percent[-1])
         curves["exposure_bias"] = {name: _finite(values.tolist()) for name, values in vars(exposure).items()}
-    lines = [response.line for response in generated.responses]
-    return Evaluation(lines, numbers, measured.signatures, curves, measured.scores)
+    return Evaluation([r.line for r in generated.responses], numbers, measured.signatures, curves, measured.scores)
 
 
 def distance(
@@ -142,7 +135,8 @@ def check(
     """Refuse settings that would fail or be meaningless, before any response is generated.
 
     Raises:
-        ValueError: as `evaluate`.
+        ValueError: for an unknown metric, for metrics whose references are missing, for lengths that do not rise, for
+            seeds that would all give the same responses, and for exposure bias without a local teacher or not at T = 1.
     """
     text_metrics.check(metrics)
     buckets(length_buckets)

@@ -6,9 +6,10 @@ right or wrong while a long one is more or less similar. With bounds (8, 20), `r
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from .. import metrics as text_metrics
 from ..metric import Score
@@ -47,22 +48,20 @@ def response_metrics(
     prompts: int,
     metrics: Sequence[str],
     bounds: Sequence[int] = (),
-    length: Callable[[str], int] = len,
+    tokenizer: Any = None,
 ) -> ResponseMetrics:
     """The metrics of `generated`, which has a response to each of `prompts` prompts for every seed, seed by seed.
 
     Args:
         metrics: names of text metrics, over the prompts that have references.
-        bounds: of the lengths by which these are also computed.
-        length: the number of tokens of a text.
+        bounds: of the lengths in tokens of `tokenizer` by which these are also computed.
     """
-    responses = generated.responses
-    by_seed = [responses[start : start + prompts] for start in range(0, len(responses), prompts)]
+    by_seed = generated.by_seed(prompts)
     numbers = over_seeds([_counts(part) for part in by_seed]) | {"seconds": generated.seconds}
     if generated.tokens:
         numbers["tokens_per_second"] = generated.tokens / generated.seconds
     quality = [name for name in metrics if not text_metrics.compares_responses(name)]
-    scored = [_scored(quality, part, bounds, length) for part in by_seed]
+    scored = [_scored(quality, part, bounds, tokenizer) for part in by_seed]
     diversity = _diversity([name for name in metrics if name not in quality], by_seed)
     numbers |= over_seeds([{name: score.value for name, score in part.items()} for part in scored])
     numbers |= {name: score.value for name, score in diversity.items()}
@@ -98,14 +97,15 @@ def _counts(responses: Sequence[Response]) -> dict[str, float]:
 
 
 def _scored(
-    metrics: Sequence[str], responses: Sequence[Response], bounds: Sequence[int], length: Callable[[str], int]
+    metrics: Sequence[str], responses: Sequence[Response], bounds: Sequence[int], tokenizer: Any
 ) -> dict[str, Score]:
     """The text metrics of the responses of one seed, over all and in the buckets that are not empty."""
     lines = [response.line for response in responses if response.line["references"]]
     texts, references = [line["response"] for line in lines], [line["references"] for line in lines]
     scores = text_metrics.score(metrics, texts, references)
     names = buckets(bounds)
-    places = [sum(length(of[0]) > bound for bound in bounds) for of in references] if names else []
+    lengths = [len(tokenizer(of[0], add_special_tokens=False)["input_ids"]) for of in references] if names else []
+    places = [sum(length > bound for bound in bounds) for length in lengths]
     for place, bucket in enumerate(names):
         rows = [row for row, other in enumerate(places) if other == place]
         if rows:

@@ -40,6 +40,10 @@ class Responses:
     tokens: int
     seconds: float
 
+    def by_seed(self, prompts: int) -> list[list[Response]]:
+        """The responses to the same `prompts` prompts, a list for each seed."""
+        return [self.responses[start : start + prompts] for start in range(0, len(self.responses), prompts)]
+
 
 class BatchSizeSearch:
     """Search for the fastest number of responses generated at once: doubled while tokens per second increase."""
