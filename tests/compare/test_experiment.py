@@ -213,7 +213,7 @@ def without_references(home):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"seeds": 0}, "--seeds must be at least 1, not 0"),
+        ({"seeds": ()}, "--seeds must be at least 1, not 0"),
         ({"parallel": 0}, "--parallel must be at least 1, not 0"),
         ({"exposure": -1}, "--exposure-bias must be at least 0, not -1"),
         ({"temperatures": [-1.0]}, "--temperature must be 0 or more, not -1"),

@@ -63,12 +63,12 @@ def test_questions_about_a_sentence_are_answered_from_it():
 def test_the_same_arguments_give_the_same_rows_on_every_machine():
     assert instructions(300, seed=5) == ROWS[:300]
     assert instructions(3, seed=0)[0] == {
-        "prompt": "Why is it that Emma stays in bed?\n",
-        "completion": "I think that it is late.",
-        "kind": "reason",
+        "prompt": "Write a greeting to Emma.\n",
+        "completion": "Hi Emma! It is good to see you.",
+        "kind": "greeting",
     }
     text = "".join(row["prompt"] + row["completion"] for row in instructions(500, seed=1))
-    assert zlib.crc32(text.encode()) == 1229789710
+    assert zlib.crc32(text.encode()) == 2179618711
 
 
 def test_splits_share_no_request_and_unseen_kinds_are_only_in_their_own():

@@ -72,7 +72,6 @@ def evaluate(
     """Evaluate `model`: generate a response to every example's prompt by `rollout`, and compute the metrics.
 
     Args:
-        sampling: sampling parameters, with one response per prompt and seed.
         seed: of sampling; every prompt gets one response for each seed.
         batch_size: sequences scored at once by model and teacher, for their distance.
         metrics: further ones of the folder metrics/, out of 100, over the rows that have references.
@@ -89,12 +88,12 @@ def evaluate(
 
     def generate(author: Author, generator: Any, path: Path | None) -> Responses:
         search = first_batch_size and BatchSizeSearch(first_batch_size)
-        options: dict[str, Any] = {"author": author, "path": path, "search": search}
-        options["on_progress"] = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
+        on_progress = _task(progress, f"{author}'s responses", len(seeds) * len(examples))
+        options: dict[str, Any] = {"author": author, "path": path, "search": search, "on_progress": on_progress}
         return generate_responses(generator, tokenizer, examples, rollout, sampling, seeds, _is_correct, **options)
 
     live_teacher: Any = teacher
-    path = None if output is None else output.with_name(f"{output.stem}.teacher{output.suffix}")
+    path = output and output.with_name(f"{output.stem}.teacher{output.suffix}")
     if exposure_bias and path is not None:  # before the student's responses are generated
         check_resumable(live_teacher.model, tokenizer, examples, rollout, sampling, seeds, "teacher", path)
     generated = generate("student", model, output)

@@ -79,6 +79,7 @@ def _spelled(rng: random.Random) -> Slots:
 
 LISTS = (
     Kind("sort", ("Sort these words: {list}.", "Put {list} in alphabetical order."), ("{sorted}",), _words),
+    Kind("copy a list", ("Copy these words: {list}.", "Write this list again: {list}."), ("{list}",), _words),
     Kind(
         "reverse", ("Reverse the list {list}.", "Write these words in reverse order: {list}."), ("{reversed}",), _words
     ),

@@ -21,7 +21,8 @@ from .writing import WRITING
 Split = Literal["train", "validation", "test", "unseen"]
 SPLITS = ("train", "validation", "test", "unseen")
 KINDS = (*LISTS, *TEXTS, *FACTS, *WRITING)
-_TEXTS = 3  # a kind of writing is drawn so many times as often as another one, since few kinds have long responses
+# How often a kind is drawn: of lists since they are the hardest, of writing since few kinds have long responses.
+_SHARES = ((LISTS, 2), (TEXTS, 1), (FACTS, 1), (WRITING, 3))
 
 
 def instructions(count: int, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
@@ -37,7 +38,8 @@ def instructions(count: int, seed: int = 0, split: Split = "train") -> list[dict
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the instructions have {', '.join(SPLITS)}")
     rng = random.Random(seed)
-    kinds = [kind for kind in (*LISTS, *TEXTS, *FACTS, *_TEXTS * WRITING) if kind.seen == (split != "unseen")]
+    drawn = [kind for kinds, share in _SHARES for kind in kinds * share]
+    kinds = [kind for kind in drawn if kind.seen == (split != "unseen")]
     rows: list[dict[str, str]] = []
     prompts: set[str] = set()
     while len(rows) < count:
