@@ -138,7 +138,7 @@ def png(chart: Chart, path: Path) -> None:
         tall = max(panel.height for panel in chart.panels) + 0.25
         figure = Figure(figsize=(columns * WIDTH, rows * tall + 0.3))
         figure.suptitle(chart.title, x=0.02, ha="left", fontsize=9)
-        _fill(figure, chart.panels, columns, titled=[panel.title for panel in chart.panels] != [chart.title])
+        _fill(figure, chart.panels, columns, titled=True)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=160)
     write_atomic(path, picture.getvalue())
@@ -161,7 +161,7 @@ def _fill(figure: Figure, panels: Sequence[Panel], columns: int, titled: bool = 
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
         panel.draw(axes)
-        if titled:
+        if titled and panel.title != figure.get_suptitle():
             axes.set_title(panel.title, loc="left", fontsize=7.5, color=INK, pad=5)
 
 

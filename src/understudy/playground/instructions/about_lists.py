@@ -137,7 +137,13 @@ LISTS = (
         _words,
         False,
     ),
-    Kind("sort falling", ("Sort these words in reverse order: {list}.",), ("{falling}",), _words, False),
+    Kind(
+        "sort falling",
+        ("Sort these words. Then write this list in reverse order: {list}.",),
+        ("{falling}",),
+        _words,
+        False,
+    ),
     Kind(
         "last two",
         ("Write only the last two words: {list}.", "Keep the last two of {list}."),

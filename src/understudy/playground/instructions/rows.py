@@ -29,8 +29,7 @@ def instructions(count: int, seed: int = 0, split: Split = "train") -> list[dict
     """`count` rows, each `{"prompt": request and a newline, "completion": response, "kind": kind}`.
 
     The same arguments give the same rows on every machine and Python version. Small kinds are as frequent as large
-    ones, so in the split train a request of a small kind may come again, perhaps with another response; in the other
-    splits all requests are different.
+    ones, so a request of a small kind may come again with another response; in the split train a row may come again.
 
     Raises:
         ValueError: for an unknown split.
@@ -38,18 +37,17 @@ def instructions(count: int, seed: int = 0, split: Split = "train") -> list[dict
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the instructions have {', '.join(SPLITS)}")
     rng = random.Random(seed)
-    drawn = [kind for kinds, share in _SHARES for kind in kinds * share]
-    kinds = [kind for kind in drawn if kind.seen == (split != "unseen")]
+    kinds = [kind for kinds, share in _SHARES for kind in kinds * share if kind.seen == (split != "unseen")]
     rows: list[dict[str, str]] = []
-    prompts: set[str] = set()
+    drawn: set[tuple[str, str]] = set()
     while len(rows) < count:
         row = pick(rng, kinds).row(rng)
         if split_of(row["prompt"]) != split and split != "unseen":
             continue
-        if split != "train" and row["prompt"] in prompts:
-            continue
-        prompts.add(row["prompt"])
-        rows.append(row)
+        texts = (row["prompt"], row["completion"])
+        if split == "train" or texts not in drawn:
+            drawn.add(texts)
+            rows.append(row)
     return rows
 
 

@@ -17,6 +17,7 @@ from .words import (
     RECIPES,
     THINGS,
     TROUBLES,
+    USES,
 )
 
 
@@ -45,6 +46,12 @@ def _members(rng: random.Random) -> Slots:
     members = several(rng, GROUPS[group], 3)
     sentence = f"{members[0]}, {members[1]} and {members[2]}"
     return {"name": pick(rng, NAMES), "groups": PLURALS[group], "list": " ".join(members), "sentence": sentence}
+
+
+def _thing(rng: random.Random) -> Slots:
+    thing = pick(rng, tuple(USES))
+    use, material = USES[thing]
+    return {"name": pick(rng, NAMES), "thing": thing, "use": use, "material": material}
 
 
 def _trouble(rng: random.Random) -> Slots:
@@ -87,6 +94,17 @@ WRITING = (
             "{name}, a {animal} is {looks}. It {sound}, lives {home} and likes {likes}.",
         ),
         _scene,
+    ),
+    Kind(
+        "describe a thing",
+        ("Tell {name} what a {thing} is.",),
+        (
+            "A {thing} is made of {material}. You can {use} with it.",
+            "{name}, you can {use} with a {thing}. It is made of {material}.",
+            "With a {thing} you can {use}. It is made of {material}.",
+        ),
+        _thing,
+        seen=False,
     ),
     Kind(
         "story",
