@@ -3,15 +3,20 @@
 import random
 import re
 import zlib
+from pathlib import Path
 
 import pytest
 
+from understudy.evaluation.evaluate_model import evaluate_model
 from understudy.evaluation.response_metrics import buckets
-from understudy.models.load import load_tokenizer
+from understudy.evaluation.settings import EvalSettings
+from understudy.models.load import load_model, load_tokenizer
 from understudy.playground.instructions.rows import KINDS, instructions
 from understudy.playground.instructions.words import ANIMALS, GROUPS, NAMES, PLURALS, WORDS
-from understudy.playground.names import rows
+from understudy.playground.names import resolve, rows
+from understudy.playground.ship import LIMITS
 from understudy.playground.vocabulary import tokenizer
+from understudy.recipe import Data
 
 NAME = "playground:instructions"
 ROWS = instructions(4000, seed=5)
@@ -106,3 +111,21 @@ def test_open_kinds_have_several_answers_to_the_same_request():
     assert len({story.row(rng)["completion"] for _ in range(50)}) > 45
     assert sum(kind.is_open for kind in KINDS) >= len(KINDS) / 3
     assert all(any(name in row["prompt"] for name in NAMES) for row in ROWS if row["kind"] == "story")
+
+
+def test_the_shipped_models_are_small_and_the_teacher_is_twenty_times_larger():
+    sizes = {}
+    for name in (NAME, f"{NAME}-student"):
+        sizes[name] = sum(parameter.numel() for parameter in load_model(name).parameters())
+        assert Path(resolve(name), "model.safetensors").stat().st_size <= LIMITS[name]
+        assert load_tokenizer(name).get_vocab() == load_tokenizer(NAME).get_vocab()
+    assert 20 * sizes[f"{NAME}-student"] <= sizes[NAME] <= 4_000_000
+
+
+def test_the_shipped_teacher_is_far_above_the_student():
+    settings = EvalSettings(Data(dataset=NAME, split="test", limit=100), max_new_tokens=64, batch_size=100)
+    teacher, student = (
+        evaluate_model(name, settings.changed(metrics=("rouge_l",))).metrics for name in (NAME, f"{NAME}-student")
+    )
+    assert teacher["rouge_l"] >= 60
+    assert teacher["accuracy"] >= student["accuracy"] + 0.1
