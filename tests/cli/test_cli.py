@@ -85,7 +85,7 @@ def test_a_comparison_may_end_with_its_report(monkeypatch, capsys, tmp_path):
     from understudy.compare.experiment import Comparison
 
     reported = []
-    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: Comparison("the table", 0))
+    monkeypatch.setattr("understudy.compare.experiment.compare", lambda *_, **__: Comparison("the table", 0, [], {}))
     monkeypatch.setattr("understudy.report.write_report", lambda places: (reported.extend(places) or "page", True))
     write(tmp_path / "sft.yaml", described(tmp_path))
     for options, expected in (([], []), (["--report"], [tmp_path])):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter
 
 from ..metrics import names
 from .drawing import ACCENT, FAINT, INK, SOFT, Chart, Panel, label_ends, plain
@@ -47,7 +47,7 @@ def learning_curves(content: Mapping[str, Any]) -> list[Chart]:
             labels.append((teacher, f"teacher {number(teacher, metric)}", SOFT))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         plain(axes, steps=False, shares=is_share(metric))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1000:,.0f}k" if tokens else "0"))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("response tokens trained on", fontsize=7, labelpad=2)
         label_ends(axes, labels)
 
