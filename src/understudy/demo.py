@@ -68,7 +68,7 @@ def run_demo(
     _show_table(comparison, problems, console)
     if samples:
         _show_samples(folder, seed, console)
-    page, _ = write_report([folder], models=not quick)
+    page, _ = write_report([folder], models=False)  # with the models it would take as long as a method's evaluation
     show(f"report: {page}   runs: {folder}   in all {time.perf_counter() - start:.0f} s", console)
     return comparison
 
