@@ -189,6 +189,11 @@ def draw(rng: random.Random, slot: str, fragment: Fragment) -> int:
     """A number for a slot: 2 to 9 if it multiplies or divides, 10 to 60 if a story begins with it, else 2 to 20."""
     factor = any(slot in step and ("*" in step or "/" in step) for step in fragment.steps)
     low, high = (2, 9) if factor else (10, 60) if slot in fragment.steps else (2, 20)
+    return number(rng, low, high)
+
+
+def number(rng: random.Random, low: int, high: int) -> int:
+    """A whole number from low to high, the same in every Python version."""
     return low + int(rng.random() * (high - low + 1))
 
 

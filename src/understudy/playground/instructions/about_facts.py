@@ -7,13 +7,15 @@ from .kind import Kind, Slots
 from .words import ANIMALS, DAYS, GROUPS, OPPOSITES, PLURALS, USES, WORDS
 
 
-def _animal(rng: random.Random) -> Slots:
+def animal_facts(rng: random.Random) -> Slots:
+    """An animal and everything that is known of it."""
     animal = pick(rng, tuple(ANIMALS))
     sound, home, food, looks, likes = ANIMALS[animal]
     return {"animal": animal, "sound": sound, "home": home, "food": food, "looks": looks, "likes": likes}
 
 
-def _thing(rng: random.Random) -> Slots:
+def thing_facts(rng: random.Random) -> Slots:
+    """A thing, its use and its material."""
     thing = pick(rng, tuple(USES))
     use, material = USES[thing]
     return {"thing": thing, "use": use, "material": material}
@@ -23,11 +25,11 @@ def _member(rng: random.Random) -> Slots:
     word = pick(rng, WORDS)
     group = next(group for group, members in GROUPS.items() if word in members)
     asked = group if rng.random() < 0.5 else pick(rng, [other for other in GROUPS if other != group])
-    answer = f"Yes, a {word} is {_a(group)}." if asked == group else f"No, a {word} is {_a(group)}."
-    return {"word": word, "group": _a(group), "asked": _a(asked), "answer": answer}
+    answer = f"{'Yes' if asked == group else 'No'}, a {word} is {_with_article(group)}."
+    return {"word": word, "group": _with_article(group), "asked": _with_article(asked), "answer": answer}
 
 
-def _a(group: str) -> str:
+def _with_article(group: str) -> str:
     return f"an {group}" if group == "animal" else f"a {group}"
 
 
@@ -51,31 +53,31 @@ FACTS = (
         "sound",
         ("What sound does a {animal} make?", "Which sound is that of a {animal}?"),
         ("It {sound}.", "A {animal} {sound}.", "The {animal} {sound}."),
-        _animal,
+        animal_facts,
     ),
     Kind(
         "home",
         ("Where does a {animal} live?", "Tell me where a {animal} lives."),
         ("It lives {home}.", "A {animal} lives {home}.", "You can find a {animal} {home}."),
-        _animal,
+        animal_facts,
     ),
     Kind(
         "food",
         ("What does a {animal} eat?", "Tell me what a {animal} eats."),
         ("It eats {food}.", "A {animal} eats {food}.", "A {animal} likes to eat {food}."),
-        _animal,
+        animal_facts,
     ),
     Kind(
         "use",
         ("What is a {thing} for?", "What can I do with a {thing}?"),
         ("You can {use} with it.", "With a {thing} you can {use}.", "To {use}."),
-        _thing,
+        thing_facts,
     ),
     Kind(
         "material",
         ("What is a {thing} made of?", "Which material is a {thing} made of?"),
         ("{material}", "It is made of {material}.", "A {thing} is made of {material}."),
-        _thing,
+        thing_facts,
     ),
     Kind(
         "group",

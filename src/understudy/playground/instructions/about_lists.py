@@ -2,8 +2,8 @@
 
 import random
 
-from ..arithmetic import pick
-from .kind import Kind, Slots, number, several
+from ..arithmetic import number, pick
+from .kind import Kind, Slots, enumeration, several
 from .words import GROUPS, NUMBERS, OPPOSITES, PLURALS, WORDS
 
 
@@ -30,7 +30,7 @@ def _words(rng: random.Random) -> Slots:
         "changed": " ".join([new if word == out else word for word in words]),
         "longer": " ".join([*words, new]),
         "earlier": " ".join([new, *words]),
-        "sentence": f"{', '.join(words[:-1])} and {words[-1]}",
+        "sentence": enumeration(words),
         "plurals": " ".join([PLURALS[word] for word in words]),
     }
 

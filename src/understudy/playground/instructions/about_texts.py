@@ -2,8 +2,8 @@
 
 import random
 
-from ..arithmetic import pick
-from .kind import Kind, Slots, number, several
+from ..arithmetic import number, pick
+from .kind import Kind, Slots, several
 from .words import ANIMALS, COLOURS, NAMES, NUMBERS, PLACES, PLURALS, SPOTS, THINGS, VERBS
 
 
@@ -31,7 +31,6 @@ def _sentence(rng: random.Random) -> Slots:
         "past": f"{name} {past} the {place}.",
         "asked": f"Does {name} {infinitive} the {place}?",
         "denied": f"{name} does not {infinitive} the {place}.",
-        "both": f"{name} and {other}",
     }
 
 
@@ -47,9 +46,8 @@ def _amounts(rng: random.Random) -> Slots:
 
 def _pet(rng: random.Random) -> Slots:
     name, animal = pick(rng, NAMES), pick(rng, tuple(ANIMALS))
-    sound, home, food, *_ = ANIMALS[animal]
-    text = f"{name} has a {animal}."
-    return {"text": text, "name": name, "animal": animal, "sound": sound, "home": home, "food": food}
+    sound, home, *_ = ANIMALS[animal]
+    return {"text": f"{name} has a {animal}.", "animal": animal, "sound": sound, "home": home}
 
 
 def _count(rng: random.Random) -> Slots:

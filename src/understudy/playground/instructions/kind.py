@@ -55,6 +55,6 @@ def several(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]
     return drawn
 
 
-def number(rng: random.Random, low: int, high: int) -> int:
-    """A whole number from low to high."""
-    return low + int(rng.random() * (high - low + 1))
+def enumeration(words: list[str]) -> str:
+    """The words as a part of a sentence: "pear, mouse and boat"."""
+    return f"{', '.join(words[:-1])} and {words[-1]}"

@@ -3,10 +3,10 @@
 import random
 
 from ..arithmetic import pick
-from .kind import Kind, Slots, several
+from .about_facts import animal_facts, thing_facts
+from .kind import Kind, Slots, enumeration, several
 from .words import (
     ADJECTIVES,
-    ANIMALS,
     COLOURS,
     DAYS,
     GROUPS,
@@ -17,22 +17,14 @@ from .words import (
     RECIPES,
     THINGS,
     TROUBLES,
-    USES,
 )
 
 
 def _scene(rng: random.Random) -> Slots:
     """A person, an animal with its facts, a thing, a place and a day."""
-    animal = pick(rng, tuple(ANIMALS))
-    sound, home, food, looks, likes = ANIMALS[animal]
     return {
+        **animal_facts(rng),
         "name": pick(rng, NAMES),
-        "animal": animal,
-        "sound": sound,
-        "home": home,
-        "food": food,
-        "looks": looks,
-        "likes": likes,
         "place": pick(rng, PLACES),
         "thing": pick(rng, THINGS),
         "colour": pick(rng, COLOURS),
@@ -44,14 +36,12 @@ def _scene(rng: random.Random) -> Slots:
 def _members(rng: random.Random) -> Slots:
     group = pick(rng, tuple(GROUPS))
     members = several(rng, GROUPS[group], 3)
-    sentence = f"{members[0]}, {members[1]} and {members[2]}"
-    return {"name": pick(rng, NAMES), "groups": PLURALS[group], "list": " ".join(members), "sentence": sentence}
+    words = {"list": " ".join(members), "sentence": enumeration(members)}
+    return {"name": pick(rng, NAMES), "groups": PLURALS[group], **words}
 
 
 def _thing(rng: random.Random) -> Slots:
-    thing = pick(rng, tuple(USES))
-    use, material = USES[thing]
-    return {"name": pick(rng, NAMES), "thing": thing, "use": use, "material": material}
+    return {**thing_facts(rng), "name": pick(rng, NAMES)}
 
 
 def _trouble(rng: random.Random) -> Slots:
