@@ -32,8 +32,8 @@ def buckets(bounds: Sequence[int]) -> list[str]:
         ValueError: for bounds that do not rise from 1.
     """
     if any(low >= high for low, high in pairwise([0, *bounds])):
-        text = " ".join(map(str, bounds))
-        raise ValueError(f"the lengths {text} do not divide responses: give rising numbers, such as 8 20")
+        text = ",".join(map(str, bounds))
+        raise ValueError(f"the lengths {text} do not divide responses: give rising numbers, such as 8,20")
     ranges = [f"{low + 1}_to_{high}" for low, high in pairwise([0, *bounds])]
     return [*ranges, f"from_{bounds[-1] + 1}"] if bounds else []
 
