@@ -1,4 +1,4 @@
-"""The first chart of a comparison: held-out quality over training tokens."""
+"""The first charts of a comparison: held-out quality and exposure bias over training tokens."""
 
 from matplotlib.figure import Figure
 
@@ -49,3 +49,15 @@ def test_without_the_metric_of_the_comparison_another_one_is_drawn():
 def test_one_variant_or_one_point_has_no_such_chart():
     assert learning_curves(content(run("gkd", [0.1, 0.2, 0.4]))) == []
     assert learning_curves(content(run("gkd", [0.1, 0.2, 0.4]), run("kd", [None, None, 0.4]))) == []
+
+
+def test_exposure_bias_during_training_is_a_line_for_each_recipe_and_the_least_is_first():
+    seeds = run("kd", [30.0, 60.0, 40.0]), run("kd", [30.0, 40.0, 20.0]), run("promptkd", [30.0, 10.0, 20.0])
+    runs = [{**each, "series": {"eval_exposure_bias": each["series"]["eval_accuracy"]}} for each in seeds]
+    [chart] = learning_curves({"runs": runs, "comparison": None})
+    assert chart.title == "Exposure bias over training tokens"
+    about = "Mean over training, after the start, and standard deviation over seeds: "
+    assert chart.panels[0].about == about + "promptkd 15.00; kd 40.00 ± 14.14."
+    texts, axes = labels_of(chart)
+    assert sorted(texts) == ["kd 40.00", "promptkd 15.00"]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[30, 10, 20], [30, 50, 30]]
