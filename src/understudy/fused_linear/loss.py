@@ -32,7 +32,7 @@ def divergence_loss(divergence: Divergence, teacher: Distribution) -> RowLosses:
 
     def row_losses(size: int) -> Callable[[slice], RowLoss]:
         if not isinstance(teacher, Projected):
-            return DivergenceLoss(divergence, teacher).rows
+            return lambda rows: DivergenceLoss(divergence, teacher.rows(rows))
         hidden, head = teacher.hidden, teacher.head
         buffer = zero_tile(size, head.vocabulary, like=head.weight)
 
