@@ -1,23 +1,29 @@
 """The teacher with another tokenizer: events of both vocabularies, shared boundaries, and runs with two tokenizers."""
 
+import json
 import logging
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
 from fakes import tiny
+from folders import described, jsonl, llama, write
 from loop import arguments
 from projected import DIVERGENCES
+from rich.console import Console
 from rows_of_text import byte_level, sentencepiece, wordpiece
 
 from understudy.batch import Batch, Example
 from understudy.data.token_bytes import TokenBytes
 from understudy.data.tokenize import TextEncoder
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
-from understudy.fused_linear.distributions import Dense
 from understudy.methods.kd import KD
 from understudy.models.forward import score, score_no_grad
-from understudy.scores import Scores, divergence_metrics
+from understudy.recipe import RecipeError, load
+from understudy.run.distill import distill
+from understudy.run.prepare import prepare
+from understudy.scores import divergence_metrics
 from understudy.teachers.cross_tokenizer import CrossTokenizerTeacher
 from understudy.teachers.local import LocalTeacher
 from understudy.training.trainer import StudentTrainer
@@ -78,7 +84,7 @@ def test_with_the_student_s_own_tokenizer_it_is_the_local_teacher(divergence):
     ids=["bpe from sentencepiece", "sentencepiece from bpe", "bpe from wordpiece"],
 )
 def test_two_vocabularies_are_compared_over_the_tokens_that_both_have(student_tokenizer, tokenizer):
-    """Found again by a loop over all tokens: the events are strings, and the row is where the texts so far are equal."""
+    """Found again by a loop over all tokens: events are strings, and rows are where the texts so far are equal."""
     texts = [("Who plays?", " the star learns two parts"), ("And", " two parts")]
     batch = batch_of(student_tokenizer, texts)
     student, model = model_of(student_tokenizer, seed=1).double(), model_of(tokenizer, seed=2, width=24).double()
@@ -87,14 +93,14 @@ def test_two_vocabularies_are_compared_over_the_tokens_that_both_have(student_to
     own = batch_of(tokenizer, texts)
     prefix = TextEncoder(tokenizer).prefix
     own = Batch.from_examples([replace(e, prompt=[*prefix, *e.prompt]) for e in own.examples], 0)
-    log_p, mine, theirs = score_no_grad(model, own).log_probs, *(TokenBytes.of(t) for t in (student_tokenizer, tokenizer))
+    log_p = score_no_grad(model, own).log_probs
+    mine, theirs = (TokenBytes.of(t) for t in (student_tokenizer, tokenizer))
 
     def positions(read, tokens):
-        return {
-            (sequence, b"".join(tokens.pieces.get(i, b"?") for i in example.response[:place])): first + place
-            for first, sequence, example in zip(read.lengths.cumsum(0) - read.lengths, range(2), read.examples, strict=True)
-            for place in range(len(example.response))
-        }
+        """The rows of a batch by sequence and bytes of the response so far."""
+        responses = [example.response for example in read.examples]
+        places = [(n, ids[:end]) for n, ids in enumerate(responses) for end in range(len(ids))]
+        return {(n, b"".join(tokens.pieces.get(i, b"?") for i in ids)): row for row, (n, ids) in enumerate(places)}
 
     rows, other_rows = positions(batch, mine), positions(own, theirs)
     ends = (student_tokenizer.eos_token_id, tokenizer.eos_token_id)
@@ -147,10 +153,94 @@ def test_tokens_without_a_shared_boundary_count_in_the_mean(tmp_path):
     batch = Batch.from_examples(examples, 0)
     values = cross().score(batch).divergence_to(score_no_grad(model_of(BPE, seed=1), batch), ForwardKL())
     assert [line["loss"] for line in losses] == pytest.approx([values.mean().item()] * 2, rel=1e-4)
-    assert losses[0]["shared_boundaries"] == pytest.approx(cross().score(batch).distribution.known.double().mean().item())
+    share = cross().score(batch).distribution.known.double().mean().item()
+    assert losses[0]["shared_boundaries"] == pytest.approx(share)
 
 
 def trainer(folder, method, student, teacher, examples, **options):
     return StudentTrainer(
         student, teacher, method, processing_class=BPE, args=arguments(folder, **options), train_dataset=examples
     )
+
+
+def test_prompts_and_responses_beyond_the_teacher_s_context_window_are_cut(caplog):
+    """The window of `tiny` is 64 tokens."""
+    texts = [(" part" * 40, " the star" * 3), ("And", " two parts" * 40)]
+    batch = batch_of(BPE, texts)
+    with caplog.at_level(logging.WARNING):
+        known = cross().score(batch).distribution.known
+    first, second = known.split(batch.lengths.tolist())
+    assert first[0], "the prompt lost its beginning"
+    assert second[:10].any()
+    assert not second[-20:].any()
+    assert [record.getMessage() for record in caplog.records if "context window of 64" in record.getMessage()]
+
+
+def test_it_says_what_it_cannot_score():
+    batch = batch_of(BPE)
+    with pytest.raises(ValueError, match="call the teacher's setup"):
+        CrossTokenizerTeacher(model_of(SENTENCEPIECE, 2), tokenizer=SENTENCEPIECE).score(batch)
+    with pytest.raises(ValueError, match="give a tokenizer"):
+        CrossTokenizerTeacher(model_of(SENTENCEPIECE, 2))
+    with pytest.raises(ValueError, match="embeddings for 53 only"):
+        cross(model=tiny("llama"))
+    images = Batch.from_examples([replace(e, inputs={"pixel_values": [1.0]}) for e in batch.examples], 0)
+    with pytest.raises(ValueError, match="reads text alone"):
+        cross().score(images)
+
+
+# Runs
+
+
+@pytest.fixture
+def home(tmp_path):
+    shape = {"max_position_embeddings": 128, "num_hidden_layers": 1}
+    llama(tmp_path / "student", tokenizer=BPE, vocab_size=len(BPE), **shape)
+    llama(tmp_path / "teacher", seed=1, tokenizer=SENTENCEPIECE, vocab_size=len(SENTENCEPIECE), **shape)
+    jsonl(tmp_path / "sums.jsonl", [{"prompt": prompt, "completion": text or "a"} for prompt, text in TEXTS * 2])
+    return tmp_path
+
+
+def recipe(home, **changes):
+    blocks = {
+        "student": {"model": str(home / "student")},
+        "teacher": {"cross_tokenizer": {"model": str(home / "teacher")}},
+        "data": {"dataset": str(home / "sums.jsonl"), "max_length": 64},
+    }
+    return load(write(home / "mine.yaml", described(home, **{**blocks, **changes})))
+
+
+@pytest.mark.parametrize("method", ["kd", {"gkd": {"on_policy": 1.0}}], ids=["kd", "gkd"])
+def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
+    console = Console(file=StringIO(), width=200)
+    summary = distill(recipe(home, method=method, rollout={"generate": {"max_new_tokens": 8}}), console=console)
+    assert summary["steps"] == 2
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["shared_boundaries"] for line in lines if "loss" in line]
+    assert len(shares) == 2
+    assert all(0 < share <= 1 for share in shares)
+    assert 0 < summary["student_samples"]["after"]["shared_boundaries"] <= 1
+    inputs = json.loads((home / "run" / "inputs.json").read_text())
+    assert "teacher" in json.dumps(inputs), "the teacher's weights are among what a resumed run is compared with"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "promptkd"}, "requires a teacher that provides full and model"),
+        ({"method": {"kd": {"divergence": {"forward_kl": {"temperature": 2.0}}}}}, "this teacher provides top_k"),
+        ({"method": "seqkd"}, "provides model"),
+        ({"method": "kd", "student": {"layers": [0]}}, "line 1"),
+        ({"method": "kd", "student": {"fresh": {"model_type": "llama"}}}, "add student.tokenizer"),
+    ],
+    ids=["its model is not provided", "softened", "its responses", "its layers", "no tokenizer"],
+)
+def test_what_needs_the_student_s_tokens_is_refused_when_the_run_is_built(changes, message, home):
+    with pytest.raises(RecipeError, match=message):
+        prepare(recipe(home, **changes))
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_with_the_line_of_the_recipe(home):
+    wordpiece(lowercase=True).save_pretrained(home / "teacher")
+    with pytest.raises(RecipeError, match=r"mine.yaml, line 3: the tokenizer makes capital letters small"):
+        prepare(recipe(home, method="kd"))

@@ -167,5 +167,5 @@ def _ends(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> t
     names = [ResponseEnd.of(tokenizer).token for tokenizer in (source, target)]
     if None in names:
         names = [source.eos_token, target.eos_token]
-    first, second = (t.convert_tokens_to_ids(name) for t, name in zip((source, target), names, strict=True))
-    return int(first), int(second)
+    ids: list[Any] = [t.convert_tokens_to_ids(str(name)) for t, name in zip((source, target), names, strict=True)]
+    return ids[0], ids[1]

@@ -60,7 +60,7 @@ class CrossTokenizerTeacher(Teacher):
             raise ValueError("a teacher with another tokenizer needs it beside its model: give a tokenizer")
         local: Any = TEACHERS.get("local")
         self.teacher = local(model, dtype=dtype, device=device, quantization=quantization, options=options)
-        self._tokenizer = model if tokenizer is None else tokenizer
+        self._tokenizer: Any = model if tokenizer is None else tokenizer
         self._chat_template_kwargs = chat_template_kwargs
         self._retokenizer: Retokenizer | None = None
         self._warned = False
