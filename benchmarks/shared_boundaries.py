@@ -1,6 +1,6 @@
 """The share of tokens at which teachers with other tokenizers can be compared, on the few sentences of the tests.
 
-    PYTHONPATH=tests python benchmarks/shared_boundaries.py
+PYTHONPATH=tests python benchmarks/shared_boundaries.py
 """
 
 from itertools import permutations
