@@ -220,6 +220,7 @@ def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
     assert len(shares) == 2
     assert all(0 < share <= 1 for share in shares)
     assert 0 < summary["student_samples"]["after"]["shared_boundaries"] <= 1
+    assert summary["teacher_parameters"] > 0
     inputs = json.loads((home / "run" / "inputs.json").read_text())
     assert "teacher" in json.dumps(inputs), "the teacher's weights are among what a resumed run is compared with"
 

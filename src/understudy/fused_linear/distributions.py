@@ -178,7 +178,8 @@ class SharedTokens:
     requires_grad: ClassVar[bool] = False
 
     def rows(self, rows: slice) -> TopK:
-        values = self.distribution.log_probs(rows)[:, self.other_ids]
+        log_probs = self.distribution.log_probs(rows)
+        values = log_probs[:, self.other_ids.to(log_probs.device)]
         return TopK(values, self.support.expand(values.shape), known=self.known[rows])
 
     def cut(self, vocabulary: int) -> "SharedTokens":

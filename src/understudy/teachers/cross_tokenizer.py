@@ -91,8 +91,10 @@ class CrossTokenizerTeacher(Teacher):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        """Raises:
-        ValueError: before `setup`, and for examples with further inputs, such as images.
+        """Scores over the shared tokens, (N, K+1), of the text that each response token follows.
+
+        Raises:
+            ValueError: before `setup`, and for examples with further inputs, such as images.
         """
         if self._retokenizer is None:
             raise ValueError("the student's tokenizer is unknown: call the teacher's setup with it before score")
@@ -105,10 +107,11 @@ class CrossTokenizerTeacher(Teacher):
             places = [part.indices[place] for place in example.trained_tokens]
             rows += [-1 if place is None else first + place for place in places]
             first += len(part.response)
-        index = torch.tensor(rows, device=batch.tokens.device)
+        device = batch.tokens.device
+        index = torch.tensor(rows, device=device)
         distribution = self.teacher.score(own).cut(self._vocabulary).distribution
-        shared = SharedTokens(_rows(distribution, index.clamp(min=0)), self._support, self._other_ids, index >= 0)
-        return Scores(batch.tokens, shared)
+        ids = self._support.to(device), self._other_ids.to(device)
+        return Scores(batch.tokens, SharedTokens(_rows(distribution, index.clamp(min=0)), *ids, known=index >= 0))
 
     def _fitted(self, part: Retokenized) -> Retokenized:
         """What fits into the teacher's context window: the prompt loses its beginning, the response its end."""
