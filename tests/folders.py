@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ CHARACTERS = "0123456789+-*/=#\n .,?abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
-def characters(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+def characters(characters: Sequence[str] = CHARACTERS) -> PreTrainedTokenizerFast:
     """A tokenizer with a token for every character."""
     tokens = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     backend = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))

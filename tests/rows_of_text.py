@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
@@ -55,3 +55,38 @@ def texts(tokenizer, example) -> tuple[str, str]:
 PAIR = {"prompt": "Two plus two?", "completion": " four"}
 LONG = {"prompt": "The understudy learns the part. What is two plus two?", "completion": " It is four, as all know."}
 STORY = "".join(f"The star learns part {number}.\nAnd so on.\n\n" for number in range(40))
+
+MIXED = [*SENTENCES, "Naïve café 🎉🎉 in 東京, 東京 and 京都.", "the parts of the stars, the part, two parts"]
+
+
+def sentencepiece(sentences=MIXED, size=120) -> PreTrainedTokenizerFast:
+    """A BPE as Llama 2's: a space is ▁, one is put before a text, and bytes stand in for unknown characters."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    common = [token for token in model["vocab"] if token not in "🎉都"]  # these are written as bytes
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *common]
+    merges = [tuple(pair) for pair in model["merges"] if set("".join(pair)).isdisjoint("🎉都")]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+def wordpiece(sentences=MIXED, lowercase=False) -> PreTrainedTokenizerFast:
+    """A WordPiece as BERT's: ## marks the tokens that continue a word, and white space is not written."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[SEP]"]
+    backend.train_from_iterator(
+        sentences, trainers.WordPieceTrainer(vocab_size=160, special_tokens=special, show_progress=False)
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)

@@ -33,6 +33,8 @@ class Example:
     streams: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by name, a number per response token
     inputs: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # further model inputs
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the dataset row
+    # what a chat template rendered as the prompt of `last_turn`: its `messages` and `tools`; None for a plain text
+    conversation: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .divergences import Divergence, ForwardKL, ReverseKL
-from .fused_linear.distributions import Distribution, Projected, TopK, over_shared_vocabulary
+from .fused_linear.distributions import Distribution, Merged, Projected, SharedTokens, over_shared_vocabulary
 from .fused_linear.loss import chosen_log_prob, divergence_loss, row_values
 from .fused_linear.tiles import rows_per_tile
 
@@ -53,7 +53,7 @@ class Scores:
         if isinstance(q, Projected):
             return row_values(q, divergence_loss(divergence, teacher), student.weights, divergence.temperature)
         log_q = q.log_probs()
-        if isinstance(teacher, TopK):
+        if isinstance(teacher, Merged):
             log_p, log_q = teacher.log_probs(temperature=divergence.temperature), teacher.merge(log_q)
         else:
             log_p = teacher.log_probs()
@@ -73,22 +73,29 @@ class Scores:
 
 
 DIVERGENCE_METRICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+SHARED_BOUNDARIES = "shared_boundaries"
 
 
 @torch.no_grad()
 def divergence_metrics(teacher: Scores, student: Scores) -> dict[str, Tensor]:
-    """Forward KL, reverse KL and both entropies at every response token, each (N,), in nats, for logging."""
+    """Forward KL, reverse KL and both entropies at every response token, each (N,), in nats, for logging.
+
+    Of a teacher with another tokenizer also `shared_boundaries`: 1 where it can be compared, else 0, as all others are.
+    """
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
-    assert not isinstance(q, TopK), "the student is a live model"
+    assert not isinstance(q, Merged), "the student is a live model"
     chunks: dict[str, list[Tensor]] = {name: [] for name in DIVERGENCE_METRICS}
     size = max(1, rows_per_tile(q.vocabulary) // 4)  # nothing here is done in place
     for start in range(0, len(student.tokens), size):
         rows = slice(start, start + size)
         log_q = q.log_probs(rows)
-        log_q = p.merge(log_q, rows) if isinstance(p, TopK) else log_q
+        log_q = p.merge(log_q, rows) if isinstance(p, Merged) else log_q
         log_p = p.log_probs(rows).to(log_q.device, log_q.dtype)
         chunks["forward_kl"].append(ForwardKL()(log_p, log_q))
         chunks["reverse_kl"].append(ReverseKL()(log_p, log_q))
         chunks["student_entropy"].append(torch.special.entr(log_q.exp()).sum(-1))
         chunks["teacher_entropy"].append(torch.special.entr(log_p.exp()).sum(-1))
-    return {name: torch.cat(values) for name, values in chunks.items()}
+    metrics = {name: torch.cat(values) for name, values in chunks.items()}
+    if isinstance(p, SharedTokens):
+        metrics[SHARED_BOUNDARIES] = p.known.to(metrics["forward_kl"])
+    return metrics

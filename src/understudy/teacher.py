@@ -36,6 +36,18 @@ class Teacher(ABC):
         """Name or folder of the teacher's tokenizer; None: unknown, and not compared with the student's."""
         return self.model_name
 
+    @property
+    def weights(self) -> Any:
+        """The model in this process that the scores come from, loaded; None where there is none. A run records them."""
+        return self.model
+
+    def setup(self, tokenizer: Any) -> None:
+        """Called with the student's tokenizer when a run is built, and before anything is scored; perhaps repeatedly.
+
+        Raises:
+            ValueError: if the teacher cannot score the tokens of this tokenizer.
+        """
+
     def to(self, device: torch.device) -> None:
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""
 

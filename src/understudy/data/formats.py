@@ -41,6 +41,7 @@ class Row:
     chat: bool = False  # rendered by a chat template, which adds the special tokens itself
     turns: tuple[Span, ...] = ()  # the parts of the prompt that are trained on as well
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of the dataset's row
+    conversation: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)  # see `Example`
 
 
 @dataclass(frozen=True)
@@ -240,13 +241,15 @@ class Format:
     def _chat(
         self, where: str, messages: list[Message], references: tuple[str, ...], answer: Message | None, tools: Tools
     ) -> Row:
+        conversation = {"messages": messages, "tools": tools}
         if not references:
-            return Row(where, self.chat_template.render_prompt(where, messages, tools), chat=True)
+            prompt = self.chat_template.render_prompt(where, messages, tools)
+            return Row(where, prompt, chat=True, conversation=conversation)
         answer = answer or {"role": "assistant", "content": references[0]}
         prompt, response = self.chat_template.render_pair(where, messages, answer, tools)
         if answer.get("tool_calls"):
             references = (response.removesuffix(self.chat_template.response_end.end),)
-        return Row(where, prompt, references, response, chat=True)
+        return Row(where, prompt, references, response, chat=True, conversation=conversation)
 
 
 def _without_bytes(columns: Mapping[str, Any]) -> dict[str, Any]:

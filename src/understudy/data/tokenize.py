@@ -16,6 +16,38 @@ from .formats import Document, Row
 logger = logging.getLogger(__name__)
 
 
+class TextEncoder:
+    """Tokenizes texts that others follow or that follow others.
+
+    `prefix` holds the tokens that the tokenizer's post-processor adds before a text (Llama's BOS). They are looked up
+    once, because applied to every text the post-processor could add an end-of-sequence token after prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        text, newline, both = self.encode(["a", "\n", "\na"])
+        processed = tokenizer("a")["input_ids"]
+        starts = (i for i in range(len(processed)) if processed[i : i + len(text)] == text)
+        self.prefix: list[int] = list(processed[: next(starts, 0)])
+        # SentencePiece tokenizers add a space before the first word of a text, which a response is not.
+        self.newline = newline if both[: len(newline)] == newline and both[len(newline) :] != text else []
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens that are not in the text itself."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text as the continuation of another: without the space that some tokenizers add before it."""
+        if not self.newline:
+            return self.encode(texts)
+        after_newline, separate = self.encode([f"\n{text}" if text else "" for text in texts]), self.encode(texts)
+        size = len(self.newline)
+        pairs = zip(separate, after_newline, strict=True)
+        return [after[size:] if after[:size] == self.newline else ids for ids, after in pairs]
+
+
 @dataclass
 class ExampleBuilder:
     """Builds examples of token ids from rows and documents, and counts what is cut and skipped.
@@ -41,35 +73,13 @@ class ExampleBuilder:
             if getattr(self, option) not in choices:
                 raise DataError(f'{option} is "{getattr(self, option)}", and can be {" or ".join(choices)}')
         self.stop_ids = end_of_response_ids(self.tokenizer)
-        # The tokens that the tokenizer's post-processor adds before a text. They are looked up once, because applied to
-        # every text the post-processor could add an end-of-sequence token after prompts.
-        text, newline, both = self.encode(["a", "\n", "\na"])
-        processed = self.tokenizer("a")["input_ids"]
-        starts = (i for i in range(len(processed)) if processed[i : i + len(text)] == text)
-        self.prefix: list[int] = list(processed[: next(starts, 0)])
-        # SentencePiece tokenizers add a space before the first word of a text, which a response is not.
-        self.newline = newline if both[: len(newline)] == newline and both[len(newline) :] != text else []
+        self.encoder = TextEncoder(self.tokenizer)
 
     def report_bad_row(self, error: BadRow) -> None:
         """Raise the error or count the row as skipped, as `on_bad_row` says."""
         if self.on_bad_row == "error":
             raise error
         self.skipped.append(error)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens that are not in the text itself."""
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text as the continuation of another: without the space that some tokenizers add before it."""
-        if not self.newline:
-            return self.encode(texts)
-        after_newline, separate = self.encode([f"\n{text}" if text else "" for text in texts]), self.encode(texts)
-        size = len(self.newline)
-        pairs = zip(separate, after_newline, strict=True)
-        return [after[size:] if after[:size] == self.newline else ids for ids, after in pairs]
 
     def examples(self, texts: list[Row | Document]) -> Iterator[tuple[Example, Row]]:
         """Examples, each with its texts: those of the rows, then those of the documents."""
@@ -78,14 +88,14 @@ class ExampleBuilder:
 
     def _from_rows(self, rows: list[Row]) -> Iterator[tuple[Example, Row]]:
         prompts = self._prompts(rows)
-        responses = self.encode_responses([row.response for row in rows])
+        responses = self.encoder.encode_responses([row.response for row in rows])
         for row, (prompt, trained), response in zip(rows, prompts, responses, strict=True):
             if not prompt or (row.response and not response):
                 self.report_bad_row(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
                 continue
-            if not row.chat and prompt[: len(self.prefix)] != self.prefix:
-                prompt = self.prefix + prompt
-                trained = [False] * len(self.prefix) + trained
+            if not row.chat and prompt[: len(self.encoder.prefix)] != self.encoder.prefix:
+                prompt = self.encoder.prefix + prompt
+                trained = [False] * len(self.encoder.prefix) + trained
             if len(prompt) > self.max_prompt_length:
                 too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} fit"
                 if self.on_long_prompt == "error":
@@ -105,10 +115,10 @@ class ExampleBuilder:
 
     def _prompts(self, rows: list[Row]) -> list[tuple[list[int], list[bool]]]:
         """The ids of each row's prompt, and which of them are trained on, as the assistant's earlier turns are."""
-        whole = iter(self.encode([row.prompt for row in rows if not row.turns]))
+        whole = iter(self.encoder.encode([row.prompt for row in rows if not row.turns]))
         parts = [_split_at(row.prompt, row.turns) for row in rows if row.turns]
-        firsts = iter(self.encode([first for first, *_ in parts]))
-        others = iter(self.encode_responses([text for _, *texts in parts for text in texts]))
+        firsts = iter(self.encoder.encode([first for first, *_ in parts]))
+        others = iter(self.encoder.encode_responses([text for _, *texts in parts for text in texts]))
         sizes = iter(len(texts) for texts in parts)
         prompts = []
         for row in rows:
@@ -122,7 +132,7 @@ class ExampleBuilder:
 
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         """The end of a prompt, after the BOS, since many models have never seen a text without it."""
-        prefix = self.prefix if prompt[: len(self.prefix)] == self.prefix else []
+        prefix = self.encoder.prefix if prompt[: len(self.encoder.prefix)] == self.encoder.prefix else []
         prefix = prefix[: self.max_prompt_length - 1]
         return prefix + prompt[len(prompt) - self.max_prompt_length + len(prefix) :]
 
@@ -149,16 +159,17 @@ class ExampleBuilder:
 
     def _chunks(self, documents: list[Document]) -> tuple[list[list[int]], list[str]]:
         """The documents' ids in chunks of up to `max_length`, and for each chunk the place of its document."""
-        room = self.max_length - len(self.prefix)
+        room = self.max_length - len(self.encoder.prefix)
         lines = [document.text.strip().splitlines(keepends=True) for document in documents]
-        sizes = iter(self.encode([line for document in lines for line in document]))
+        sizes = iter(self.encoder.encode([line for document in lines for line in document]))
         texts = [_join_lines([(line, len(next(sizes))) for line in document], room) for document in lines]
-        ids = iter(self.encode([text for document in texts for text in document]))
+        ids = iter(self.encoder.encode([text for document in texts for text in document]))
         chunks, places = [], []
         for document, document_texts in zip(documents, texts, strict=True):
             for _ in document_texts:
                 text_ids = next(ids)  # may be a little longer than the sum of its lines, so it is cut once more
-                chunks += [self.prefix + text_ids[start : start + room] for start in range(0, len(text_ids), room)]
+                starts = range(0, len(text_ids), room)
+                chunks += [self.encoder.prefix + text_ids[start : start + room] for start in starts]
             places += [document.where] * (len(chunks) - len(places))
             if len(chunks[-1]) < self.max_length:
                 chunks[-1].append(self.tokenizer.eos_token_id)
@@ -190,7 +201,8 @@ def _example(prompt: list[int], trained: list[bool], response: list[int], trunca
     start = next((i for i in range(1, len(prompt)) if trained[i] and not trained[i - 1]), len(prompt))
     mask = None if start == len(prompt) else [*trained[start:], *[True] * len(response)]
     response = [*prompt[start:], *response]
-    return Example(prompt[:start], response, truncated=truncated, trained=mask, columns=row.columns)
+    further = {"columns": row.columns, "conversation": row.conversation}
+    return Example(prompt[:start], response, truncated=truncated, trained=mask, **further)
 
 
 def _split_at(text: str, turns: Sequence[Span]) -> list[str]:

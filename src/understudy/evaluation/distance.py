@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..batch import Batch, Example
-from ..fused_linear.distributions import Dense, TopK, over_shared_vocabulary
+from ..fused_linear.distributions import Dense, Merged, over_shared_vocabulary
 from ..fused_linear.tiles import rows_per_tile
 from ..models.forward import score
 from ..models.parity import can_fuse
@@ -113,10 +113,10 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
 
     The latter three are missing for a teacher that provides only its top tokens.
     """
-    if isinstance(teacher.distribution, TopK) or isinstance(student.distribution, TopK):
+    if isinstance(teacher.distribution, Merged) or isinstance(student.distribution, Merged):
         return divergence_metrics(teacher, student)
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
-    assert not isinstance(q, TopK)
+    assert not isinstance(q, Merged)
     vocabulary = q.vocabulary
     size = rows_per_tile(vocabulary)
     chunks = []

@@ -31,7 +31,7 @@ from ..metrics.final_answer import agree
 from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout
 from ..sampling import Sampling
-from ..scores import DIVERGENCE_METRICS
+from ..scores import DIVERGENCE_METRICS, SHARED_BOUNDARIES
 from ..teacher import Capability, Teacher
 from . import exposure_bias as bias
 from .distance import distances
@@ -119,7 +119,7 @@ def distance(
 ) -> dict[str, float]:
     """The means of `scores.divergence_metrics` of model and teacher over all response tokens."""
     means = distances(model, teacher, examples, vocabulary, batch_size).means()
-    return {name: means[name] for name in DIVERGENCE_METRICS}
+    return {name: means[name] for name in (*DIVERGENCE_METRICS, SHARED_BOUNDARIES) if name in means}
 
 
 def check(

@@ -1,4 +1,4 @@
-"""The next-token distributions of N rows: from hidden rows and a head, from dense log-probabilities, or from the top K.
+"""The next-token distributions of N rows: from hidden rows and a head, dense log-probabilities, or some tokens' alone.
 
 Code that compares two models does not depend on which kind it has.
 
@@ -8,6 +8,7 @@ Shapes: N rows, C rows of a tile, V vocabulary, K tokens of a top-K distribution
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -92,14 +93,15 @@ class TopK:
     values: Tensor  # (N, K)
     support: Tensor  # (N, K) token ids, no id twice in a row
     chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, if the teacher reports it
+    known: Tensor | None = None  # (N,) bool; in other rows the only event is "any token", so that all divergences are 0
 
     @property
     def requires_grad(self) -> bool:
         return self.values.requires_grad
 
     def rows(self, rows: slice) -> "TopK":
-        chosen = None if self.chosen_values is None else self.chosen_values[rows]
-        return TopK(self.values[rows], self.support[rows], chosen)
+        chosen, known = (None if x is None else x[rows] for x in (self.chosen_values, self.known))
+        return TopK(self.values[rows], self.support[rows], chosen, known)
 
     def cut(self, vocabulary: int) -> "TopK":
         """Unchanged: the top K are already normalised over the real tokens."""
@@ -118,7 +120,7 @@ class TopK:
             )
         values = self.values[rows].to(softmax_dtype(self.values.dtype))
         total = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).eps)
-        return torch.cat([values, torch.log(-torch.expm1(total))], dim=-1)
+        return self._of_known(torch.cat([values, torch.log(-torch.expm1(total))], dim=-1), rows)
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of the chosen tokens as the teacher reported them.
@@ -144,20 +146,67 @@ class TopK:
         empty = (rest == -torch.inf).all(-1, keepdim=True)
         rest = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True)  # no NaN gradient of logsumexp(−inf, −inf, …)
         rest = rest.masked_fill(empty, math.log(torch.finfo(log_q.dtype).eps))
-        return torch.cat([log_q.gather(-1, support), rest], dim=-1)
+        return self._of_known(torch.cat([log_q.gather(-1, support), rest], dim=-1), rows)
 
     def unmerge_gradient(self, grad_merged: Tensor, merged: Tensor, log_q: Tensor) -> Tensor:
         """From the derivative (C, K+1) with respect to `merged = merge(log_q)` to that (C, V) by `log_q`."""
         grad = (log_q - merged[:, -1:]).exp_()  # each token's share of "any other"
-        return grad.mul_(grad_merged[:, -1:]).scatter_(-1, self.support.to(log_q.device), grad_merged[:, :-1])
+        grad.mul_(grad_merged[:, -1:]).scatter_(-1, self.support.to(log_q.device), grad_merged[:, :-1])
+        return grad if self.known is None else grad.masked_fill_(~self.known.to(grad.device)[:, None], 0)
+
+    def _of_known(self, events: Tensor, rows: slice) -> Tensor:
+        """Log-probabilities (C, K+1) of events; in rows that are not known the last one has probability 1."""
+        if self.known is None:
+            return events
+        certain = torch.full_like(events[:1], -torch.inf)
+        certain[:, -1] = 0
+        return torch.where(self.known[rows].to(events.device)[:, None], events, certain)
 
 
-Distribution = Projected | Dense | TopK
+@dataclass(frozen=True)
+class SharedTokens:
+    """Distributions over another vocabulary, as the K+1 events of `TopK`: the K tokens that both have, any other token.
+
+    The other vocabulary is projected a tile of rows at a time.
+    """
+
+    distribution: Projected | Dense  # of N rows over the other vocabulary
+    support: Tensor  # (K,) the shared tokens' ids in this vocabulary …
+    other_ids: Tensor  # (K,) … and in the other one
+    known: Tensor  # (N,) bool, see `TopK`
+
+    requires_grad: ClassVar[bool] = False
+
+    def rows(self, rows: slice) -> TopK:
+        log_probs = self.distribution.log_probs(rows)
+        values = log_probs[:, self.other_ids.to(log_probs.device)]
+        return TopK(values, self.support.expand(values.shape), known=self.known[rows])
+
+    def cut(self, vocabulary: int) -> "SharedTokens":
+        """Unchanged: the shared tokens are real ones."""
+        return self
+
+    def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
+        """(C, K+1): see `TopK.log_probs`."""
+        return self.rows(rows).log_probs(temperature=temperature)
+
+    def chosen(self, tokens: Tensor) -> Tensor:
+        """Refused: see `TopK.chosen`."""
+        return self.rows(slice(0)).chosen(tokens)
+
+    def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(C, K+1): see `TopK.merge`."""
+        values = log_q[:, :0]  # which play no part
+        return TopK(values, self.support.expand(len(log_q), -1), known=self.known[rows]).merge(log_q)
+
+
+Merged = TopK | SharedTokens  # over K+1 events, the last of which is any other token
+Distribution = Projected | Dense | Merged
 
 
 def over_shared_vocabulary(teacher: Distribution, student: Distribution) -> tuple[Distribution, Distribution]:
-    """Teacher and student over the tokens that both vocabularies have; a top-K teacher is left unchanged."""
-    if isinstance(teacher, TopK) or isinstance(student, TopK) or teacher.vocabulary == student.vocabulary:
+    """Teacher and student over the tokens that both vocabularies have; a teacher over merged events is unchanged."""
+    if isinstance(teacher, Merged) or isinstance(student, Merged) or teacher.vocabulary == student.vocabulary:
         return teacher, student
     vocabulary = min(teacher.vocabulary, student.vocabulary)
     return teacher.cut(vocabulary), student.cut(vocabulary)

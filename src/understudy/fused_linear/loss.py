@@ -32,7 +32,8 @@ def divergence_loss(divergence: Divergence, teacher: Distribution) -> RowLosses:
 
     def row_losses(size: int) -> Callable[[slice], RowLoss]:
         if not isinstance(teacher, Projected):
-            return DivergenceLoss(divergence, teacher).rows
+            merged = teacher
+            return lambda rows: DivergenceLoss(divergence, merged.rows(rows))
         hidden, head = teacher.hidden, teacher.head
         buffer = zero_tile(size, head.vocabulary, like=head.weight)
 

@@ -79,7 +79,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
-        teacher_model = None if teacher is None else teacher.model  # loaded now
+        teacher_weights = None if teacher is None else teacher.weights  # loaded now
+    teacher_model = None if teacher is None else teacher.model
     with recipe.locating("reward"):
         if reward is not None:
             reward.load()
@@ -87,7 +88,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
-    models = {"student": student, "teacher": teacher_model, **_reward_models(method)}
+    models = {"student": student, "teacher": teacher_weights, **_reward_models(method)}
     inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
     trainer = StudentTrainer(
         student,

@@ -34,7 +34,7 @@ def overview(run: "Run") -> Iterator[tuple[str, str]]:
     part = "" if trained == total else f", {trained:,} of them trained"
     yield "student", f"{origin}: {total:,} parameters{part}, {_place(student)}"
     if run.teacher is not None:
-        model = getattr(run.teacher, "model", None)
+        model = getattr(run.teacher, "weights", None)
         name = getattr(run.teacher, "model_name", None) or recipe.teacher[0] if recipe.teacher else "teacher"
         size = "" if model is None else f": {sum(p.numel() for p in model.parameters()):,} parameters, {_place(model)}"
         yield "teacher", f"{name}{size}"

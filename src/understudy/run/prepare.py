@@ -98,6 +98,8 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
     with recipe.locating("teacher"):
         if name is not None:
             check_tokenizers(tokenizer, load_tokenizer(name))
+        if teacher is not None:
+            _setup(teacher, tokenizer)
         if teacher is not None and teacher.model_name is not None and uses_teacher(method):
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
@@ -106,6 +108,13 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
         message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
         raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
     return Configs(tokenizer, config, None if window is None else window - prefix)
+
+
+def _setup(teacher: Teacher, tokenizer: Any) -> None:
+    try:
+        teacher.setup(tokenizer)
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from None
 
 
 def _reward(recipe: Recipe) -> Reward | None:

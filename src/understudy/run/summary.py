@@ -24,7 +24,7 @@ def summarize(run: "Run", seconds: dict[str, float], metrics: dict[str, float]) 
     """
     trainer = run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = getattr(run.teacher, "model", None)
+    teacher = getattr(run.teacher, "weights", None)
     return {
         "recipe": run.recipe.name,
         "folder": str(run.folder.path),

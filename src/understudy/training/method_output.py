@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..method import Method
-from ..scores import DIVERGENCE_METRICS
+from ..scores import DIVERGENCE_METRICS, SHARED_BOUNDARIES
 from . import router_loss
 
 _LOGGED = {"loss", "grad_norm", "learning_rate", "epoch", "step", "tokens", "tokens_per_second", "response_length"}
-_RESERVED = _LOGGED | {"truncated", router_loss.NAME, *DIVERGENCE_METRICS}
+_RESERVED = _LOGGED | {"truncated", router_loss.NAME, *DIVERGENCE_METRICS, SHARED_BOUNDARIES}
 _PREFIXES = ("eval_", "train_", "seconds_")
 
 

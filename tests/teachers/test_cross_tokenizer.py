@@ -1,0 +1,247 @@
+"""The teacher with another tokenizer: events of both vocabularies, shared boundaries, and runs with two tokenizers."""
+
+import json
+import logging
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+import torch
+from fakes import tiny
+from folders import described, jsonl, llama, write
+from loop import arguments
+from projected import DIVERGENCES
+from rich.console import Console
+from rows_of_text import byte_level, sentencepiece, wordpiece
+
+from understudy.batch import Batch, Example
+from understudy.data.token_bytes import TokenBytes
+from understudy.data.tokenize import TextEncoder
+from understudy.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
+from understudy.methods.kd import KD
+from understudy.models.forward import score, score_no_grad
+from understudy.recipe import RecipeError, load
+from understudy.run.distill import distill
+from understudy.run.prepare import prepare
+from understudy.scores import divergence_metrics
+from understudy.teachers.cross_tokenizer import CrossTokenizerTeacher
+from understudy.teachers.local import LocalTeacher
+from understudy.training.trainer import StudentTrainer
+
+MERGEABLE = [*(d for d in DIVERGENCES if d.temperature == 1.0), ReverseKL()]
+BPE, SENTENCEPIECE = byte_level(), sentencepiece()
+TEXTS = [("Who plays?", " the star learns 🎉 in 東京"), ("And", " two parts"), ("Question: ", "")]
+
+
+def model_of(tokenizer, seed, **options):
+    return tiny("llama", vocabulary=len(tokenizer), seed=seed, **options)
+
+
+def batch_of(tokenizer, texts=TEXTS):
+    encode = TextEncoder(tokenizer)
+    responses = [[*ids, tokenizer.eos_token_id] for ids in encode.encode_responses([text for _, text in texts])]
+    prompts = encode.encode([prompt for prompt, _ in texts])
+    return Batch.from_examples([Example(*ids) for ids in zip(prompts, responses, strict=True)], 0)
+
+
+def cross(tokenizer=SENTENCEPIECE, student=BPE, model=None, **options):
+    model = model_of(tokenizer, seed=2, width=24) if model is None else model
+    teacher = CrossTokenizerTeacher(model, tokenizer=tokenizer, **options)
+    teacher.setup(student)
+    return teacher
+
+
+def loss_and_gradients(student, batch, teacher, divergence, **options):
+    weights = torch.linspace(0.5, 2, len(batch.tokens), dtype=torch.float64)
+    student.zero_grad()
+    values = []
+
+    def loss(q):
+        values.append(teacher.divergence_to(q, divergence))
+        return (weights * values[0]).sum()
+
+    score(student, batch, loss, weights=weights, **options).backward()
+    return values[0].detach(), [p.grad for p in student.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("divergence", MERGEABLE, ids=repr)
+def test_with_the_student_s_own_tokenizer_it_is_the_local_teacher(divergence):
+    """Exactly, with value and gradient, also where the model computes its own logits."""
+    batch, model = batch_of(BPE), model_of(BPE, seed=2).double()
+    student = model_of(BPE, seed=1).double()
+    teacher = cross(byte_level(), model=model).score(batch)
+    assert teacher.distribution.known.all()
+    values, gradients = loss_and_gradients(student, batch, LocalTeacher(model).score(batch), divergence)
+    for fused in (True, False):
+        same, same_gradients = loss_and_gradients(student, batch, teacher, divergence, fused=fused)
+        torch.testing.assert_close(same, values, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(same_gradients, gradients, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("student_tokenizer", "tokenizer"),
+    [(BPE, SENTENCEPIECE), (SENTENCEPIECE, BPE), (BPE, wordpiece())],
+    ids=["bpe from sentencepiece", "sentencepiece from bpe", "bpe from wordpiece"],
+)
+def test_two_vocabularies_are_compared_over_the_tokens_that_both_have(student_tokenizer, tokenizer):
+    """Found again by a loop over all tokens: events are strings, and rows are where the texts so far are equal."""
+    texts = [("Who plays?", " the star learns two parts"), ("And", " two parts")]
+    batch = batch_of(student_tokenizer, texts)
+    student, model = model_of(student_tokenizer, seed=1).double(), model_of(tokenizer, seed=2, width=24).double()
+    q = score_no_grad(student, batch)
+    teacher = cross(tokenizer, student_tokenizer, model).score(batch)
+    own = batch_of(tokenizer, texts)
+    prefix = TextEncoder(tokenizer).prefix
+    own = Batch.from_examples([replace(e, prompt=[*prefix, *e.prompt]) for e in own.examples], 0)
+    log_p = score_no_grad(model, own).log_probs
+    mine, theirs = (TokenBytes.of(t) for t in (student_tokenizer, tokenizer))
+
+    def positions(read, tokens):
+        """The rows of a batch by sequence and bytes of the response so far."""
+        responses = [example.response for example in read.examples]
+        places = [(n, ids[:end]) for n, ids in enumerate(responses) for end in range(len(ids))]
+        return {(n, b"".join(tokens.pieces.get(i, b"?") for i in ids)): row for row, (n, ids) in enumerate(places)}
+
+    rows, other_rows = positions(batch, mine), positions(own, theirs)
+    ends = (student_tokenizer.eos_token_id, tokenizer.eos_token_id)
+    other_ids = {piece: i for i, piece in reversed(theirs.pieces.items()) if i not in theirs.ambiguous}
+    pairs = [(i, other_ids[x]) for x, i in {x: i for i, x in reversed(mine.pieces.items())}.items() if x in other_ids]
+    pairs = [pair for pair in pairs if not set(pair) & set(ends)] + [ends]
+    known = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    for divergence in (JensenShannon(0.3), ForwardKL(), TotalVariation()):
+        values = teacher.divergence_to(q, divergence)
+        for key, row in rows.items():
+            if key not in other_rows:
+                assert values[row] == 0
+                continue
+            known[row] = True
+            p_row, q_row = log_p[other_rows[key]].exp(), q.log_probs[row].exp()
+            events = [[x[pair[side]] for pair in pairs] for side, x in ((1, p_row), (0, q_row))]
+            p_events, q_events = (torch.stack([*e, 1 - sum(e)]).log()[None] for e in events)
+            torch.testing.assert_close(values[row], divergence(p_events, q_events)[0], rtol=1e-6, atol=1e-9)
+            if not isinstance(divergence, ForwardKL):
+                every = [*pairs, *((i, None) for i in range(len(q_row)) if i not in {a for a, _ in pairs})]
+                every += [(None, j) for j in range(len(p_row)) if j not in {b for _, b in pairs}]
+                p_all = torch.stack([p_row.new_zeros(()) if j is None else p_row[j] for _, j in every])
+                q_all = torch.stack([q_row.new_zeros(()) if i is None else q_row[i] for i, _ in every])
+                assert values[row] <= divergence(p_all.log()[None], q_all.log()[None])[0] + 1e-9, "a lower bound"
+    assert torch.equal(teacher.distribution.known, known)
+    assert 0.2 < known.double().mean() < 1
+    assert divergence_metrics(teacher, q)["shared_boundaries"].tolist() == known.double().tolist()
+
+
+@pytest.mark.parametrize("divergence", MERGEABLE, ids=repr)
+@pytest.mark.parametrize("fused", [True, False])
+def test_positions_without_a_shared_boundary_have_no_value_and_no_gradient(divergence, fused):
+    batch, student = batch_of(BPE), model_of(BPE, seed=1).double()
+    scores = cross().score(batch)
+    none = replace(scores.distribution, known=torch.zeros(len(batch.tokens), dtype=torch.bool))
+    values, gradients = loss_and_gradients(student, batch, replace(scores, distribution=none), divergence, fused=fused)
+    assert values.abs().max() == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+def test_tokens_without_a_shared_boundary_count_in_the_mean(tmp_path):
+    """The loss is the mean over all tokens, so it is the same however a step is split into micro-batches."""
+    examples = list(batch_of(BPE).examples) * 2
+    losses = []
+    for size in (6, 2):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 6 // size, "max_steps": 1}
+        run = trainer(tmp_path, KD(), model_of(BPE, seed=1), cross(), examples, **options)
+        run.train()
+        losses.append(run.state.log_history[0])
+    batch = Batch.from_examples(examples, 0)
+    values = cross().score(batch).divergence_to(score_no_grad(model_of(BPE, seed=1), batch), ForwardKL())
+    assert [line["loss"] for line in losses] == pytest.approx([values.mean().item()] * 2, rel=1e-4)
+    share = cross().score(batch).distribution.known.double().mean().item()
+    assert losses[0]["shared_boundaries"] == pytest.approx(share)
+
+
+def trainer(folder, method, student, teacher, examples, **options):
+    return StudentTrainer(
+        student, teacher, method, processing_class=BPE, args=arguments(folder, **options), train_dataset=examples
+    )
+
+
+def test_prompts_and_responses_beyond_the_teacher_s_context_window_are_cut(caplog):
+    """The window of `tiny` is 64 tokens."""
+    texts = [(" part" * 40, " the star" * 3), ("And", " two parts" * 40)]
+    batch = batch_of(BPE, texts)
+    with caplog.at_level(logging.WARNING):
+        known = cross().score(batch).distribution.known
+    first, second = known.split(batch.lengths.tolist())
+    assert first[0], "the prompt lost its beginning"
+    assert second[:10].any()
+    assert not second[-20:].any()
+    assert [record.getMessage() for record in caplog.records if "context window of 64" in record.getMessage()]
+
+
+def test_it_says_what_it_cannot_score():
+    batch = batch_of(BPE)
+    with pytest.raises(ValueError, match="call the teacher's setup"):
+        CrossTokenizerTeacher(model_of(SENTENCEPIECE, 2), tokenizer=SENTENCEPIECE).score(batch)
+    with pytest.raises(ValueError, match="give a tokenizer"):
+        CrossTokenizerTeacher(model_of(SENTENCEPIECE, 2))
+    with pytest.raises(ValueError, match="embeddings for 53 only"):
+        cross(model=tiny("llama"))
+    images = Batch.from_examples([replace(e, inputs={"pixel_values": [1.0]}) for e in batch.examples], 0)
+    with pytest.raises(ValueError, match="reads text alone"):
+        cross().score(images)
+
+
+# Runs
+
+
+@pytest.fixture
+def home(tmp_path):
+    shape = {"max_position_embeddings": 128, "num_hidden_layers": 1}
+    llama(tmp_path / "student", tokenizer=BPE, vocab_size=len(BPE), **shape)
+    llama(tmp_path / "teacher", seed=1, tokenizer=SENTENCEPIECE, vocab_size=len(SENTENCEPIECE), **shape)
+    jsonl(tmp_path / "sums.jsonl", [{"prompt": prompt, "completion": text or "a"} for prompt, text in TEXTS * 2])
+    return tmp_path
+
+
+def recipe(home, **changes):
+    blocks = {
+        "student": {"model": str(home / "student")},
+        "teacher": {"cross_tokenizer": {"model": str(home / "teacher")}},
+        "data": {"dataset": str(home / "sums.jsonl"), "max_length": 64},
+    }
+    return load(write(home / "mine.yaml", described(home, **{**blocks, **changes})))
+
+
+@pytest.mark.parametrize("method", ["kd", {"gkd": {"on_policy": 1.0}}], ids=["kd", "gkd"])
+def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
+    console = Console(file=StringIO(), width=200)
+    summary = distill(recipe(home, method=method, rollout={"generate": {"max_new_tokens": 8}}), console=console)
+    assert summary["steps"] == 2
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["shared_boundaries"] for line in lines if "loss" in line]
+    assert len(shares) == 2
+    assert all(0 < share <= 1 for share in shares)
+    assert 0 < summary["student_samples"]["after"]["shared_boundaries"] <= 1
+    assert summary["teacher_parameters"] > 0
+    inputs = json.loads((home / "run" / "inputs.json").read_text())
+    assert "teacher" in json.dumps(inputs), "the teacher's weights are among what a resumed run is compared with"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "promptkd"}, "requires a teacher that provides full and model"),
+        ({"method": {"kd": {"divergence": {"forward_kl": {"temperature": 2.0}}}}}, "this teacher provides top_k"),
+        ({"method": "seqkd"}, "provides model"),
+        ({"method": "kd", "student": {"layers": [0]}}, "line 1"),
+        ({"method": "kd", "student": {"fresh": {"model_type": "llama"}}}, "add student.tokenizer"),
+    ],
+    ids=["its model is not provided", "softened", "its responses", "its layers", "no tokenizer"],
+)
+def test_what_needs_the_student_s_tokens_is_refused_when_the_run_is_built(changes, message, home):
+    with pytest.raises(RecipeError, match=message):
+        prepare(recipe(home, **changes))
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_with_the_line_of_the_recipe(home):
+    wordpiece(lowercase=True).save_pretrained(home / "teacher")
+    with pytest.raises(RecipeError, match=r"mine.yaml, line 3: the tokenizer makes capital letters small"):
+        prepare(recipe(home, method="kd"))
