@@ -86,7 +86,7 @@ def cache(recipe: Recipe, folder: Path, settings: CacheSettings, progress: Progr
     manifest = _manifest(recipe, prepared, settings, has_held_out)
     before = _existing(folder)
     if before is not None:
-        replace(manifest, weights=before.weights, teacher=before.teacher).check_same(before, folder)
+        before.check_same(replace(manifest, weights=before.weights, teacher=before.teacher), folder)
     with recipe.locating("teacher"):
         teacher.to(arguments.device)
     if teacher.can(Capability.MODEL):

@@ -82,7 +82,7 @@ class Manifest:
         write_atomic(folder / "cache.json", json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     def check_same(self, other: "Manifest", folder: Path) -> None:
-        """Refuse scores of another kind or of another teacher than those that are in the folder.
+        """Refuse to add scores of another kind or of another teacher, described by `other`, to those in the folder.
 
         Raises:
             ValueError: naming everything that differs.
@@ -93,9 +93,8 @@ class Manifest:
             del titles["teacher"]  # the same weights under another name are the same teacher
         both = {title: (getattr(self, name), getattr(other, name)) for name, title in titles.items()}
         if differing := [f"{title} ({old} there, now {new})" for title, (old, new) in both.items() if old != new]:
-            raise ValueError(
-                f"the cache {folder} was written with other settings: {', '.join(differing)}; give another"
-            )
+            message = f"the cache {folder} was written by another teacher or with other settings"
+            raise ValueError(f"{message}: {', '.join(differing)}; give another --output")
 
 
 class Shards:
@@ -192,20 +191,18 @@ class CachedTeacher(Teacher):
 
     def _reason(self, example: Example, settings: Mapping[str, Any]) -> str:
         """Why an example is not there, as far as can be known, and what to do."""
-        remedy, entries = _REMEDY.format(folder=self.folder), self.manifest.data
-        prompt = example_key(example)[:_PROMPT_BYTES]
+        prompt, remedy = example_key(example)[:_PROMPT_BYTES], _REMEDY.format(folder=self.folder)
+        reason = "its prompt is not there"
         if any(key.startswith(prompt) for key in self.shards.places):
-            return f"it has another response or trained tokens there; {remedy}"
-        same = [entry for entry in entries if entry["dataset"] == settings.get("dataset")]
-        same = [entry for entry in same if entry["split"] == settings.get("split")] or same
-        if settings and not same:
-            sources = " and ".join(dict.fromkeys(str(entry["dataset"]) for entry in entries))
-            return f"that is of {sources}; {remedy}"
-        names = [name for name in settings if same and same[-1].get(name) != settings[name]]
-        if names:
-            values = [f"{name} is {settings[name]!r:.60}, and was {same[-1].get(name)!r:.60}" for name in names]
-            return f"{', '.join(values)}; set it as it was, or {remedy}"
-        return f"its prompt is not there; {remedy}"
+            reason = "it has another response or other trained tokens there"
+        differing = [
+            [name for name in settings if name not in e or e[name] != settings[name]] for e in self.manifest.data
+        ]
+        if not settings or not differing or not (names := min(differing, key=len)):
+            return f"{reason}; {remedy}"
+        entry = self.manifest.data[differing.index(names)]
+        values = [f"{name} is {settings[name]!r:.60}, and was {entry.get(name)!r:.60}" for name in names]
+        return f"{reason} ({', '.join(values)}); {remedy}"
 
 
 def _top_k(rows: Mapping[str, Tensor], tokens: Tensor) -> TopK:
