@@ -158,7 +158,7 @@ def test_a_key_is_of_what_the_teacher_reads_and_of_which_tokens_are_trained_on()
 def test_an_example_that_is_not_in_the_cache_is_refused_by_its_row(tmp_path):
     cached = write_cache(tmp_path, BigramTeacher(), EXAMPLES, top_k=5)
     for changes, reason in (
-        ({"response": [5, 2]}, "it has another response or trained tokens there"),
+        ({"response": [5, 2]}, "it has another response or other trained tokens there"),
         ({"prompt": [5, 6, 7, 8, 9, 10, 11]}, "its prompt is not there"),
     ):
         with pytest.raises(
@@ -174,6 +174,10 @@ def test_what_it_provides_depends_on_the_folder(tmp_path):
     assert write_cache(tmp_path / "only", TopKOnlyTeacher(), [], top_k=5).provides == {Capability.TOP_K}
     with pytest.raises(ValueError, match="is not a cache of a teacher's scores: `understudy cache` writes one"):
         CachedTeacher(str(tmp_path / "nothing"))
+    hidden = write_cache(tmp_path / "hidden", LocalTeacher(tiny("llama")), EXAMPLES)
+    (tmp_path / "hidden" / "head.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"head\.safetensors is missing or damaged: write the cache again"):
+        hidden.score(BATCH)
     (tmp_path / "k" / "cache.json").write_text('{"kind": "top_k"}')
     with pytest.raises(ValueError, match=r"cache.json is not what `understudy cache` writes"):
         CachedTeacher(str(tmp_path / "k"))

@@ -92,6 +92,7 @@ class TopK:
     values: Tensor  # (N, K)
     support: Tensor  # (N, K) token ids, no id twice in a row
     chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, if the teacher reports it
+    rest: Tensor | None = None  # (N,) log-probability of any other token, if the teacher reports it; else 1 − Σ
 
     @property
     def requires_grad(self) -> bool:
@@ -99,7 +100,8 @@ class TopK:
 
     def rows(self, rows: slice) -> "TopK":
         chosen = None if self.chosen_values is None else self.chosen_values[rows]
-        return TopK(self.values[rows], self.support[rows], chosen)
+        rest = None if self.rest is None else self.rest[rows]
+        return TopK(self.values[rows], self.support[rows], chosen, rest)
 
     def cut(self, vocabulary: int) -> "TopK":
         """Unchanged: the top K are already normalised over the real tokens."""
@@ -117,6 +119,8 @@ class TopK:
                 "set the divergence's temperature to 1"
             )
         values = self.values[rows].to(softmax_dtype(self.values.dtype))
+        if self.rest is not None:
+            return torch.cat([values, self.rest[rows, None].to(values.dtype)], dim=-1)
         total = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).eps)
         return torch.cat([values, torch.log(-torch.expm1(total))], dim=-1)
 
@@ -136,8 +140,8 @@ class TopK:
     def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
         """Another model's log-probabilities (C, V) as those of the same K+1 events, (C, K+1).
 
-        The last event never has probability 0, by rounding or where the support is the whole vocabulary: the teacher's
-        is at least the dtype's resolution, and an empty one of the other model gets that value.
+        The last event never has probability 0, by rounding or where the support is the whole vocabulary: a teacher's
+        that is 1 − Σ is at least the dtype's resolution, and an empty one of the other model gets that value.
         """
         support = self.support[rows].to(log_q.device)
         rest = log_q.scatter(-1, support, -torch.inf)

@@ -46,7 +46,11 @@ def write_scores(
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]
         batch = Batch.from_examples([by_key[key] for key in keys], pad=0)
-        scores = teacher.score(batch).cut(manifest.vocabulary)
+        try:
+            scores = teacher.score(batch).cut(manifest.vocabulary)
+        except torch.OutOfMemoryError:
+            what = f"the memory is full with {len(keys)} sequences of up to {batch.input_ids.shape[1]} tokens at once"
+            raise ValueError(f"{what}: lower --batch-size, and run the same command again") from None
         if not parts:
             save_head(folder, manifest, scores)
         index = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)

@@ -206,14 +206,14 @@ class CachedTeacher(Teacher):
 
 
 def _top_k(rows: Mapping[str, Tensor], tokens: Tensor) -> TopK:
-    """The distributions of saved log-probabilities (N, K+1), made exactly normal again after their rounding."""
+    """The distributions of saved log-probabilities (N, K+1), normalised again after their rounding."""
     log_probs = rows["log_probs"].float().log_softmax(-1)
     values, rest, support = log_probs[:, :-1], log_probs[:, -1], rows["ids"].long()
     if "chosen" not in rows:
-        return TopK(values, support)
+        return TopK(values, support, rest=rest)
     is_chosen = support == tokens[:, None]
     among = values.masked_fill(~is_chosen, 0).sum(-1)
-    return TopK(values, support, among.where(is_chosen.any(-1), rows["chosen"].float().minimum(rest)))
+    return TopK(values, support, among.where(is_chosen.any(-1), rows["chosen"].float().minimum(rest)), rest)
 
 
 def example_key(example: Example) -> bytes:
@@ -231,8 +231,16 @@ def example_key(example: Example) -> bytes:
 
 
 def read_head(folder: Path, device: torch.device) -> Head:
-    """The head of a cache of hidden rows, memory-mapped on a CPU."""
-    with safe_open(folder / "head.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-        transform = Transform(**json.loads(file.metadata()["transform"]))
+    """The head of a cache of hidden rows, memory-mapped on a CPU.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    path = folder / "head.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            transform = Transform(**json.loads(file.metadata()["transform"]))
+    except (SafetensorError, OSError):
+        raise ValueError(f"{path} is missing or damaged: write the cache again, to another folder") from None
     return Head(tensors["weight"], tensors.get("bias"), transform)
