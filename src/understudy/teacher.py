@@ -1,13 +1,14 @@
 """A teacher: the log-probabilities of every response token of a batch, from a model in this process or elsewhere."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from .batch import Batch
+from .data.examples import Examples
 from .scores import Scores
 
 
@@ -26,7 +27,8 @@ class Teacher(ABC):
     A constructor is cheap: a model is loaded when it is first used, so that mistakes elsewhere are reported first.
     """
 
-    provides: ClassVar[frozenset[Capability]]
+    provides: frozenset[Capability]  # of the class, or of an instance where it depends on the arguments
+    scores_new_responses: bool = True  # can it score any response, or only examples that are stored?
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
@@ -48,12 +50,26 @@ class Teacher(ABC):
             ValueError: if the teacher cannot score the tokens of this tokenizer.
         """
 
+    def fingerprint(self) -> str | None:
+        """A hash of what its scores depend on, where there is no live model whose weights tell; None: unknown."""
+        return None
+
     def to(self, device: torch.device) -> None:
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Called with all batches of an optimizer step before the first is scored, so that a server can score them
         concurrently.
+        """
+
+    def check_data(self, examples: Examples, settings: Mapping[str, Any]) -> None:
+        """Refuse a dataset of which an example cannot be scored, before training. Default: none is refused.
+
+        Args:
+            settings: of the recipe, on which the examples depend, so that an error can name one that was changed.
+
+        Raises:
+            ValueError: naming the first row that cannot be scored, and the remedy.
         """
 
     def can(self, capability: Capability) -> bool:

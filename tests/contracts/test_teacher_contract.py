@@ -5,9 +5,12 @@ What a teacher does not provide, `provides` says: tests of every token's log-pro
 
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from caches import Caching
 from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny
 from folders import characters, load_example
 from servers import top_k_server
@@ -36,6 +39,11 @@ def cross_tokenizer_teacher():
     return teacher
 
 
+def cached(stack, teacher, **options):
+    """A teacher whose scores are written to a folder and read from there."""
+    return Caching(Path(stack.enter_context(TemporaryDirectory())), teacher, **options)
+
+
 TEACHERS = {
     "bigram": lambda stack: BigramTeacher(),
     "local llama": lambda stack: LocalTeacher(tiny("llama")),
@@ -43,6 +51,10 @@ TEACHERS = {
     "local gemma2, soft-capped": lambda stack: LocalTeacher(tiny("gemma2")),
     "local with adapters": lambda stack: LocalTeacher(tiny("llama+lora")),
     "local with a padded vocabulary": lambda stack: LocalTeacher(tiny("llama", vocabulary=64)),
+    "cached hidden rows": lambda stack: cached(stack, LocalTeacher(tiny("gemma2", vocabulary=64))),
+    "cached top k": lambda stack: cached(stack, LocalTeacher(tiny("llama", vocabulary=64)), top_k=5),
+    "cached top k in half precision": lambda stack: cached(stack, BigramTeacher(), top_k=5, dtype="float16"),
+    "cached top k only": lambda stack: cached(stack, TopKOnlyTeacher(), top_k=3),
     "top k and chosen": lambda stack: TopKTeacher(),
     "top k only": lambda stack: TopKOnlyTeacher(),
     "chosen only": lambda stack: ChosenTeacher(),

@@ -1,4 +1,4 @@
-"""The commands that work: demo, distill, evaluate, compare, report."""
+"""The commands that work: demo, distill, evaluate, compare, cache, report."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -186,6 +186,44 @@ def compare(
     show(f"everything: {output}")
     if comparison.failed:
         raise typer.Exit(1)
+
+
+def cache(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe: a file, or a name such as playground/kd.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as data.limit=100.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The folder; scores that it holds already are kept.")] = Path(
+        "runs/cache"
+    ),
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Save the log-probabilities of the K likeliest.")] = 64,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="Save hidden rows instead, from which every token's are computed.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what is saved; by default float16, of hidden rows bfloat16. Or float32.")
+    ] = None,
+    responses: Annotated[
+        str, typer.Option(help="What is scored: responses of the dataset, or that teacher or student generates.")
+    ] = "dataset",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are scored at once.")] = 32,
+    shard_mb: Annotated[float, typer.Option(min=0, help="Size of a file; a killed process loses at most this.")] = 64,
+) -> None:
+    """Run a recipe's teacher once over its data, and save its scores for `teacher: {cached: …}`; can be resumed."""
+    from ..recipe import load
+
+    loaded = load(recipe, overrides or [])
+    quiet()
+    from ..run.cache import CacheSettings, cache
+    from ..terminal import progress
+    from .results import show_cache
+
+    settings = CacheSettings("hidden" if hidden else "top_k", top_k, dtype, responses, batch_size, shard_mb)
+    with progress() as display:
+        summary = cache(loaded, output, settings, display)
+    show_cache(summary, output)
 
 
 def report(

@@ -17,6 +17,7 @@ from ..terminal import counted, escape, show
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
+    from ..run.cache import CacheSummary
 
 _METRICS_FILE_KEYS = {"title", "metrics", "signatures", "curves"}
 _ESCAPED = re.compile(r"\\(.)")  # in Markdown
@@ -37,6 +38,19 @@ def show_run(summary: dict[str, Any], console: Console | None = None) -> None:
     if budget := summary.get("budget"):
         show(f"spent {spent(budget)}; ended by {budget['ended_by']}", console)
     show(f"student: {summary['folder']}/student   everything else: {summary['folder']}", console)
+
+
+def show_cache(summary: "CacheSummary", folder: Path, console: Console | None = None) -> None:
+    """Print what a cache of a teacher's scores holds, and how it is used."""
+    examples = counted(summary.examples, "example", "examples")
+    size = f"{summary.bytes / 2**20:.1f} MB, {summary.bytes / max(summary.tokens, 1):.0f} bytes per token"
+    show(f"{examples} with {summary.tokens:,} response tokens: {size}", console)
+    show(f"{summary.added:,} of them scored now, in {summary.seconds:.1f} s", console)
+    if summary.without_held_out:
+        show("the held-out data is not among them: some of its rows have no response", console)
+    if (folder / "responses.jsonl").is_file():
+        show(f"responses, for data.dataset: {folder}/responses.jsonl", console)
+    show(f"teacher: {{cached: {{folder: {folder}}}}}", console)
 
 
 def show_evaluation(result: "Evaluation", title: str, output: Path | None, console: Console | None = None) -> None:

@@ -7,6 +7,7 @@ prompt the student reads and whose response it is trained to generate. `columns.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from .columns import COLUMNS, MEANINGFUL, Recognized, answer_column, dotted_colu
 from .errors import BadRow, DataError, SourceRow, Unread, check_text, printable
 from .messages import Message, is_conversation, read_messages, read_tools, reasoning
 from .prompt_template import PromptTemplate, alpaca_prompt, row_columns, sentences_as_text
+from .token_ids import token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Row:
     references: tuple[str, ...] = ()
     response: str = ""
     chat: bool = False  # rendered by a chat template, which adds the special tokens itself
+    ids: tuple[list[int], list[int]] | None = None  # of prompt and response, where they are known already
     turns: tuple[Span, ...] = ()  # the parts of the prompt that are trained on as well
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of the dataset's row
     conversation: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)  # see `Example`
@@ -96,10 +99,16 @@ class Format:
             BadRow: with the row's place and what is wrong with it.
             DataError: for a conversation if the tokenizer has no chat template.
         """
+        if (ids := token_ids(row, self.tokenizer, self._vocabulary)) is not None:
+            return _row_of_ids(row, ids)
         row = SourceRow(row.where, {**row.columns, **dotted_columns(row.columns)})
         row = SourceRow(row.where, {**row.columns, **self._renamed(row)})
         text = self._text(row)
         return replace(text, columns=_without_bytes(row.columns)) if isinstance(text, Row) else text
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     def log_recognized(self, source: str) -> None:
         """Warn of columns of other names, of columns that look like text and are not read, and of plain prompts."""
@@ -275,6 +284,13 @@ def _up_to_last_answer(messages: list[Message]) -> list[Message]:
     """The messages without those after the assistant's last one, where that one answers something."""
     answers = [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
     return messages[: answers[-1] + 1] if answers else messages
+
+
+def _row_of_ids(row: SourceRow, ids: tuple[list[int], list[int]]) -> Row:
+    """A row whose texts are only shown, and compared with its references, if it has a list of them."""
+    prompt, response, references = (row.columns.get(name, "") for name in ("prompt", "response", "references"))
+    texts = tuple(map(str, references)) if isinstance(references, list) else ()
+    return Row(row.where, str(prompt), texts, str(response), ids=ids, columns=_without_bytes(row.columns))
 
 
 def _pair(where: str, prompt: str, references: tuple[str, ...]) -> Row:

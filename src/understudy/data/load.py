@@ -1,5 +1,6 @@
 """Load the examples that a recipe's data block describes: a file, a folder, a dataset of the hub, or the playground."""
 
+import hashlib
 from typing import Any
 
 from ..playground.names import is_playground, rows
@@ -26,3 +27,10 @@ def load_data(data: Data, tokenizer: Any, context_length: int | None, reserve: i
         return examples_from_rows(problems, tokenizer, source=data.dataset, reserve=reserve, **options)
     source = {"split": data.split, "name": data.name, "text_as": data.text_as}
     return load_examples(data.dataset, tokenizer, reserve=reserve, **source, **options)
+
+
+def data_settings(data: Data, tokenizer: Any) -> dict[str, Any]:
+    """What the tokens of an example depend on: the block's fields, and a hash of the tokenizer's chat template."""
+    template = tokenizer.chat_template
+    digest = None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]
+    return {**data.model_dump(exclude={"limit", "on_bad_row"}), "the chat template": digest}

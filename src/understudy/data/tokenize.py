@@ -90,10 +90,13 @@ class ExampleBuilder:
         prompts = self._prompts(rows)
         responses = self.encoder.encode_responses([row.response for row in rows])
         for row, (prompt, trained), response in zip(rows, prompts, responses, strict=True):
+            if row.ids is not None:
+                prompt, response = row.ids
+                trained = [False] * len(prompt)
             if not prompt or (row.response and not response):
                 self.report_bad_row(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
                 continue
-            if not row.chat and prompt[: len(self.encoder.prefix)] != self.encoder.prefix:
+            if row.ids is None and not row.chat and prompt[: len(self.encoder.prefix)] != self.encoder.prefix:
                 prompt = self.encoder.prefix + prompt
                 trained = [False] * len(self.encoder.prefix) + trained
             if len(prompt) > self.max_prompt_length:
@@ -106,11 +109,13 @@ class ExampleBuilder:
                 self.cut_prompts += 1
                 prompt = self._cut_prompt(prompt)
                 trained = trained[-len(prompt) :]
-            if response and response[-1] not in self.stop_ids:
+            is_open = bool(response) and response[-1] not in self.stop_ids
+            if is_open and row.ids is None:
                 response = [*response, self.tokenizer.eos_token_id]
             room = self.max_length - len(prompt)
-            truncated = len(response) > room
-            self.cut_responses += truncated
+            is_cut = len(response) > room
+            self.cut_responses += is_cut
+            truncated = is_cut or (is_open and row.ids is not None)  # by the length limit of its rollout
             yield _example(prompt, trained, response[:room], truncated, row), row
 
     def _prompts(self, rows: list[Row]) -> list[tuple[list[int], list[bool]]]:

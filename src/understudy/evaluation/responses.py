@@ -82,6 +82,7 @@ def generate_responses(
     path: Path | None = None,
     search: BatchSizeSearch | None = None,
     on_progress: Callable[[int], None] = lambda count: None,
+    prompt_tokens: bool = False,
 ) -> Responses:
     """Generate a response of `model` to every prompt by `rollout`, once for each seed; longest prompts first.
 
@@ -90,6 +91,7 @@ def generate_responses(
         path: a JSONL file of responses; those that it already contains are not generated again.
         search: for the number of responses generated at once; None: the rollout's own `batch_size`.
         on_progress: called with the number of further responses, those from the file first.
+        prompt_tokens: write the prompts' ids as well, so that the file can be read as a dataset.
 
     Raises:
         ValueError: for a sampling with several responses per prompt, for a file with responses of another model, prompt
@@ -104,6 +106,7 @@ def generate_responses(
     def response(seed: int, example: Example, text: str) -> Response:
         row = examples.rows[example.row]
         columns = {"prompt": row.prompt, "response": text, "references": list(row.references)}
+        columns |= {"prompt_tokens": example.prompt} if prompt_tokens else {}
         return Response(example, file.line(seed, example, **columns, correct=is_correct(text, row)))
 
     tokens, seconds = 0, 0.0

@@ -93,6 +93,7 @@ class TopK:
     values: Tensor  # (N, K)
     support: Tensor  # (N, K) token ids, no id twice in a row
     chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, if the teacher reports it
+    rest: Tensor | None = None  # (N,) log-probability of any other token, if the teacher reports it; else 1 − Σ
     known: Tensor | None = None  # (N,) bool; in other rows the only event is "any token", so that all divergences are 0
 
     @property
@@ -100,8 +101,8 @@ class TopK:
         return self.values.requires_grad
 
     def rows(self, rows: slice) -> "TopK":
-        chosen, known = (None if x is None else x[rows] for x in (self.chosen_values, self.known))
-        return TopK(self.values[rows], self.support[rows], chosen, known)
+        chosen, rest, known = (None if x is None else x[rows] for x in (self.chosen_values, self.rest, self.known))
+        return TopK(self.values[rows], self.support[rows], chosen, rest, known)
 
     def cut(self, vocabulary: int) -> "TopK":
         """Unchanged: the top K are already normalised over the real tokens."""
@@ -119,8 +120,12 @@ class TopK:
                 "set the divergence's temperature to 1"
             )
         values = self.values[rows].to(softmax_dtype(self.values.dtype))
-        total = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).eps)
-        return self._of_known(torch.cat([values, torch.log(-torch.expm1(total))], dim=-1), rows)
+        if self.rest is not None:
+            rest = self.rest[rows, None].to(values.dtype)
+        else:
+            total = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).eps)
+            rest = torch.log(-torch.expm1(total))
+        return self._of_known(torch.cat([values, rest], dim=-1), rows)
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of the chosen tokens as the teacher reported them.
@@ -138,8 +143,8 @@ class TopK:
     def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
         """Another model's log-probabilities (C, V) as those of the same K+1 events, (C, K+1).
 
-        The last event never has probability 0, by rounding or where the support is the whole vocabulary: the teacher's
-        is at least the dtype's resolution, and an empty one of the other model gets that value.
+        The last event never has probability 0, by rounding or where the support is the whole vocabulary: a teacher's
+        that is 1 − Σ is at least the dtype's resolution, and an empty one of the other model gets that value.
         """
         support = self.support[rows].to(log_q.device)
         rest = log_q.scatter(-1, support, -torch.inf)

@@ -90,6 +90,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
     models = {"student": student, "teacher": teacher_weights, **_reward_models(method)}
     inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
+    if teacher is not None and teacher.fingerprint is not None:
+        inputs.append(Input("teacher", "the teacher's scores", teacher.fingerprint))
     trainer = StudentTrainer(
         student,
         teacher,

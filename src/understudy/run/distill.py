@@ -162,11 +162,11 @@ def _read_distance(folder: RunFolder) -> dict[str, float] | None:
 def student_samples(run: Run, count: int = 64) -> dict[str, float]:
     """The distance of the student to the teacher on its own responses to a few prompts, with fixed random numbers.
 
-    Returns the means of `scores.divergence_metrics` over the responses' tokens; empty where the teacher provides no
-    distribution.
+    Returns the means of `scores.divergence_metrics` over the responses' tokens; empty where the teacher cannot tell
+    the distributions of new responses.
     """
     trainer, teacher = run.trainer, run.teacher
-    if teacher is None or not teacher.can(Capability.TOP_K):
+    if teacher is None or not teacher.can(Capability.TOP_K) or not teacher.scores_new_responses:
         return {}
     prompts = run.prompts(count)
     if not prompts:

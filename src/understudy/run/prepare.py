@@ -5,20 +5,20 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 from ..data.examples import Examples
-from ..data.load import load_data
+from ..data.load import data_settings, load_data
 from ..method import Method
 from ..methods import METHODS
 from ..models.context_window import context_window
 from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
 from ..models.student import student_config, tokenizer_name
 from ..models.vocabulary import vocabulary_size
-from ..recipe import Recipe, RecipeError
+from ..recipe import Data, Recipe, RecipeError
 from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
 from ..teacher import Capability, Teacher
-from ..teachers import TEACHERS, check_provides
+from ..teachers import TEACHERS, check_provides, check_scores_responses
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ def prepare(recipe: Recipe) -> Prepared:
         raise recipe.error(f"rollout.{recipe.rollout[0]}.stop_ids", f"{message}: correct stop_ids")
     reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
     train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, configs.context_length, reserve)
+    if teacher is not None and method.requires:
+        for data, examples in ((recipe.data, train), (held_out_data(recipe), held_out)):
+            if examples is not None:
+                _check_stored(recipe, teacher, examples, data_settings(data, configs.tokenizer))
     return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
@@ -81,10 +85,20 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     generates = {Capability.MODEL} if "teacher" in method.authors else set()
     with recipe.locating("teacher"):
         try:
+            if uses_teacher(method):
+                check_scores_responses(teacher, method.authors, name)
             check_provides(teacher, method.requires | generates, name)
         except ValueError as error:
             raise RecipeError(str(error)) from None
     return teacher
+
+
+def _check_stored(recipe: Recipe, teacher: Teacher, examples: Examples, settings: dict[str, Any]) -> None:
+    with recipe.locating("teacher"):
+        try:
+            teacher.check_data(examples, settings)
+        except ValueError as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from None
 
 
 def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> Configs:
@@ -137,17 +151,22 @@ def _reward(recipe: Recipe) -> Reward | None:
             raise error if isinstance(error, RecipeError) else RecipeError(f"reward: {error}", "reward") from None
 
 
+def held_out_data(recipe: Recipe) -> Data:
+    """The data block of the held-out dataset: that of the training data with some fields of `evaluate`."""
+    block = recipe.evaluate
+    changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
+    return recipe.data.model_copy(update=changes)
+
+
 def _datasets(
     recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """The training data, and the held-out dataset and corpus if the recipe has them."""
-    block = recipe.evaluate
-    changes = {"dataset": block.dataset, "split": block.split, "name": block.name, "limit": block.limit}
     with recipe.locating("data"):
         train = load_data(recipe.data, tokenizer, context_length, reserve)
         held_out = None
-        if block.dataset is not None:
-            held_out = load_data(recipe.data.model_copy(update=changes), tokenizer, context_length, reserve)
+        if recipe.evaluate.dataset is not None:
+            held_out = load_data(held_out_data(recipe), tokenizer, context_length, reserve)
     corpus = None
     if recipe.corpus is not None:
         if not method.uses_corpus:

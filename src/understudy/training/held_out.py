@@ -46,7 +46,7 @@ def _measure_parts(trainer: "StudentTrainer", examples: list[Example]) -> dict[s
         chosen, authors = examples, part.method.authors
         if not part.share and "dataset" in authors:
             chosen = [example for example in examples if example.response]
-        if chosen and (part.share or trainer.writers.can_generate(authors)):
+        if chosen and (part.share or _can_measure(trainer, part.method)):
             lines.append((part, _measure(trainer, part.method, chosen)))
     means = _means(lines)
     return means | {
@@ -56,6 +56,12 @@ def _measure_parts(trainer: "StudentTrainer", examples: list[Example]) -> dict[s
         for name, value in line.items()
         if name != "tokens_per_second"
     }
+
+
+def _can_measure(trainer: "StudentTrainer", method: Method) -> bool:
+    """Can the responses of the method's authors be generated, and can the teacher score them?"""
+    scores_them = trainer.teacher is None or trainer.teacher.scores_new_responses or method.authors == {"dataset"}
+    return trainer.writers.can_generate(method.authors) and (scores_them or not method.requires)
 
 
 def _measure(trainer: "StudentTrainer", method: Method, examples: list[Example]) -> dict[str, float]:

@@ -35,7 +35,7 @@ from ..sampling import Sampling
 from ..scores import Scores, divergence_metrics
 from ..step import Step
 from ..teacher import Capability, Teacher
-from ..teachers import check_provides
+from ..teachers import check_provides, check_scores_responses
 from .best_checkpoint import LoadBestState
 from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint, step_of
@@ -106,6 +106,8 @@ class StudentTrainer(ResumableTrainer):
         sampling, teacher = sampling or Sampling(), as_teacher(teacher)
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
+        if method.requires:
+            check_scores_responses(teacher, method.authors, type(method).__name__)
         processing_class = as_tokenizer(processing_class, student)
         student = as_student(student, peft_config, args.seed)
         check_models(student, teacher, processing_class)
