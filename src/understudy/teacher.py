@@ -50,6 +50,7 @@ class Teacher(ABC):
             ValueError: if the teacher cannot score the tokens of this tokenizer.
         """
 
+    @property
     def fingerprint(self) -> str | None:
         """A hash of what its scores depend on, where there is no live model whose weights tell; None: unknown."""
         return None
