@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -20,21 +20,47 @@ class Capability(Enum):
     MODEL = "model"  # a live model that can generate, and be differentiated
 
 
+class TeacherError(Exception):
+    """A teacher outside this process does not answer, or its answer is wrong; the message is one sentence.
+
+    In training it ends the run with a checkpoint, from which the same command resumes.
+
+    Args:
+        on_all_processes: do all processes of the run raise it at the same place?
+        checkpoint: the one that was saved since.
+    """
+
+    def __init__(self, message: str, on_all_processes: bool = False, checkpoint: str | None = None) -> None:
+        super().__init__(message)
+        self.on_all_processes, self.checkpoint = on_all_processes, checkpoint
+
+
 class Teacher(ABC):
     """Scores a batch, without gradients. Subclasses are final; constructor arguments are the recipe's fields.
 
     A constructor is cheap: a model is loaded when it is first used, so that mistakes elsewhere are reported first.
     """
 
-    provides: ClassVar[frozenset[Capability]]
+    provides: frozenset[Capability]  # an instance may provide less than its class
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
+    fingerprint: str | None = None  # a hash of weights that are not in this process, known once it is connected
+    context_length: int | None = None  # of prompt and response, where no configuration is loaded that says it
 
     @property
     def tokenizer_name(self) -> str | None:
         """Name or folder of the teacher's tokenizer; None: unknown, and not compared with the student's."""
         return self.model_name
+
+    def connect(self, tokenizer: Any) -> None:
+        """Connect to a teacher outside this process, and prove that it fits the student's tokenizer.
+
+        Called when a run is built, before weights are loaded, and possibly again.
+
+        Raises:
+            TeacherError: with the cause and the remedy.
+        """
 
     def to(self, device: torch.device) -> None:
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""

@@ -87,7 +87,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
-    models = {"student": student, "teacher": teacher_model, **_reward_models(method)}
+    outside = None if teacher is None else teacher.fingerprint
+    models = {"student": student, "teacher": teacher_model or outside, **_reward_models(method)}
     inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
     trainer = StudentTrainer(
         student,

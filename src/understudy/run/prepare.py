@@ -17,7 +17,7 @@ from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
-from ..teacher import Capability, Teacher
+from ..teacher import Capability, Teacher, TeacherError
 from ..teachers import TEACHERS, check_provides
 
 
@@ -101,7 +101,13 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
         if teacher is not None and teacher.model_name is not None and uses_teacher(method):
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    window, prefix = context_window(*configs), method.teacher_prefix_tokens
+        if teacher is not None and uses_teacher(method):
+            try:
+                teacher.connect(tokenizer)
+            except TeacherError as error:
+                raise RecipeError(str(error)) from None
+    lengths = [context_window(*configs), None if teacher is None else teacher.context_length]
+    window, prefix = min(filter(None, lengths), default=None), method.teacher_prefix_tokens
     if window is not None and window < prefix + 2:
         message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
         raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")

@@ -18,13 +18,15 @@ _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
 
 def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any) -> None:
-    """Refuse a student that cannot be trained, and a teacher with other tokens.
+    """Refuse a student that cannot be trained, and a teacher with other tokens; connect to one outside the process.
 
     Raises:
-        ValueError: with the cause and the remedy.
+        ValueError, TeacherError: with the cause and the remedy.
     """
     check_trainable(student, teacher)
     check_same_tokenizer(tokenizer, teacher)
+    if teacher is not None:
+        teacher.connect(tokenizer)
 
 
 def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
