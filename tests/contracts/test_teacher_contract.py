@@ -6,11 +6,12 @@ What a teacher does not provide, `provides` says: tests of every token's log-pro
 from contextlib import ExitStack
 from dataclasses import replace
 
+import httpx2
 import pytest
 import torch
-from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny
+from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny, words
 from folders import load_example
-from servers import top_k_server
+from servers import FakeVLLM, top_k_server, understudy_app
 from torch import nn
 
 from understudy.batch import Batch
@@ -19,11 +20,24 @@ from understudy.fused_linear.distributions import Dense, TopK
 from understudy.scores import Scores
 from understudy.teacher import Capability
 from understudy.teachers.local import LocalTeacher
+from understudy.teachers.server import ServerTeacher
 
 
 def http_teacher(stack, served):
     """The teacher of examples/http_teacher.py, with a server that scores by another teacher."""
     return load_example("http_teacher").HTTPTeacher(stack.enter_context(top_k_server(served)), k=5)
+
+
+def served(model, **options):
+    """A teacher behind `understudy serve`, or its fake vLLM, in this process."""
+    local = LocalTeacher(model)
+    if options.get("protocol") == "vllm":
+        transport = httpx2.MockTransport(FakeVLLM(local, words(), VOCABULARY))
+    else:
+        transport = httpx2.ASGITransport(understudy_app(local, words()))
+    teacher = ServerTeacher(["http://one", "http://two"], _transport=transport, **options)
+    teacher.connect(words())
+    return teacher
 
 
 TEACHERS = {
@@ -38,6 +52,9 @@ TEACHERS = {
     "chosen only": lambda stack: ChosenTeacher(),
     "server of a table": lambda stack: http_teacher(stack, BigramTeacher()),
     "server of a model": lambda stack: http_teacher(stack, LocalTeacher(tiny("llama"))),
+    "understudy serve": lambda stack: served(tiny("gemma2", vocabulary=64)),
+    "understudy serve, top k": lambda stack: served(tiny("llama", vocabulary=64), top_k=5),
+    "vllm": lambda stack: served(tiny("llama", vocabulary=64), protocol="vllm", top_k=5),
 }
 WITH_CHOSEN = {Capability.CHOSEN, Capability.FULL}  # log-probabilities of all tokens include the chosen ones
 WITH_DIVERGENCES = {Capability.TOP_K, Capability.FULL}

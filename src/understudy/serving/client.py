@@ -115,7 +115,7 @@ class Client:
         if self._loop is None:
             self._start()
         assert self._loop is not None
-        patience = self.wait if wait is None else wait
+        patience = self.wait if wait is None else min(wait, self.wait)
         return asyncio.run_coroutine_threadsafe(self._answer(request, replica, patience), self._loop)
 
     def _start(self) -> None:

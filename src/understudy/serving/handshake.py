@@ -38,8 +38,8 @@ def prove(ask: Callable[[Replica, Example], Scored], replicas: Sequence[Replica]
     first: Tensor | None = None
     for replica in replicas:
         example, url = probe(vocabulary), replica.url
-        answer = probabilities(ask(replica, example))
-        noise = difference(answer, probabilities(ask(replica, example)))
+        answer = probabilities(ask(replica, example))[:, :vocabulary]  # without padding of the vocabulary
+        noise = difference(answer, probabilities(ask(replica, example))[:, :vocabulary])
         if noise > TOLERANCE:
             raise TeacherError(
                 f"the server at {url} gives other probabilities when it is asked again (by {noise:.2g}): turn off what "
@@ -64,7 +64,7 @@ def _prove_alignment(
     token = next(i for i in likeliest if i != example.response[place])
     response = [*example.response[:place], token, example.response[-1]]
     scored = ask(replica, replace(example, response=response))
-    after = probabilities(scored)
+    after = probabilities(scored)[:, : answer.shape[-1]]
     same = difference(answer[: place + 1], after[: place + 1])
     if same > TOLERANCE or difference(answer[-1:], after[-1:]) <= noise:
         raise TeacherError(

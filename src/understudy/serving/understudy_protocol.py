@@ -65,8 +65,8 @@ class UnderstudyProtocol:
         answer = prove(ask, client.replicas, vocabulary)
         if self.top_k is None:
             likeliest = probabilities(ask(client.replicas[0], probe(vocabulary), min(8, vocabulary)))
-            reported = likeliest > 0
-            if difference(likeliest, torch.where(reported, answer[:, : reported.shape[-1]], 0.0)) > TOLERANCE:
+            of_head = torch.where(likeliest > 0, answer[:, : likeliest.shape[-1]], 0.0)
+            if difference(likeliest, of_head) > TOLERANCE:
                 raise TeacherError(
                     f"the head that the server at {client.replicas[0].url} sends does not give its model's own "
                     "probabilities: set top_k, and it sends log-probabilities in place of hidden rows"
@@ -116,8 +116,8 @@ class UnderstudyProtocol:
 
     def _read_head(self, reply: Reply) -> Head:
         assert self._info is not None
-        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
         tensors = wire.unpack(reply.content)
+        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
         if "weight" not in tensors:
             raise Unavailable("its reply is damaged")
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -126,8 +126,8 @@ class UnderstudyProtocol:
 
     def _read_scores(self, reply: Reply, rows: int, top_k: int | None) -> Projected | TopK:
         assert self._info is not None
-        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
         tensors = wire.unpack(reply.content)
+        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
         try:
             if top_k is not None:
                 top = TopK(tensors["values"], tensors["support"], tensors["chosen"])

@@ -106,8 +106,8 @@ class VLLMProtocol:
             )
         if tokens is not None and tokens != tokenizer.encode(PROBE, add_special_tokens=False):
             raise TeacherError(
-                f"the tokenizer of the server at {replica.url} splits text into other tokens than the student's: choose "
-                "a teacher and a student of one family"
+                f"the tokenizer of the server at {replica.url} splits text into other tokens than the student's: "
+                "choose a teacher and a student of one family"
             )
 
     def _read_scores(self, reply: Reply, examples: Sequence[Example]) -> TopK:
