@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .batch import Batch
 from .scores import Scores
+
+if TYPE_CHECKING:
+    from .rollout import Rollout
 
 
 class Capability(Enum):
@@ -69,6 +72,10 @@ class Teacher(ABC):
         """Called with all batches of an optimizer step before the first is scored, so that a server can score them
         concurrently.
         """
+
+    def rollout(self) -> "Rollout | None":
+        """The rollout that generates this teacher's responses, where it is no live model and can generate."""
+        return None
 
     def can(self, capability: Capability) -> bool:
         """Does this teacher provide it, or something that includes it?"""

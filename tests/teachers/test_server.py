@@ -203,7 +203,10 @@ def test_a_server_beyond_the_loopback_answers_only_with_its_token(monkeypatch):
         assert "wrong" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [{"kd": {}}, {"gkd": {"on_policy": 0.5, "divergence": "jensen_shannon"}}], ids=str)
+METHODS = [{"kd": {}}, {"gkd": {"on_policy": 0.5, "divergence": "jensen_shannon"}}, {"seqkd": {"soft_weight": 0.5}}]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["kd", "gkd", "seqkd"])
 def test_a_run_with_understudy_serve_trains_the_student_of_the_local_teacher(method, tmp_path):
     llama(tmp_path / "teacher")
     sums(tmp_path / "sums.jsonl")

@@ -133,7 +133,8 @@ def _teacher_rollout(
     if "teacher" not in method.authors or teacher is None:
         return None
     weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
-    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses, weights)
+    engine = teacher.rollout() or rollout.bind(teacher.model, tokenizer, "teacher")
+    return CachedRollout(engine, folder.teacher_responses, weights)
 
 
 def _add_callbacks(run: Run, console: Console | None) -> None:

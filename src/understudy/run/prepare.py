@@ -78,7 +78,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
             raise recipe.error("method", message)
         return None
     teacher: Teacher = recipe.build("teacher", TEACHERS)
-    generates = {Capability.MODEL} if "teacher" in method.authors else set()
+    generates = {Capability.MODEL} if "teacher" in method.authors and teacher.rollout() is None else set()
     with recipe.locating("teacher"):
         try:
             check_provides(teacher, method.requires | generates, name)

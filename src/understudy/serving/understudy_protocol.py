@@ -107,6 +107,14 @@ class UnderstudyProtocol:
         if self.top_k is not None and self.top_k >= info.vocabulary_size:
             raise TeacherError(f"top_k {self.top_k} is not below the {info.vocabulary_size} tokens of {info.model}")
 
+    def check_fingerprint(self, reply: Reply) -> None:
+        """Refuse a reply of other weights than those of the handshake.
+
+        Raises:
+            TeacherError: with both fingerprints.
+        """
+        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
+
     def _check_fingerprint(self, fingerprint: str | None, url: str) -> None:
         if self._info is not None and fingerprint != self._info.fingerprint:
             raise TeacherError(
@@ -117,7 +125,7 @@ class UnderstudyProtocol:
     def _read_head(self, reply: Reply) -> Head:
         assert self._info is not None
         tensors = wire.unpack(reply.content)
-        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
+        self.check_fingerprint(reply)
         if "weight" not in tensors:
             raise Unavailable("its reply is damaged")
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -127,7 +135,7 @@ class UnderstudyProtocol:
     def _read_scores(self, reply: Reply, rows: int, top_k: int | None) -> Projected | TopK:
         assert self._info is not None
         tensors = wire.unpack(reply.content)
-        self._check_fingerprint(reply.headers.get(wire.FINGERPRINT), reply.url)
+        self.check_fingerprint(reply)
         try:
             if top_k is not None:
                 top = TopK(tensors["values"], tensors["support"], tensors["chosen"])

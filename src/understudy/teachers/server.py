@@ -12,8 +12,10 @@ from torch import Tensor
 from ..batch import Batch, Example
 from ..fused_linear.distributions import Projected, TopK
 from ..method import from_all_processes, is_distributed
+from ..rollout import Rollout
 from ..scores import Scores
 from ..serving.client import Client
+from ..serving.responses import ServedRollout
 from ..serving.understudy_protocol import UnderstudyProtocol
 from ..serving.vllm_protocol import DEFAULT_TOP_K, VLLMProtocol
 from ..teacher import Capability, Teacher, TeacherError
@@ -103,6 +105,10 @@ class ServerTeacher(Teacher):
         examples = batch.as_read_by_teacher().examples
         futures = self._pending.pop(_key(examples), None) or self._ask(examples)
         return Scores(batch.tokens, _joined([future.result() for future in futures], batch.tokens.device))
+
+    def rollout(self) -> Rollout | None:
+        """`understudy serve` writes responses as well."""
+        return ServedRollout(self._client, self._protocol) if isinstance(self._protocol, UnderstudyProtocol) else None
 
     def _agree(self) -> None:
         """Wait for the step's scores; if a process has none, all raise the error, before any waits for the others."""
