@@ -33,8 +33,8 @@ def local():
     return LocalTeacher(tiny("llama", width=24, seed=2))
 
 
-@cache
 def transport_of(protocol, seed=2):
+    """A new one for every client, since a web application belongs to one event loop."""
     teacher = local() if seed == 2 else LocalTeacher(tiny("llama", width=24, seed=seed))
     if protocol == "vllm":
         return httpx2.MockTransport(FakeVLLM(teacher, words(), VOCABULARY))

@@ -128,27 +128,34 @@ class Client:
 
     async def _answer(self, request: Request[T], only: Replica | None, wait: float) -> T:
         failed_at: float | None = None
+        others = 0 if only else len(self.replicas) - 1  # that are asked before the request fails
         while True:
-            replica = only or min(self.replicas, key=lambda r: (max(r.free_at, monotonic()), r.in_flight))
-            await asyncio.sleep(max(0.0, replica.free_at - monotonic()))
-            async with self._slots:
-                replica.in_flight += 1
-                try:
+            replica = only or self._next()
+            replica.in_flight += 1
+            try:
+                await asyncio.sleep(max(0.0, replica.free_at - monotonic()))
+                async with self._slots:
                     answer = await self._attempt(replica, request)
-                except Unavailable as failure:
-                    now = monotonic()
-                    failed_at = now if failed_at is None else failed_at
-                    left = wait - (now - failed_at)
-                    if left <= 0:
-                        raise TeacherError(self._gone(replica, failure, wait)) from None
-                    self._rest(replica, failure, now, left)
-                else:
-                    if replica.failures > 1:
-                        logger.warning("the server at %s answers again", replica.url)
-                    replica.failures = 0
-                    return answer
-                finally:
-                    replica.in_flight -= 1
+            except Unavailable as failure:
+                now = monotonic()
+                failed_at = now if failed_at is None else failed_at
+                left = wait - (now - failed_at)
+                if left <= 0 and others == 0:
+                    raise TeacherError(self._gone(replica, failure, wait)) from None
+                others = max(0, others - 1)
+                self._rest(replica, failure, now, left)
+            else:
+                if replica.failures > 1:
+                    logger.warning("the server at %s answers again", replica.url)
+                replica.failures = 0
+                return answer
+            finally:
+                replica.in_flight -= 1
+
+    def _next(self) -> Replica:
+        """The replica that is free first, and of several the one with the fewest requests."""
+        now = monotonic()
+        return min(self.replicas, key=lambda replica: (max(replica.free_at, now), replica.in_flight))
 
     async def _attempt(self, replica: Replica, request: Request[T]) -> T:
         seconds = self.timeout * request.deadlines
@@ -180,12 +187,13 @@ class Client:
         """Leave the replica alone for a while, which doubles with each failure, but no longer than `left` seconds."""
         delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**replica.failures) * _JITTER.uniform(0.5, 1.0)
         replica.failures += 1
-        replica.free_at = now + min(max(delay, failure.delay), left)
+        delay = max(delay, failure.delay)
+        replica.free_at = now + (min(delay, left) if left > 0 else delay)
         if replica.failures == 2:  # a connection that was closed meanwhile fails once
             logger.warning("the server at %s fails (%s); waiting for it", replica.url, failure)
 
     def _gone(self, replica: Replica, failure: Unavailable, wait: float) -> str:
-        others = f", and neither do {len(self.replicas) - 1} others" if len(self.replicas) > 1 else ""
+        others = f", nor do the {len(self.replicas) - 1} others" if len(self.replicas) > 1 else ""
         waited = f" for {wait:g} s" if wait else ""
         return f"the server at {replica.url} does not answer{waited} ({failure}){others}: start it, or correct its url"
 
