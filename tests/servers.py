@@ -1,16 +1,90 @@
-"""Servers on the loopback interface, for teachers and rollouts outside the process: top-K scores, and responses."""
+"""Servers for teachers and rollouts outside the process: on the loopback interface, or in this process."""
 
 import json
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx2
+import torch
+import uvicorn
 from safetensors.torch import load_model
 
 from understudy import Batch, Example, GenerateRollout, Sampling, Step, Teacher
+from understudy.serving.app import application
+from understudy.serving.scoring import Scorer
+
+
+def understudy_app(teacher: Teacher, tokenizer: Any, token: str | None = None) -> Any:
+    """The web application of `understudy serve`."""
+    return application(Scorer(teacher, tokenizer, "tiny", GenerateRollout(), batch_tokens=64), token)
+
+
+@contextmanager
+def understudy_server(teacher: Teacher, tokenizer: Any, token: str | None = None) -> Iterator[str]:
+    """The URL of `understudy serve` in a thread."""
+    config = uvicorn.Config(understudy_app(teacher, tokenizer, token), log_level="warning", lifespan="off")
+    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclass
+class FakeVLLM:
+    """Answers as vLLM does, as a handler of httpx's MockTransport; the fields make it another server.
+
+    `shift` reports the distributions of other positions, and `temperature` softens them; `id_of` names tokens.
+    """
+
+    teacher: Teacher
+    tokenizer: Any
+    vocabulary: int
+    max_logprobs: int = 20
+    shift: int = 0
+    temperature: float = 1.0
+    noise: float = 0.0
+    tokenizes: bool = True
+    models: tuple[str, ...] = ("tiny",)
+    paths: list[str] = field(default_factory=list)
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.paths.append(request.url.path)
+        if request.url.path == "/v1/models":
+            return httpx2.Response(200, json={"data": [{"id": name, "max_model_len": 64} for name in self.models]})
+        content = json.loads(request.content)
+        if request.url.path == "/tokenize":
+            tokens = self.tokenizer.encode(content["prompt"], add_special_tokens=content["add_special_tokens"])
+            return httpx2.Response(200, json={"tokens": tokens}) if self.tokenizes else httpx2.Response(404)
+        if content["prompt_logprobs"] > self.max_logprobs:
+            message = f"Requested prompt logprobs of {content['prompt_logprobs']}, which is greater than max allowed"
+            return httpx2.Response(400, json={"error": {"message": message, "code": 400}})
+        choices = [
+            {"index": index, "text": "", "prompt_logprobs": self.entries(ids, content["prompt_logprobs"])}
+            for index, ids in enumerate(content["prompt"])
+        ]
+        return httpx2.Response(200, json={"choices": choices[::-1]})
+
+    def entries(self, ids: list[int], k: int) -> list[dict[str, Any] | None]:
+        """None, and for each further position the k likeliest tokens and the one that is there."""
+        batch = Batch.from_examples([Example(ids[:1], [*ids[1:], 5])], 0)
+        log_probs = (self.teacher.score(batch).cut(self.vocabulary).log_probs / self.temperature).log_softmax(-1)
+        log_probs = (log_probs + self.noise * torch.randn_like(log_probs)).log_softmax(-1)
+        entries: list[dict[str, Any] | None] = [None]
+        for place, token in enumerate(ids[1:]):
+            row = log_probs[max(0, place + self.shift)]
+            tokens = dict.fromkeys([token, *row.topk(k).indices.tolist()])
+            entries.append({str(i): {"logprob": float(row[i]), "rank": int((row >= row[i]).sum())} for i in tokens})
+        return entries
 
 
 @contextmanager

@@ -41,8 +41,9 @@ if typing.TYPE_CHECKING:
     from .sampling import Sampling
     from .scores import Scores
     from .step import Step
-    from .teacher import Capability, Teacher
+    from .teacher import Capability, Teacher, TeacherError
     from .teachers.local import LocalTeacher
+    from .teachers.server import ServerTeacher
     from .training.trainer import StudentTrainer
 
 __version__ = "0.1.0"
@@ -82,8 +83,9 @@ _NAMES_BY_MODULE = {
     "sampling": ("Sampling",),
     "scores": ("Scores",),
     "step": ("Step",),
-    "teacher": ("Capability", "Teacher"),
+    "teacher": ("Capability", "Teacher", "TeacherError"),
     "teachers.local": ("LocalTeacher",),
+    "teachers.server": ("ServerTeacher",),
     "training.trainer": ("StudentTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

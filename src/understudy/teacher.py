@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .batch import Batch
 from .data.examples import Examples
 from .scores import Scores
+
+if TYPE_CHECKING:
+    from .rollout import Rollout
 
 
 class Capability(Enum):
@@ -19,6 +22,21 @@ class Capability(Enum):
     TOP_K = "top_k"  # the log-probabilities of the K likeliest tokens; all other tokens together are one event
     FULL = "full"  # the log-probability of every token
     MODEL = "model"  # a live model that can generate, and be differentiated
+
+
+class TeacherError(Exception):
+    """A teacher outside this process does not answer, or its answer is wrong; the message is one sentence.
+
+    In training it ends the run with a checkpoint, from which the same command resumes.
+
+    Args:
+        on_all_processes: do all processes of the run raise it at the same place?
+        checkpoint: the one that was saved since.
+    """
+
+    def __init__(self, message: str, on_all_processes: bool = False, checkpoint: str | None = None) -> None:
+        super().__init__(message)
+        self.on_all_processes, self.checkpoint = on_all_processes, checkpoint
 
 
 class Teacher(ABC):
@@ -32,6 +50,8 @@ class Teacher(ABC):
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
+    fingerprint: str | None = None  # a hash of weights that are not in this process, known after `setup`
+    context_length: int | None = None  # of prompt and response, where no configuration is loaded that says it
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -44,16 +64,13 @@ class Teacher(ABC):
         return self.model
 
     def setup(self, tokenizer: Any) -> None:
-        """Called with the student's tokenizer when a run is built, and before anything is scored; perhaps repeatedly.
+        """Called with the student's tokenizer when a run is built, before weights are loaded, and possibly again.
+
+        A teacher outside this process connects, and proves that it fits the tokenizer.
 
         Raises:
-            ValueError: if the teacher cannot score the tokens of this tokenizer.
+            ValueError, TeacherError: if the teacher cannot score the tokens of this tokenizer, with the remedy.
         """
-
-    @property
-    def fingerprint(self) -> str | None:
-        """A hash of what its scores depend on, where there is no live model whose weights tell; None: unknown."""
-        return None
 
     def to(self, device: torch.device) -> None:
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""
@@ -72,6 +89,10 @@ class Teacher(ABC):
         Raises:
             ValueError: naming the first row that cannot be scored, and the remedy.
         """
+
+    def rollout(self) -> "Rollout | None":
+        """The rollout that generates this teacher's responses, where it is no live model and can generate."""
+        return None
 
     def can(self, capability: Capability) -> bool:
         """Does this teacher provide it, or something that includes it?"""

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import httpx2
 import pytest
 import torch
 from caches import Caching
-from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny
+from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny, words
 from folders import characters, load_example
-from servers import top_k_server
+from servers import FakeVLLM, top_k_server, understudy_app
 from torch import nn
 
 from understudy.batch import Batch
@@ -23,6 +24,7 @@ from understudy.scores import Scores
 from understudy.teacher import Capability
 from understudy.teachers.cross_tokenizer import CrossTokenizerTeacher
 from understudy.teachers.local import LocalTeacher
+from understudy.teachers.server import ServerTeacher
 
 
 def http_teacher(stack, served):
@@ -44,6 +46,18 @@ def cached(stack, teacher, **options):
     return Caching(Path(stack.enter_context(TemporaryDirectory())), teacher, **options)
 
 
+def served(model, **options):
+    """A teacher behind `understudy serve`, or its fake vLLM, in this process."""
+    local = LocalTeacher(model)
+    if options.get("protocol") == "vllm":
+        transport = httpx2.MockTransport(FakeVLLM(local, words(), VOCABULARY))
+    else:
+        transport = httpx2.ASGITransport(understudy_app(local, words()))
+    teacher = ServerTeacher(["http://one", "http://two"], _transport=transport, **options)
+    teacher.setup(words())
+    return teacher
+
+
 TEACHERS = {
     "bigram": lambda stack: BigramTeacher(),
     "local llama": lambda stack: LocalTeacher(tiny("llama")),
@@ -61,6 +75,9 @@ TEACHERS = {
     "server of a table": lambda stack: http_teacher(stack, BigramTeacher()),
     "another tokenizer": lambda stack: cross_tokenizer_teacher(),
     "server of a model": lambda stack: http_teacher(stack, LocalTeacher(tiny("llama"))),
+    "understudy serve": lambda stack: served(tiny("gemma2", vocabulary=64)),
+    "understudy serve, top k": lambda stack: served(tiny("llama", vocabulary=64), top_k=5),
+    "vllm": lambda stack: served(tiny("llama", vocabulary=64), protocol="vllm", top_k=5),
 }
 WITH_CHOSEN = {Capability.CHOSEN, Capability.FULL}  # log-probabilities of all tokens include the chosen ones
 WITH_DIVERGENCES = {Capability.TOP_K, Capability.FULL}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from . import commands, environment, listings, shipped
+from .serve import serve
 
 app = typer.Typer(
     name="understudy",
@@ -28,7 +29,16 @@ def _options(
     """Distil a large language model (teacher) into a small one (student)."""
 
 
-for _command in (commands.demo, commands.distill, commands.evaluate, commands.compare, commands.cache, commands.report):
+_COMMANDS = (
+    commands.demo,
+    commands.distill,
+    commands.evaluate,
+    commands.compare,
+    commands.cache,
+    commands.report,
+    serve,
+)
+for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(shipped.app, name="recipes", rich_help_panel="Lists, as YAML for a recipe")
 for _listing in (listings.methods, listings.teachers, listings.rollouts, listings.divergences, listings.metrics):

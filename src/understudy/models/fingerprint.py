@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .load import PROBE
+
 _WHOLE, _SAMPLES = 65536, 4096  # elements
 _PART = 1 << 22  # elements that are summed at once, because a CPU copies them as 64-bit integers
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,4 +46,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         rules = {name: part for name, part in rules.items() if name not in ("truncation", "padding")}
     parts = [sorted(tokenizer.get_vocab().items()), rules, tokenizer.special_tokens_map, tokenizer.chat_template]
     content = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """A hash of a tokenizer's tokens and of how it splits a text: 16 hexadecimal digits.
+
+    Two tokenizers that `load.refuse_other_tokens` takes for the same have the same hash.
+    """
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.encode(PROBE, add_special_tokens=False)])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -16,7 +16,7 @@ from .vocabulary import vocabulary_size
 from .weights import adapter_config, load_weights
 
 logger = logging.getLogger(__name__)
-_PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
+PROBE = "The quick brown fox, aged 1234.5: naïve café — 東京 ∑ \n\t def f(x): return x**2"
 
 _REMOTE_CODE = (
     "code that comes with a model is never run; to use such a model, read its code, load it in Python yourself "
@@ -183,7 +183,7 @@ def refuse_other_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
             f"tokens ({token!r} is {ids.get(token, 'absent')} for the student and {teacher_ids.get(token, 'absent')} "
             f"for the teacher): {remedy}"
         )
-    if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
+    if student.encode(PROBE, add_special_tokens=False) != teacher.encode(PROBE, add_special_tokens=False):
         raise RecipeError(
             f"the tokenizers of student and teacher have the same tokens but split text differently: {remedy}"
         )

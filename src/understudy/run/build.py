@@ -79,7 +79,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     if not uses_teacher(method):
         teacher = None
     with recipe.locating("teacher"):
-        teacher_weights = None if teacher is None else teacher.weights  # loaded now
+        weights = None if teacher is None else teacher.weights  # loaded now
+        weights = teacher.fingerprint if teacher is not None and weights is None else weights
     teacher_model = None if teacher is None else teacher.model
     with recipe.locating("reward"):
         if reward is not None:
@@ -88,10 +89,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
     folder = RunFolder(Path(arguments.output_dir or "."))
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
-    models = {"student": student, "teacher": teacher_weights, **_reward_models(method)}
+    models = {"student": student, "teacher": weights, **_reward_models(method)}
     inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
-    if teacher is not None and teacher.fingerprint is not None:
-        inputs.append(Input("teacher", "the teacher's scores", teacher.fingerprint))
     trainer = StudentTrainer(
         student,
         teacher,
@@ -135,7 +134,8 @@ def _teacher_rollout(
     if "teacher" not in method.authors or teacher is None:
         return None
     weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
-    return CachedRollout(rollout.bind(teacher.model, tokenizer, "teacher"), folder.teacher_responses, weights)
+    engine = teacher.rollout() or rollout.bind(teacher.model, tokenizer, "teacher")
+    return CachedRollout(engine, folder.teacher_responses, weights)
 
 
 def _add_callbacks(run: Run, console: Console | None) -> None:

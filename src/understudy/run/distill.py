@@ -29,6 +29,7 @@ from ..teacher import Capability
 from ..terminal import is_first_process, show, working
 from ..training.checkpoint import damaged, step_of
 from ..training.signals import Interrupted, StopOnSignal
+from ..training.teacher_failure import checkpoint_on_failure
 from .arguments import training_arguments
 from .build import Run, build
 from .folder import RunFolder
@@ -115,7 +116,8 @@ def _train(run: Run, accepted: list[str], console: Console) -> dict[str, Any]:
             if stop.agree(trainer.args) is not None:
                 raise Interrupted(step, stop.signal or 0)
             stop.let_through()  # the same command resumes from here
-        summary = _end(run, before)
+        with checkpoint_on_failure(trainer):
+            summary = _end(run, before)
     if stop.signal is not None:
         raise Interrupted(step, stop.signal, finished=True)
     return summary

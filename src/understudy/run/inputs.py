@@ -33,7 +33,7 @@ def run_inputs(
 
     Args:
         data: datasets by the key that names them.
-        models: models by the key that names them; those that are not in this process are left out.
+        models: models by the key that names them, or the fingerprints of those that are not in this process.
     """
     titles = {
         "data.dataset": "the training data",
@@ -46,9 +46,9 @@ def run_inputs(
         if examples is not None
     ]
     for key, model in models.items():
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module | str):
             start = "the student's weights at the start" if key == "student" else f"the weights of the {key}"
-            inputs.append(Input(key, start, fingerprint(model)))
+            inputs.append(Input(key, start, model if isinstance(model, str) else fingerprint(model)))
     inputs.append(Input("student.tokenizer", "the tokenizer", tokenizer_fingerprint(tokenizer)))
     inputs += [Input(key, f"the code of {module}", file_digest(path)) for key, module, path in _code(recipe)]
     inputs += [Input("", name, _version(name)) for name in _PACKAGES]

@@ -17,7 +17,7 @@ from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
-from ..teacher import Capability, Teacher
+from ..teacher import Capability, Teacher, TeacherError
 from ..teachers import TEACHERS, check_provides, check_scores_responses
 
 
@@ -82,7 +82,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
             raise recipe.error("method", message)
         return None
     teacher: Teacher = recipe.build("teacher", TEACHERS)
-    generates = {Capability.MODEL} if "teacher" in method.authors else set()
+    generates = {Capability.MODEL} if "teacher" in method.authors and teacher.rollout() is None else set()
     with recipe.locating("teacher"):
         try:
             if uses_teacher(method):
@@ -112,12 +112,13 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
     with recipe.locating("teacher"):
         if name is not None:
             check_tokenizers(tokenizer, load_tokenizer(name))
-        if teacher is not None:
-            _setup(teacher, tokenizer)
         if teacher is not None and teacher.model_name is not None and uses_teacher(method):
             configs.append(load_config(teacher.model_name))
             check_vocabulary(tokenizer, configs[-1], "the teacher has")
-    window, prefix = context_window(*configs), method.teacher_prefix_tokens
+        if teacher is not None and uses_teacher(method):
+            _setup(teacher, tokenizer)
+    lengths = [context_window(*configs), None if teacher is None else teacher.context_length]
+    window, prefix = min(filter(None, lengths), default=None), method.teacher_prefix_tokens
     if window is not None and window < prefix + 2:
         message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
         raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
@@ -127,7 +128,7 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
 def _setup(teacher: Teacher, tokenizer: Any) -> None:
     try:
         teacher.setup(tokenizer)
-    except ValueError as error:
+    except (ValueError, TeacherError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from None
 
 

@@ -28,10 +28,12 @@ def held_out_line(trainer: "StudentTrainer", examples: list[Example]) -> dict[st
     cast(nn.Module, trainer.model).eval()
     saved_state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     training, trainer.step_metrics = trainer.step_metrics, StepMetrics()  # evaluation has its own counts
-    line = _measure_parts(trainer, examples)
-    trainer.step_metrics = training
-    if saved_state or method.state_dict():
-        method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
+    try:
+        line = _measure_parts(trainer, examples)
+    finally:
+        trainer.step_metrics = training
+        if saved_state or method.state_dict():
+            method.load_state_dict(saved_state)  # undo what `collect` changed in this evaluation
     return line | _response_metrics(trainer, line)
 
 

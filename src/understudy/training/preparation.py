@@ -18,10 +18,10 @@ _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
 
 def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any) -> None:
-    """Refuse a student that cannot be trained, and a teacher that cannot score its tokens.
+    """Refuse a student that cannot be trained, and a teacher that cannot score its tokens or be reached.
 
     Raises:
-        ValueError: with the cause and the remedy.
+        ValueError, TeacherError: with the cause and the remedy.
     """
     check_trainable(student, teacher)
     check_same_tokenizer(tokenizer, teacher)

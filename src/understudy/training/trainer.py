@@ -52,6 +52,7 @@ from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
+from .teacher_failure import NoteLastStep, checkpoint_on_failure
 from .writers import bind_writers
 
 
@@ -145,6 +146,8 @@ class StudentTrainer(ResumableTrainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(SaveCheckpoints(save_total_limit))
+        if self.teacher is not None and not self.teacher.can(Capability.MODEL):
+            self.add_callback(NoteLastStep(self.method, self.spending))
         self.add_callback(ShowProgress(console, self.spending, bar=not self.args.disable_tqdm))
         if sync:
             self.add_callback(SyncRollout(self.writers.student.rollout))
@@ -289,7 +292,7 @@ class StudentTrainer(ResumableTrainer):
         self.step_metrics = StepMetrics()
         try:
             compiled = compiles(self.args, cast(Any, self.train_dataset), self.vocabulary, self.spending.budget)
-            with tiling(compiled=compiled):
+            with checkpoint_on_failure(self), tiling(compiled=compiled):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:

@@ -24,6 +24,8 @@ def bind_writers(
     Raises:
         ValueError: if one that the method trains on is missing.
     """
+    if teacher is not None and "teacher" in method.authors and teacher_rollout is None:
+        teacher_rollout = teacher.rollout()
     if teacher is not None and "teacher" in method.authors and teacher.can(Capability.MODEL):
         if teacher_rollout is None and rollout is not None:
             teacher_rollout = rollout.bind(teacher.model, tokenizer, "teacher")
