@@ -336,7 +336,7 @@ MISTAKES = {
     ),
     "a reward for a method that takes none": (
         {"method": "kd", "reward": {"functions": {"understudy.playground.rewards:correct": 1.0}}},
-        r"line \d+: kd takes no reward; gkd does",
+        r"line \d+: kd takes no reward; gkd and opd do",
     ),
     "a reward of nothing": (
         {"reward": {"functions": {}}},

@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
     from .methods.dpkd import DPKD
     from .methods.gkd import GKD
     from .methods.kd import KD
+    from .methods.opd import OPD
     from .methods.promptkd import PromptKD
     from .methods.seqkd import SeqKD
     from .methods.sft import SFT
@@ -69,6 +70,7 @@ _NAMES_BY_MODULE = {
     "methods.dpkd": ("DPKD",),
     "methods.gkd": ("GKD",),
     "methods.kd": ("KD",),
+    "methods.opd": ("OPD",),
     "methods.promptkd": ("PromptKD",),
     "methods.seqkd": ("SeqKD",),
     "methods.sft": ("SFT",),

@@ -140,7 +140,7 @@ def _reward(recipe: Recipe) -> Reward | None:
     with recipe.locating("method"):
         parameters = signature(METHODS.get(recipe.method[0])).parameters
     if "reward" not in parameters:
-        raise recipe.error("reward", f"{recipe.method[0]} takes no reward; gkd does")
+        raise recipe.error("reward", f"{recipe.method[0]} takes no reward; gkd and opd do")
     with recipe.locating("reward"):
         try:
             functions: dict[Any, float] = {function(place): w for place, w in block.functions.items()}
