@@ -37,7 +37,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from understudy.batch import Author, Batch, Example
-from understudy.fused_linear.distributions import Dense, TopK
+from understudy.fused_linear.distributions import Dense
+from understudy.fused_linear.merged import TopK
 from understudy.rollout import Rollout, Writer, with_response
 from understudy.sampling import Sampling
 from understudy.scores import Scores

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from understudy.divergences import AlphaBeta, ForwardKL, JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
-from understudy.fused_linear.distributions import Projected, TopK
+from understudy.fused_linear.distributions import Projected
 from understudy.fused_linear.head import Head, Transform
+from understudy.fused_linear.merged import TopK
 
 N, V, D = 23, 31, 7
 DIVERGENCES = [

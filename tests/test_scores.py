@@ -12,7 +12,8 @@ from torch import Tensor
 from understudy import scores
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL, ReverseKL
-from understudy.fused_linear.distributions import Dense, Projected, TopK
+from understudy.fused_linear.distributions import Dense, Projected
+from understudy.fused_linear.merged import TopK
 from understudy.models.forward import score, score_no_grad
 from understudy.scores import Scores, divergence_metrics
 

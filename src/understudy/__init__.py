@@ -20,8 +20,9 @@ if typing.TYPE_CHECKING:
         SkewReverseKL,
         TotalVariation,
     )
-    from .fused_linear.distributions import Dense, Projected, TopK
+    from .fused_linear.distributions import Dense, Projected
     from .fused_linear.loss import fused_divergence
+    from .fused_linear.merged import TopK
     from .generation.stop_tokens import stop_ids
     from .method import Method, MethodContext
     from .methods.dpkd import DPKD
@@ -44,6 +45,8 @@ if typing.TYPE_CHECKING:
     from .step import Step
     from .teacher import Capability, Teacher, TeacherError
     from .teachers.local import LocalTeacher
+    from .teachers.mixture import MixtureTeacher
+    from .teachers.routed import RoutedTeacher
     from .teachers.server import ServerTeacher
     from .training.trainer import StudentTrainer
 
@@ -63,7 +66,8 @@ _NAMES_BY_MODULE = {
         "SkewReverseKL",
         "TotalVariation",
     ),
-    "fused_linear.distributions": ("Dense", "Projected", "TopK"),
+    "fused_linear.distributions": ("Dense", "Projected"),
+    "fused_linear.merged": ("TopK",),
     "fused_linear.loss": ("fused_divergence",),
     "generation.stop_tokens": ("stop_ids",),
     "method": ("Method", "MethodContext"),
@@ -88,6 +92,8 @@ _NAMES_BY_MODULE = {
     "teacher": ("Capability", "Teacher", "TeacherError"),
     "teachers.local": ("LocalTeacher",),
     "teachers.server": ("ServerTeacher",),
+    "teachers.mixture": ("MixtureTeacher",),
+    "teachers.routed": ("RoutedTeacher",),
     "training.trainer": ("StudentTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

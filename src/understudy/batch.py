@@ -130,24 +130,29 @@ class Batch:
         Each but the last has at least `size` padded tokens, and comes with the indices (n,) of its rows among the N of
         this batch.
         """
-        ends = self.lengths.cumsum(0).tolist()
         runs: list[list[int]] = []
         for sequence in sorted(range(len(self.examples)), key=lambda i: len(self.examples[i])):
             if not runs or len(runs[-1]) * len(self.examples[runs[-1][-1]]) >= size:
                 runs.append([])
             runs[-1].append(sequence)
-        parts = []
-        for run in runs:
-            examples = tuple(self.examples[i] for i in run)
-            width = max(map(len, examples))
-            lengths = self.lengths[run]
-            starts = [ends[i] - length for i, length in zip(run, lengths.tolist(), strict=True)]
-            indices = [n for i, start in zip(run, starts, strict=True) for n in range(start, ends[i])]
-            index = torch.tensor(indices, device=self.tokens.device)
-            sequence_ids = torch.arange(len(run), device=lengths.device).repeat_interleave(lengths)
-            ids, mask, predicts = (x[run, :width] for x in (self.input_ids, self.attention_mask, self.predicts))
-            parts.append((Batch(ids, mask, predicts, self.tokens[index], sequence_ids, lengths, examples), index))
-        return parts
+        return [self.select(run) for run in runs]
+
+    def select(self, sequences: Sequence[int]) -> tuple["Batch", Tensor]:
+        """Some of the sequences as a batch that is no wider than it needs to be.
+
+        It comes with the indices (n,) of its rows among the N of this batch.
+        """
+        run = list(sequences)
+        ends = self.lengths.cumsum(0).tolist()
+        examples = tuple(self.examples[i] for i in run)
+        width = max(map(len, examples))
+        lengths = self.lengths[run]
+        starts = [ends[i] - length for i, length in zip(run, lengths.tolist(), strict=True)]
+        indices = [n for i, start in zip(run, starts, strict=True) for n in range(start, ends[i])]
+        index = torch.tensor(indices, device=self.tokens.device)
+        sequence_ids = torch.arange(len(run), device=lengths.device).repeat_interleave(lengths)
+        ids, mask, predicts = (x[run, :width] for x in (self.input_ids, self.attention_mask, self.predicts))
+        return Batch(ids, mask, predicts, self.tokens[index], sequence_ids, lengths, examples), index
 
     def stream(self, name: str) -> Tensor:
         """(N,) the examples' stream of that name, at the trained response tokens; float32.

@@ -3,14 +3,16 @@
 Shapes: N response tokens, V vocabulary, K tokens of a top-K teacher.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .divergences import Divergence, ForwardKL, ReverseKL
-from .fused_linear.distributions import Distribution, Merged, Projected, SharedTokens, over_shared_vocabulary
+from .fused_linear.distributions import Distribution, Projected, Routed, over_shared_vocabulary
 from .fused_linear.loss import chosen_log_prob, divergence_loss, row_values
+from .fused_linear.merged import Merged, SharedTokens
 from .fused_linear.tiles import rows_per_tile
 
 
@@ -49,6 +51,9 @@ class Scores:
 
     def divergence_to(self, student: "Scores", divergence: Divergence) -> Tensor:
         """D(p‖q) at every response token, (N,), of this teacher p and a student q, over the tokens that both have."""
+        if isinstance(self.distribution, Routed):
+            values = {name: p.divergence_to(q, divergence) for name, p, q in self.by_teacher(student)}
+            return self.distribution.assembled(values)
         teacher, q = over_shared_vocabulary(self.distribution, student.distribution)
         if isinstance(q, Projected):
             return row_values(q, divergence_loss(divergence, teacher), student.weights, divergence.temperature)
@@ -62,6 +67,18 @@ class Scores:
     def cut(self, vocabulary: int) -> "Scores":
         """The same over the first `vocabulary` tokens only: the padding of a vocabulary is left out of the softmax."""
         return Scores(self.tokens, self.distribution.cut(vocabulary), self.weights)
+
+    def rows(self, index: Tensor) -> "Scores":
+        """The scores of some of the rows, by their indices (n,)."""
+        weights = None if self.weights is None else self.weights[index]
+        return Scores(self.tokens[index], self.distribution.rows(index), weights)
+
+    def by_teacher(self, student: "Scores") -> Iterator[tuple[str, "Scores", "Scores"]]:
+        """Of several teachers that have their own rows each: name, its scores, and the student's of the same rows."""
+        assert isinstance(self.distribution, Routed), "there is one teacher"
+        for name, part in self.distribution.parts.items():
+            index = self.distribution.indices[name]
+            yield name, Scores(self.tokens[index], part), student.rows(index)
 
     def reweighted(self, factor: Tensor) -> "Scores":
         """The same scores for a term of the loss in which row n counts `factor[n]` times as much, (N,).
@@ -82,6 +99,9 @@ def divergence_metrics(teacher: Scores, student: Scores) -> dict[str, Tensor]:
 
     Of a teacher with another tokenizer also `shared_boundaries`: 1 where it can be compared, else 0, as all others are.
     """
+    if isinstance(teacher.distribution, Routed):
+        parts = {name: divergence_metrics(p, q) for name, p, q in teacher.by_teacher(student)}
+        return merged_metrics(teacher.distribution, parts)
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
     assert not isinstance(q, Merged), "the student is a live model"
     chunks: dict[str, list[Tensor]] = {name: [] for name in DIVERGENCE_METRICS}
@@ -98,4 +118,25 @@ def divergence_metrics(teacher: Scores, student: Scores) -> dict[str, Tensor]:
     metrics = {name: torch.cat(values) for name, values in chunks.items()}
     if isinstance(p, SharedTokens):
         metrics[SHARED_BOUNDARIES] = p.known.to(metrics["forward_kl"])
+    return metrics
+
+
+def merged_metrics(routed: Routed, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """(N,) each: the metrics that there are for every teacher, from each teacher's own (n,)."""
+    names = [name for name in next(iter(parts.values())) if all(name in values for values in parts.values())]
+    return {name: routed.assembled({teacher: parts[teacher][name] for teacher in parts}) for name in names}
+
+
+def metrics_by_teacher(teacher: Scores, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of several teachers that have their own rows each: the share of the tokens that each one scores, and its KLs.
+
+    Args:
+        values: `divergence_metrics`, or nothing where these cannot be computed.
+    """
+    if not isinstance(teacher.distribution, Routed):
+        return {}
+    metrics: dict[str, Tensor] = {}
+    for name, index in teacher.distribution.indices.items():
+        metrics[f"share_{name}"] = torch.zeros(len(teacher.tokens)).index_fill(0, index, 1.0)
+        metrics |= {f"{kl}_{name}": values[kl][index] for kl in ("forward_kl", "reverse_kl") if kl in values}
     return metrics

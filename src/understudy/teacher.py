@@ -1,8 +1,10 @@
 """A teacher: the log-probabilities of every response token of a batch, from a model in this process or elsewhere."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +49,7 @@ class Teacher(ABC):
 
     provides: frozenset[Capability]  # of the class, or of an instance where it depends on the arguments
     scores_new_responses: bool = True  # can it score any response, or only examples that are stored?
+    teachers: Mapping[str, "Teacher"] = MappingProxyType({})  # those that this one consists of, by name
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
@@ -56,10 +59,20 @@ class Teacher(ABC):
     @property
     def tokenizer_name(self) -> str | None:
         """Name or folder of the teacher's tokenizer; None: unknown, and not compared with the student's."""
-        return self.model_name
+        return next((t.tokenizer_name for t in self.teachers.values() if t.tokenizer_name is not None), self.model_name)
+
+    def parts(self) -> dict[str, "Teacher"]:
+        """The teacher itself by an empty key; or those that it consists of, by their keys in its block of a recipe."""
+        if not self.teachers:
+            return {"": self}
+        return {
+            ".".join(filter(None, ("teachers", name, key))): part
+            for name, teacher in self.teachers.items()
+            for key, part in teacher.parts().items()
+        }
 
     @property
-    def weights(self) -> Any:
+    def local_model(self) -> Any:
         """The model in this process that the scores come from, loaded; None where there is none. A run records them."""
         return self.model
 
@@ -74,14 +87,18 @@ class Teacher(ABC):
 
     def to(self, device: torch.device) -> None:
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""
+        for teacher in self.teachers.values():
+            teacher.to(device)
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Called with all batches of an optimizer step before the first is scored, so that a server can score them
         concurrently.
         """
+        for teacher in self.teachers.values():
+            teacher.prefetch(batches)
 
     def check_data(self, examples: Examples, settings: Mapping[str, Any]) -> None:
-        """Refuse a dataset of which an example cannot be scored, before training. Default: none is refused.
+        """Refuse a dataset of which an example cannot be scored, before training. By default none is refused.
 
         Args:
             settings: of the recipe, on which the examples depend, so that an error can name one that was changed.
@@ -89,6 +106,8 @@ class Teacher(ABC):
         Raises:
             ValueError: naming the first row that cannot be scored, and the remedy.
         """
+        for teacher in self.teachers.values():
+            teacher.check_data(examples, settings)
 
     def rollout(self) -> "Rollout | None":
         """The rollout that generates this teacher's responses, where it is no live model and can generate."""
@@ -111,6 +130,22 @@ def covers(provided: frozenset[Capability], required: frozenset[Capability]) -> 
     if Capability.FULL in provided:
         provided |= {Capability.CHOSEN, Capability.TOP_K}
     return required <= provided
+
+
+def common_capabilities(teachers: Iterable[Teacher]) -> frozenset[Capability]:
+    """What every one of several teachers can score; a model of its own none of them is to the others."""
+    scoring = (Capability.CHOSEN, Capability.TOP_K, Capability.FULL)
+    return frozenset(c for c in scoring if all(teacher.can(c) for teacher in teachers))
+
+
+def check_weights(weights: Mapping[str, float], teachers: Mapping[str, Teacher]) -> None:
+    """Refuse weights that are not one positive number for each teacher.
+
+    Raises:
+        ValueError: naming the teachers.
+    """
+    if weights.keys() != teachers.keys() or not all(0 < weight < math.inf for weight in weights.values()):
+        raise ValueError(f"weights needs a number above 0 for each of the teachers {', '.join(teachers)}")
 
 
 def describe(capabilities: Iterable[Capability]) -> str:

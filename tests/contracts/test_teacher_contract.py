@@ -19,11 +19,14 @@ from torch import nn
 
 from understudy.batch import Batch
 from understudy.divergences import ForwardKL, JensenShannon
-from understudy.fused_linear.distributions import Dense, Merged, TopK
+from understudy.fused_linear.distributions import Dense
+from understudy.fused_linear.merged import Merged, TopK
 from understudy.scores import Scores
 from understudy.teacher import Capability
 from understudy.teachers.cross_tokenizer import CrossTokenizerTeacher
 from understudy.teachers.local import LocalTeacher
+from understudy.teachers.mixture import MixtureTeacher
+from understudy.teachers.routed import RoutedTeacher
 from understudy.teachers.server import ServerTeacher
 
 
@@ -69,6 +72,10 @@ TEACHERS = {
     "cached top k": lambda stack: cached(stack, LocalTeacher(tiny("llama", vocabulary=64)), top_k=5),
     "cached top k in half precision": lambda stack: cached(stack, BigramTeacher(), top_k=5, dtype="float16"),
     "cached top k only": lambda stack: cached(stack, TopKOnlyTeacher(), top_k=3),
+    "routed": lambda stack: RoutedTeacher(
+        {"a": LocalTeacher(tiny("llama")), "b": BigramTeacher()}, weights={"a": 1.0, "b": 1.0}
+    ),
+    "mixture": lambda stack: MixtureTeacher({"a": LocalTeacher(tiny("llama")), "b": LocalTeacher(tiny("gpt2"))}),
     "top k and chosen": lambda stack: TopKTeacher(),
     "top k only": lambda stack: TopKOnlyTeacher(),
     "chosen only": lambda stack: ChosenTeacher(),

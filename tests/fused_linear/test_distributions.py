@@ -6,8 +6,9 @@ from projected import DIVERGENCES, N, V, f64, generator, leaves, random_projecte
 from torch import Tensor
 
 from understudy.divergences import AlphaBeta, ReverseKL
-from understudy.fused_linear.distributions import Dense, TopK
+from understudy.fused_linear.distributions import Dense
 from understudy.fused_linear.loss import divergence_loss, row_values
+from understudy.fused_linear.merged import TopK
 
 TOP_K_DIVERGENCES = [d for d in DIVERGENCES if d.temperature == 1.0] + [ReverseKL()]
 

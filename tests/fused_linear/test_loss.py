@@ -14,9 +14,10 @@ from torch import Tensor
 
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL
 from understudy.fused_linear import loss as fused_loss
-from understudy.fused_linear.distributions import Projected, TopK
+from understudy.fused_linear.distributions import Projected
 from understudy.fused_linear.head import Head
 from understudy.fused_linear.loss import chosen_log_prob, divergence_loss, fused_divergence, row_values
+from understudy.fused_linear.merged import TopK
 from understudy.fused_linear.tiles import tiling
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from understudy.batch import Batch, Example, micro_batches
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL
 from understudy.fused_linear import loss as fused_loss
-from understudy.fused_linear.distributions import TopK
+from understudy.fused_linear.merged import TopK
 from understudy.models import logits
 from understudy.models.forward import score, score_no_grad
 from understudy.scores import Scores

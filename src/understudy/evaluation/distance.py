@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..batch import Batch, Example
-from ..fused_linear.distributions import Dense, Merged, over_shared_vocabulary
+from ..fused_linear.distributions import Dense, Routed, over_shared_vocabulary
+from ..fused_linear.merged import Merged
 from ..fused_linear.tiles import rows_per_tile
 from ..models.forward import score
 from ..models.parity import can_fuse
-from ..scores import Scores, divergence_metrics
+from ..scores import Scores, divergence_metrics, merged_metrics
 from ..teacher import Teacher
 
 TOP = 10  # tokens compared by `top_10_overlap`
@@ -113,6 +114,10 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
 
     The latter three are missing for a teacher that provides only its top tokens.
     """
+    if isinstance(teacher.distribution, Routed):
+        return merged_metrics(
+            teacher.distribution, {name: differences(*pair) for name, *pair in teacher.by_teacher(student)}
+        )
     if isinstance(teacher.distribution, Merged) or isinstance(student.distribution, Merged):
         return divergence_metrics(teacher, student)
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)

@@ -1,4 +1,5 @@
-"""The next-token distributions of N rows: from hidden rows and a head, dense log-probabilities, or some tokens' alone.
+"""The next-token distributions of N rows: from hidden rows and a head, dense log-probabilities, some tokens' alone, as
+a weighted average of others, or for each row one of several.
 
 Code that compares two models does not depend on which kind it has.
 
@@ -6,14 +7,16 @@ Shapes: N rows, C rows of a tile, V vocabulary, K tokens of a top-K distribution
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .head import Head, softmax_dtype
+from .head import Head
+from .merged import Merged
+from .tiles import rows_per_tile
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,15 @@ class Projected:
         with torch.autocast(self.hidden.device.type, enabled=False) if self.constant else nullcontext():
             return (self.head(self.hidden[rows]) / temperature).log_softmax(-1)
 
+    def rows(self, rows: Tensor) -> "Projected":
+        """The rows with these indices."""
+        return replace(self, hidden=self.hidden[rows])
+
     def chosen(self, tokens: Tensor) -> Tensor:
-        """(N,) log-probabilities of `tokens` (N,), differentiable by autograd."""
-        return self.log_probs().gather(-1, tokens.to(self.hidden.device)[:, None])[:, 0]
+        """(N,) log-probabilities of `tokens` (N,), differentiable by autograd; computed tile by tile."""
+        index, size = tokens.to(self.hidden.device)[:, None], rows_per_tile(self.vocabulary)
+        tiles = [slice(start, start + size) for start in range(0, len(index), size)]
+        return torch.cat([self.log_probs(rows).gather(-1, index[rows])[:, 0] for rows in tiles])
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Dense:
     def vocabulary(self) -> int:
         return self.values.shape[-1]
 
-    def rows(self, rows: slice) -> "Dense":
+    def rows(self, rows: slice | Tensor) -> "Dense":
         return Dense(self.values[rows])
 
     def cut(self, vocabulary: int) -> "Dense":
@@ -83,130 +92,107 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class TopK:
-    """Log-probabilities of K tokens per row: a full distribution over **K+1 events**, those and "any other token".
+class Mixed:
+    """A weighted average of distributions, log Σ_i w_i p_i(v), each normalised over the tokens that all of them have.
 
-    Merging events never increases an f-divergence, so comparing over them gives a lower bound of the full value, and no
-    divergence needs a version of its own for truncated teachers.
+    It is computed a tile of rows at a time.
     """
 
-    values: Tensor  # (N, K)
-    support: Tensor  # (N, K) token ids, no id twice in a row
-    chosen_values: Tensor | None = None  # (N,) log-probability of the chosen token, if the teacher reports it
-    rest: Tensor | None = None  # (N,) log-probability of any other token, if the teacher reports it; else 1 − Σ
-    known: Tensor | None = None  # (N,) bool; in other rows the only event is "any token", so that all divergences are 0
+    parts: "tuple[Projected | Dense | Mixed | Routed, ...]"
+    weights: tuple[float, ...]  # w_i, whose sum is 1
 
     @property
     def requires_grad(self) -> bool:
-        return self.values.requires_grad
+        return any(part.requires_grad for part in self.parts)
 
-    def rows(self, rows: slice) -> "TopK":
-        chosen, rest, known = (None if x is None else x[rows] for x in (self.chosen_values, self.rest, self.known))
-        return TopK(self.values[rows], self.support[rows], chosen, rest, known)
+    @property
+    def vocabulary(self) -> int:
+        return min(part.vocabulary for part in self.parts)
 
-    def cut(self, vocabulary: int) -> "TopK":
-        """Unchanged: the top K are already normalised over the real tokens."""
-        return self
+    def rows(self, rows: slice | Tensor) -> Dense:
+        return Dense(self.log_probs(rows) if isinstance(rows, slice) else self.log_probs()[rows])
+
+    def cut(self, vocabulary: int) -> "Mixed":
+        return replace(self, parts=tuple(part.cut(vocabulary) for part in self.parts))
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
-        """(C, K+1): the last event is any other token.
-
-        Raises:
-            ValueError: for a temperature other than 1.
-        """
-        if temperature != 1.0:
-            raise ValueError(
-                "a teacher known by its top tokens only cannot be softened: the tail's shape is unknown; "
-                "set the divergence's temperature to 1"
-            )
-        values = self.values[rows].to(softmax_dtype(self.values.dtype))
-        if self.rest is not None:
-            rest = self.rest[rows, None].to(values.dtype)
-        else:
-            total = values.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(values.dtype).eps)
-            rest = torch.log(-torch.expm1(total))
-        return self._of_known(torch.cat([values, rest], dim=-1), rows)
+        """(C, V), or the softmax of this over the temperature."""
+        values = self._average([part.log_probs(rows) for part in self.cut(self.vocabulary).parts])
+        return values if temperature == 1.0 else (values / temperature).log_softmax(-1)
 
     def chosen(self, tokens: Tensor) -> Tensor:
-        """(N,) log-probabilities of the chosen tokens as the teacher reported them.
+        """(N,) log-probabilities of `tokens` (N,)."""
+        return self._average([part.chosen(tokens) for part in self.cut(self.vocabulary).parts])
 
-        Raises:
-            ValueError: if it reported the top K alone.
-        """
-        if self.chosen_values is None:
-            raise ValueError(
-                "this teacher reports its top tokens only, and not the log-probability of the chosen token: choose a "
-                "method that does not need it, or a teacher that provides it"
-            )
-        return self.chosen_values
-
-    def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Another model's log-probabilities (C, V) as those of the same K+1 events, (C, K+1).
-
-        The last event never has probability 0, by rounding or where the support is the whole vocabulary: a teacher's
-        that is 1 − Σ is at least the dtype's resolution, and an empty one of the other model gets that value.
-        """
-        support = self.support[rows].to(log_q.device)
-        rest = log_q.scatter(-1, support, -torch.inf)
-        empty = (rest == -torch.inf).all(-1, keepdim=True)
-        rest = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True)  # no NaN gradient of logsumexp(−inf, −inf, …)
-        rest = rest.masked_fill(empty, math.log(torch.finfo(log_q.dtype).eps))
-        return self._of_known(torch.cat([log_q.gather(-1, support), rest], dim=-1), rows)
-
-    def unmerge_gradient(self, grad_merged: Tensor, merged: Tensor, log_q: Tensor) -> Tensor:
-        """From the derivative (C, K+1) with respect to `merged = merge(log_q)` to that (C, V) by `log_q`."""
-        grad = (log_q - merged[:, -1:]).exp_()  # each token's share of "any other"
-        grad.mul_(grad_merged[:, -1:]).scatter_(-1, self.support.to(log_q.device), grad_merged[:, :-1])
-        return grad if self.known is None else grad.masked_fill_(~self.known.to(grad.device)[:, None], 0)
-
-    def _of_known(self, events: Tensor, rows: slice) -> Tensor:
-        """Log-probabilities (C, K+1) of events; in rows that are not known the last one has probability 1."""
-        if self.known is None:
-            return events
-        certain = torch.full_like(events[:1], -torch.inf)
-        certain[:, -1] = 0
-        return torch.where(self.known[rows].to(events.device)[:, None], events, certain)
+    def _average(self, log_probs: Sequence[Tensor]) -> Tensor:
+        total = log_probs[0] + math.log(self.weights[0])
+        for values, weight in zip(log_probs[1:], self.weights[1:], strict=True):
+            total = torch.logaddexp(total, values.to(total.device, total.dtype) + math.log(weight))
+        return total
 
 
 @dataclass(frozen=True)
-class SharedTokens:
-    """Distributions over another vocabulary, as the K+1 events of `TopK`: the K tokens that both have, any other token.
+class Routed:
+    """For each row the distribution of one of several teachers, of any kinds.
 
-    The other vocabulary is projected a tile of rows at a time.
+    Comparing two models is done for the rows of each teacher (`scores.Scores.by_teacher`), so that every divergence is
+    what it is with that teacher alone.
     """
 
-    distribution: Projected | Dense  # of N rows over the other vocabulary
-    support: Tensor  # (K,) the shared tokens' ids in this vocabulary …
-    other_ids: Tensor  # (K,) … and in the other one
-    known: Tensor  # (N,) bool, see `TopK`
+    parts: "Mapping[str, Distribution]"  # by the teacher's name, of its rows in their order
+    indices: Mapping[str, Tensor]  # of each teacher's rows among the N, on the CPU; empty for one that has no part
 
-    requires_grad: ClassVar[bool] = False
+    @property
+    def requires_grad(self) -> bool:
+        return any(part.requires_grad for part in self.parts.values())
 
-    def rows(self, rows: slice) -> TopK:
-        log_probs = self.distribution.log_probs(rows)
-        values = log_probs[:, self.other_ids.to(log_probs.device)]
-        return TopK(values, self.support.expand(values.shape), known=self.known[rows])
+    @property
+    def vocabulary(self) -> int:
+        """The smallest of the parts that have one."""
+        return min(part.vocabulary for part in self.parts.values() if not isinstance(part, Merged))
 
-    def cut(self, vocabulary: int) -> "SharedTokens":
-        """Unchanged: the shared tokens are real ones."""
-        return self
+    def cut(self, vocabulary: int) -> "Routed":
+        return replace(self, parts={name: part.cut(vocabulary) for name, part in self.parts.items()})
+
+    def rows(self, rows: slice | Tensor) -> Dense:
+        return Dense(self.log_probs(rows) if isinstance(rows, slice) else self.log_probs()[rows])
 
     def log_probs(self, rows: slice = slice(None), temperature: float = 1.0) -> Tensor:
-        """(C, K+1): see `TopK.log_probs`."""
-        return self.rows(rows).log_probs(temperature=temperature)
+        """(C, V), or (C, K+1) where all teachers are known by their top K.
+
+        Raises:
+            ValueError: for rows of different numbers of events.
+        """
+        start, stop, _ = rows.indices(sum(map(len, self.indices.values())))
+        values = []
+        for name, part in self.parts.items():
+            first, end = torch.searchsorted(self.indices[name], torch.tensor([start, stop])).tolist()
+            values.append(part.log_probs(slice(first, end), temperature))
+        if len({value.shape[1] for value in values}) > 1:
+            raise ValueError(
+                "the routed teachers provide different numbers of log-probabilities per token: use a method that "
+                "compares distributions by a divergence, or teachers of one kind"
+            )
+        order = torch.cat([index[(index >= start) & (index < stop)] for index in self.indices.values()]).argsort()
+        return _joined(values)[order]
 
     def chosen(self, tokens: Tensor) -> Tensor:
-        """Refused: see `TopK.chosen`."""
-        return self.rows(slice(0)).chosen(tokens)
+        """(N,) log-probabilities of `tokens` (N,)."""
+        return self.assembled({name: part.chosen(tokens[self.indices[name]]) for name, part in self.parts.items()})
 
-    def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
-        """(C, K+1): see `TopK.merge`."""
-        values = log_q[:, :0]  # which play no part
-        return TopK(values, self.support.expand(len(log_q), -1), known=self.known[rows]).merge(log_q)
+    def assembled(self, values: Mapping[str, Tensor]) -> Tensor:
+        """(N,) from each teacher's values (n,)."""
+        return _joined([values[name] for name in self.parts])[
+            torch.cat([self.indices[n] for n in self.parts]).argsort()
+        ]
 
 
-Merged = TopK | SharedTokens  # over K+1 events, the last of which is any other token
-Distribution = Projected | Dense | Merged
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """The tensors one after the other, on the first one's device."""
+    return torch.cat([value.to(values[0].device, values[0].dtype) for value in values])
+
+
+Distribution = Projected | Dense | Merged | Mixed | Routed
 
 
 def over_shared_vocabulary(teacher: Distribution, student: Distribution) -> tuple[Distribution, Distribution]:

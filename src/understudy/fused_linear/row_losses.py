@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from .distributions import Dense, TopK
+from .distributions import Dense, Mixed, Routed
 from .head import TileLogits
+from .merged import TopK
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class DivergenceLoss:
     """The divergence of each row from the teacher."""
 
     divergence: Divergence
-    teacher: TileLogits | Dense | TopK  # of the same rows
+    teacher: TileLogits | Dense | TopK | Mixed | Routed  # of the same rows
 
     def rows(self, rows: slice) -> "DivergenceLoss":
         return DivergenceLoss(self.divergence, self.teacher.rows(rows))

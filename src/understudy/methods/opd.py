@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import ReverseKL
-from ..fused_linear.distributions import Dense, Projected, TopK, over_shared_vocabulary
+from ..fused_linear.distributions import Distribution, over_shared_vocabulary
+from ..fused_linear.merged import Merged, TopK
 from ..fused_linear.tiles import rows_per_tile
 from ..method import Method, MethodContext
 from ..reward import Reward
@@ -127,8 +128,6 @@ class OPD(Method):
     def _top_k_divergence(self, teacher: Scores, student: Scores) -> Tensor:
         """(N,) KL(q‖p) over the student's K likeliest tokens and "any other", a lower bound of KL(q‖p)."""
         p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
-        assert not isinstance(p, TopK), "the teacher provides every token"
-        assert not isinstance(q, TopK), "the student is a live model"
         at_top_k = _at_student_top_k(p, q, student.tokens, self.student_top_k)
         return at_top_k.divergence_to(replace(student, distribution=q), ReverseKL())
 
@@ -163,8 +162,9 @@ def _prefix_weights(advantage: Tensor, gamma: float, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _at_student_top_k(teacher: Projected | Dense, student: Projected | Dense, tokens: Tensor, k: int) -> Scores:
+def _at_student_top_k(teacher: Distribution, student: Distribution, tokens: Tensor, k: int) -> Scores:
     """The teacher's log-probabilities of the K tokens that are likeliest to the student, computed tile by tile."""
+    assert not isinstance(student, Merged), "the student is a live model"
     values, support, size = [], [], rows_per_tile(student.vocabulary)
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)

@@ -13,13 +13,20 @@ from ..registry import Registry, UnknownName, is_class, nearest
 from .yaml_text import RecipeError
 
 
-def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **extra: Any) -> Any:
+def construct(
+    cls: type,
+    fields: Mapping[str, Any],
+    where: str,
+    other_fields: Sequence[str] = (),
+    registry: Registry[Any] | None = None,
+    **extra: Any,
+) -> Any:
     """Build an instance from a recipe's fields.
 
     Raises:
         RecipeError: as `arguments`, and for what the constructor refuses.
     """
-    values = arguments(cls, fields, where, other_fields, **extra)
+    values = arguments(cls, fields, where, other_fields, registry, **extra)
     try:
         return cls(**values)
     except RecipeError:
@@ -29,13 +36,19 @@ def construct(cls: type, fields: Mapping[str, Any], where: str, other_fields: Se
 
 
 def arguments(
-    cls: type, fields: Mapping[str, Any], where: str, other_fields: Sequence[str] = (), **extra: Any
+    cls: type,
+    fields: Mapping[str, Any],
+    where: str,
+    other_fields: Sequence[str] = (),
+    registry: Registry[Any] | None = None,
+    **extra: Any,
 ) -> dict[str, Any]:
     """A recipe's fields as arguments of a constructor, checked against its signature.
 
     Args:
         where: the fields' place in the recipe, such as `method.gkd`; for errors.
         other_fields: names of fields that are not for this constructor, and are left out.
+        registry: of the class itself, for constructors that take further instances of its kind by name.
         extra: arguments that are not fields of a recipe, such as a method's reward.
 
     Raises:
@@ -60,15 +73,17 @@ def arguments(
         if name not in settable and (not open_ended or name in named):
             hint = nearest(str(name), [*settable, *other_fields])
             raise RecipeError(f'{where} has no field "{name}"{hint}', f"{where}.{name}")
-        values[name] = _convert_field(copy.deepcopy(value), hints.get(name, Any), f"{where}.{name}")
+        values[name] = _convert_field(copy.deepcopy(value), hints.get(name, Any), f"{where}.{name}", registry)
     missing = [n for n, p in named.items() if p.default is p.empty and n not in values]
     if missing:
         raise RecipeError(f'{where} needs "{missing[0]}": add {where}.{missing[0]}', where)
     return values
 
 
-def _convert_field(value: Any, hint: Any, where: str) -> Any:
-    """As `convert`; divergences are constructed by name, and where Python takes a model a recipe has its name."""
+def _convert_field(value: Any, hint: Any, where: str, registry: Registry[Any] | None) -> Any:
+    """As `convert`; divergences are constructed by name, and so are several instances of the registry's class, each by
+    a name of its own; where Python takes a model a recipe has its name.
+    """
     from ..divergences import Divergence
 
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -76,6 +91,11 @@ def _convert_field(value: Any, hint: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _construct_by_name(value, Registry("divergence", Divergence.__module__, Divergence), where)
+    if registry is not None and hint == Mapping[str, registry.base]:
+        if not isinstance(value, Mapping):
+            noun = registry.noun
+            raise RecipeError(f"{where} has a {noun} for each name, written as `name: {{{noun}: {{…}}}}`", where)
+        return {str(name): _construct_by_name(each, registry, f"{where}.{name}") for name, each in value.items()}
     if str in options and any(isinstance(o, type) and o.__module__ != "builtins" for o in options):
         hint = str | None if type(None) in options else str
     return convert(value, hint, where)
@@ -90,7 +110,7 @@ def _construct_by_name(value: Any, registry: Registry[Any], where: str) -> Any:
         raise RecipeError(f"{where}: {error}", where) from error
     except ValueError as error:
         raise RecipeError(f"{where}: {error}", where) from None
-    return construct(cls, fields, f"{where}.{name}")
+    return construct(cls, fields, f"{where}.{name}", registry=registry)
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

@@ -151,13 +151,15 @@ class Recipe(_Block):
         """Raise the errors that `build` would raise before it calls the constructor, which may load a model."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            arguments(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **extra)
+            arguments(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), registry, **extra)
 
     def build(self, word: str, registry: Registry[Any], **extra: Any) -> Any:
         """The instance that `method`, `teacher` or `rollout` describes; `extra` is for a method's `reward`."""
         name, fields = getattr(self, word)
         with self.locating(word):
-            return construct(registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), **extra)
+            return construct(
+                registry.get(name), fields, f"{word}.{name}", _OTHER_FIELDS.get(word, ()), registry, **extra
+            )
 
     def sampling(self) -> Sampling:
         """The sampling parameters in the rollout block, whose other fields are the engine's options."""

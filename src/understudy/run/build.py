@@ -29,7 +29,7 @@ from .differences import Input
 from .folder import RunFolder
 from .held_out_metrics import held_out_metrics
 from .inputs import run_inputs
-from .prepare import prepare, uses_teacher
+from .prepare import prepare, teacher_parts, uses_teacher
 
 
 @dataclass
@@ -78,18 +78,15 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     generator = teacher  # exposure bias is measured with it even if the method does not use it
     if not uses_teacher(method):
         teacher = None
-    with recipe.locating("teacher"):
-        weights = None if teacher is None else teacher.weights  # loaded now
-        weights = teacher.fingerprint if teacher is not None and weights is None else weights
-    teacher_model = None if teacher is None else teacher.model
+    teacher_models = {} if teacher is None else _teacher_models(recipe, teacher)
     with recipe.locating("reward"):
         if reward is not None:
             reward.load()
     if not sampling.stop_ids:
-        sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, teacher_model)))
+        sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, *teacher_models.values())))
     folder = RunFolder(Path(arguments.output_dir or "."))
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
-    models = {"student": student, "teacher": weights, **_reward_models(method)}
+    models = {"student": student, **teacher_models, **_reward_models(method)}
     inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
     trainer = StudentTrainer(
         student,
@@ -113,6 +110,16 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     check_best_metric(run)
     _add_callbacks(run, console)
     return run
+
+
+def _teacher_models(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    """The weights of teachers, loaded now, by the keys that name them; a fingerprint where they are elsewhere."""
+    models = {}
+    for key, part in teacher_parts(recipe, teacher).items():
+        with recipe.locating(key):
+            weights = part.local_model
+            models[key] = part.fingerprint if weights is None else weights
+    return models
 
 
 def _reward_models(method: Method) -> dict[str, Any]:

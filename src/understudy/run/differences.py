@@ -27,7 +27,7 @@ _EVALUATION = {  # free as well, unless an evaluation decides which student is s
 }
 _LENGTH = {"training.max_steps", "training.num_train_epochs", "budget.tokens", "budget.seconds"}
 _ENDLESS_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt"}
-_ENDLESS_METHODS = {"sft", "kd", "seqkd", "gkd", "dpkd"}
+_ENDLESS_METHODS = {"sft", "kd", "seqkd", "gkd", "opd", "dpkd"}
 _FIXED = ("student.fresh", "student.layers", "student.peft", "student.merge")
 _MISSING = object()
 

@@ -33,15 +33,22 @@ def overview(run: "Run") -> Iterator[tuple[str, str]]:
     total = sum(p.numel() for p in student.parameters())
     part = "" if trained == total else f", {trained:,} of them trained"
     yield "student", f"{origin}: {total:,} parameters{part}, {_place(student)}"
-    if run.teacher is not None:
-        model = getattr(run.teacher, "weights", None)
-        name = getattr(run.teacher, "model_name", None) or recipe.teacher[0] if recipe.teacher else "teacher"
-        size = "" if model is None else f": {sum(p.numel() for p in model.parameters()):,} parameters, {_place(model)}"
-        yield "teacher", f"{name}{size}"
+    yield from _teachers(run)
     yield "method", recipe.method[0]
     held_out = "" if run.held_out is None else f"; held out {len(run.held_out):,} of {run.held_out.source}"
     yield "data", f"{counted(len(run.train), 'row', 'rows')} of {run.train.source}{held_out}"
     yield "training", ", ".join(_training(run))
+
+
+def _teachers(run: "Run") -> Iterator[tuple[str, str]]:
+    """The teacher, or a line for each one that it consists of."""
+    if run.teacher is None or run.recipe.teacher is None:
+        return
+    for key, part in run.teacher.parts().items():
+        model = part.local_model
+        size = "" if model is None else f": {sum(p.numel() for p in model.parameters()):,} parameters, {_place(model)}"
+        name = part.model_name or run.recipe.teacher[0]
+        yield "teacher", f"{key.removeprefix('teachers.')} is {name}{size}" if key else f"{name}{size}"
 
 
 def _place(model: Any) -> str:

@@ -64,7 +64,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if teacher is not None and method.requires:
         for data, examples in ((recipe.data, train), (held_out_data(recipe), held_out)):
             if examples is not None:
-                _check_stored(recipe, teacher, examples, data_settings(data, configs.tokenizer))
+                _check_data(recipe, teacher, examples, data_settings(data, configs.tokenizer))
     return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
@@ -93,7 +93,7 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
     return teacher
 
 
-def _check_stored(recipe: Recipe, teacher: Teacher, examples: Examples, settings: dict[str, Any]) -> None:
+def _check_data(recipe: Recipe, teacher: Teacher, examples: Examples, settings: dict[str, Any]) -> None:
     with recipe.locating("teacher"):
         try:
             teacher.check_data(examples, settings)
@@ -101,23 +101,31 @@ def _check_stored(recipe: Recipe, teacher: Teacher, examples: Examples, settings
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from None
 
 
+def teacher_parts(recipe: Recipe, teacher: Teacher) -> dict[str, Teacher]:
+    """The teachers that the recipe's one consists of, or itself, by the keys that name them."""
+    assert recipe.teacher is not None
+    return {f"teacher.{recipe.teacher[0]}.{key}" if key else "teacher": part for key, part in teacher.parts().items()}
+
+
 def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> Configs:
     """Load tokenizers and configurations, and check that they fit together."""
     name = None if teacher is None else teacher.tokenizer_name
+    parts = {} if teacher is None else teacher_parts(recipe, teacher)
     with recipe.locating("student"):
         tokenizer = load_tokenizer(tokenizer_name(recipe, name))
         config = student_config(recipe, None if teacher is None else teacher.model_name)
         check_vocabulary(tokenizer, config, "the student has")
     configs = [config]
-    with recipe.locating("teacher"):
-        if name is not None:
-            check_tokenizers(tokenizer, load_tokenizer(name))
-        if teacher is not None and teacher.model_name is not None and uses_teacher(method):
-            configs.append(load_config(teacher.model_name))
-            check_vocabulary(tokenizer, configs[-1], "the teacher has")
-        if teacher is not None and uses_teacher(method):
-            _setup(teacher, tokenizer)
-    lengths = [context_window(*configs), None if teacher is None else teacher.context_length]
+    for key, part in parts.items():
+        with recipe.locating(key):
+            if part.tokenizer_name is not None:
+                check_tokenizers(tokenizer, load_tokenizer(part.tokenizer_name))
+            if part.model_name is not None and uses_teacher(method):
+                configs.append(load_config(part.model_name))
+                check_vocabulary(tokenizer, configs[-1], "the teacher has")
+            if uses_teacher(method):
+                _setup(part, tokenizer)
+    lengths = [context_window(*configs), *(part.context_length for part in parts.values())]
     window, prefix = min(filter(None, lengths), default=None), method.teacher_prefix_tokens
     if window is not None and window < prefix + 2:
         message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"

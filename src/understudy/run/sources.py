@@ -1,6 +1,8 @@
 """The models on disk that a run begins with, which it may not overwrite."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..recipe import Recipe
 from ..training import checkpoint
@@ -15,10 +17,10 @@ def check_not_overwritten(recipe: Recipe, folder: Path, student: Path) -> None:
     Raises:
         RecipeError: naming the model, with the remedy.
     """
-    models = {"student": recipe.student.model}
+    models: list[tuple[str, Any]] = [("student", recipe.student.model)]
     if recipe.teacher is not None:
-        models["teacher"] = recipe.teacher[1].get("model")
-    for name, model in models.items():
+        models += [("teacher", model) for model in _models(recipe.teacher[1])]
+    for name, model in models:
         if not isinstance(model, str) or not Path(model).is_dir():
             continue
         path = Path(model).resolve()
@@ -26,3 +28,12 @@ def check_not_overwritten(recipe: Recipe, folder: Path, student: Path) -> None:
         if path in (folder.resolve(), student.resolve()) or is_checkpoint:
             message = f"the run would overwrite the model {model}, from which its {name} is loaded"
             raise recipe.error("training.output_dir", f"{message}: give another training.output_dir")
+
+
+def _models(fields: Mapping[str, Any]) -> Iterator[Any]:
+    """The models that a block names, those of the blocks in it included."""
+    for name, value in fields.items():
+        if name == "model":
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _models(value)

@@ -24,7 +24,8 @@ def summarize(run: "Run", seconds: dict[str, float], metrics: dict[str, float]) 
     """
     trainer = run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = getattr(run.teacher, "weights", None)
+    teachers = [] if run.teacher is None else [part.local_model for part in run.teacher.parts().values()]
+    sizes = [sum(p.numel() for p in teacher.parameters()) for teacher in teachers if teacher is not None]
     return {
         "recipe": run.recipe.name,
         "folder": str(run.folder.path),
@@ -34,7 +35,7 @@ def summarize(run: "Run", seconds: dict[str, float], metrics: dict[str, float]) 
         "budget": _budget(trainer),
         "student_parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "teacher_parameters": None if teacher is None else sum(p.numel() for p in teacher.parameters()),
+        "teacher_parameters": sum(sizes) if sizes else None,
         "examples": len(run.train),
         "fingerprint": run.train.fingerprint,
         "cut_prompts": run.train.cut_prompts,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..batch import Batch, Example
 from ..files import write_atomic
-from ..fused_linear.distributions import Projected, TopK
+from ..fused_linear.distributions import Projected
+from ..fused_linear.merged import TopK
 from ..fused_linear.tiles import rows_per_tile
 from ..scores import Scores
 from ..teacher import Teacher

@@ -6,7 +6,7 @@ Shapes: N trained tokens, K tokens of a top-K reply, D width.
 import torch
 from torch import Tensor
 
-from ..fused_linear.distributions import TopK
+from ..fused_linear.merged import TopK
 from ..teacher import TeacherError
 
 _ROUNDING = 2e-2  # of a sum of probabilities whose logarithms come from a model in bfloat16

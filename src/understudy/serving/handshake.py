@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..batch import Example
-from ..fused_linear.distributions import Projected, TopK
+from ..fused_linear.distributions import Projected
+from ..fused_linear.merged import TopK
 from ..teacher import TeacherError
 from .client import Replica
 

@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 
 from ..batch import Example
-from ..fused_linear.distributions import Projected, TopK
+from ..fused_linear.distributions import Projected
 from ..fused_linear.head import Head, Transform
+from ..fused_linear.merged import TopK
 from ..models.fingerprint import vocabulary_fingerprint
 from ..models.vocabulary import vocabulary_size
 from ..teacher import TeacherError

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..batch import Example
-from ..fused_linear.distributions import Projected, TopK
+from ..fused_linear.distributions import Projected
+from ..fused_linear.merged import TopK
 from ..models.load import PROBE
 from ..models.vocabulary import vocabulary_size
 from ..teacher import TeacherError

@@ -30,8 +30,9 @@ from torch import Tensor
 from ..batch import Batch, Example
 from ..data.examples import Examples
 from ..files import write_atomic
-from ..fused_linear.distributions import Projected, TopK
+from ..fused_linear.distributions import Projected
 from ..fused_linear.head import Head, Transform
+from ..fused_linear.merged import TopK
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 

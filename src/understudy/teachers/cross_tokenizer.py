@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..batch import Batch, Example
 from ..data.retokenize import Retokenized, Retokenizer
-from ..fused_linear.distributions import Dense, Projected, SharedTokens
+from ..fused_linear.distributions import Dense, Projected
+from ..fused_linear.merged import SharedTokens
 from ..models.context_window import context_window
 from ..models.load import check_vocabulary, load_config, load_tokenizer
 from ..models.vocabulary import vocabulary_size
@@ -66,7 +67,7 @@ class CrossTokenizerTeacher(Teacher):
         self._warned = False
 
     @property
-    def weights(self) -> Any:
+    def local_model(self) -> Any:
         return self.teacher.model
 
     def to(self, device: torch.device) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Example
-from ..fused_linear.distributions import Projected, TopK
+from ..fused_linear.distributions import Projected
+from ..fused_linear.merged import TopK
 from ..method import from_all_processes, is_distributed
 from ..rollout import Rollout
 from ..scores import Scores

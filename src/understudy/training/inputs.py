@@ -89,7 +89,9 @@ class RowReader:
         options: Mapping[str, Any],
     ) -> None:
         self.tokenizer, self.method, self.sampling, self.options = tokenizer, method, sampling, options
-        self.models = [student, *([teacher.model] if teacher is not None and teacher.can(Capability.MODEL) else [])]
+        self.teacher = teacher if method.requires else None
+        parts = [] if teacher is None else teacher.parts().values()
+        self.models = [student, *(part.model for part in parts if part.can(Capability.MODEL))]
 
     @cached_property
     def _lengths(self) -> dict[str, int]:
@@ -109,12 +111,15 @@ class RowReader:
             raise ValueError(f"{name} has the splits {', '.join(map(str, dataset))}: choose one, such as {name}[...]")
         if isinstance(dataset, dict):
             return {key: self.read(part, f"{name} {key}") for key, part in dataset.items()}
-        if not _has_rows(dataset):
+        examples = dataset
+        if _has_rows(dataset):
+            examples = examples_from_rows(dataset, self.tokenizer, **{"source": name, **self._lengths, **self.options})
+            if "dataset" in self.method.authors:
+                examples.require_responses(type(self.method).__name__)
+        else:
             self._check(dataset, name)
-            return dataset
-        examples = examples_from_rows(dataset, self.tokenizer, **{"source": name, **self._lengths, **self.options})
-        if "dataset" in self.method.authors:
-            examples.require_responses(type(self.method).__name__)
+        if self.teacher is not None and isinstance(examples, Examples):
+            self.teacher.check_data(examples, {})
         return examples
 
     def _check(self, dataset: Any, name: str) -> None:

@@ -35,14 +35,15 @@ def check_trainable(student: nn.Module, teacher: Teacher | None) -> None:
     Raises:
         ValueError: with the cause and the remedy.
     """
+    parts = [] if teacher is None else teacher.parts().values()
     trainable = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     if not trainable:
-        same = teacher is not None and teacher.model is student
+        same = any(part.model is student for part in parts)
         if same:
             raise ValueError("the teacher is the student itself, and is frozen: load the teacher as a separate model")
         raise ValueError("all parameters of the student are frozen: unfreeze some, or add adapters")
-    live: Any = teacher.model if isinstance(teacher, LocalTeacher) and teacher.model_name is None else None
-    if live is not None and any(id(parameter) in trainable for parameter in live.parameters()):
+    live: list[Any] = [part.model for part in parts if isinstance(part, LocalTeacher) and part.model_name is None]
+    if any(id(parameter) in trainable for model in live for parameter in model.parameters()):
         raise ValueError(
             "the teacher has trainable parameters of the student, and would change with it: PEFT adds adapters to the "
             "model object that it is given. Load the teacher as a separate model"
@@ -55,8 +56,9 @@ def check_same_tokenizer(tokenizer: Any, teacher: Teacher | None) -> None:
     Raises:
         RecipeError: naming the first difference, or if the teacher's tokenizer cannot be loaded.
     """
-    if teacher is not None and teacher.tokenizer_name is not None:
-        refuse_other_tokens(tokenizer, load_tokenizer(teacher.tokenizer_name))
+    for part in [] if teacher is None else teacher.parts().values():
+        if part.tokenizer_name is not None:
+            refuse_other_tokens(tokenizer, load_tokenizer(part.tokenizer_name))
 
 
 def adapted(args: TrainingArguments) -> TrainingArguments:

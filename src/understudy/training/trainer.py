@@ -32,7 +32,7 @@ from ..models.parity import can_fuse
 from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout
 from ..sampling import Sampling
-from ..scores import Scores, divergence_metrics
+from ..scores import Scores, divergence_metrics, metrics_by_teacher
 from ..step import Step
 from ..teacher import Capability, Teacher
 from ..teachers import check_provides, check_scores_responses
@@ -225,8 +225,10 @@ class StudentTrainer(ResumableTrainer):
         def loss(student: Scores) -> Tensor:
             values = checked_loss(method.loss(teacher, student, batch), method)
             if diagnose:
-                if self.teacher is not None and teacher is not None and self.teacher.can(Capability.TOP_K):
-                    self.step_metrics.record(divergence_metrics(teacher, student))
+                if self.teacher is not None and teacher is not None:
+                    compares = self.teacher.can(Capability.TOP_K)
+                    divergences = divergence_metrics(teacher, student) if compares else {}
+                    self.step_metrics.record(divergences | metrics_by_teacher(teacher, divergences))
                 with torch.no_grad():
                     metrics = method.metrics(cast(Any, teacher), student, batch)
                     self.step_metrics.record(checked_metrics(metrics, method))
