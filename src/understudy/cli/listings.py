@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import typing
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from ..registry import Registry
 
 _REQUIRED = "…"
+_TEACHERS = f"{{first: {{local: {{model: {_REQUIRED}}}}}, second: {{local: {{model: {_REQUIRED}}}}}}}"
 
 
 def methods() -> None:
@@ -80,6 +82,8 @@ def _comment(cls: type) -> str:
 
 def _defaults(cls: type) -> dict[str, str]:
     """The arguments of a class that a recipe can set, with their default values in YAML."""
+    from ..teacher import Teacher
+
     factories: dict[str, Any] = {}
     if dataclasses.is_dataclass(cls):
         factories = {f.name: f.default_factory for f in dataclasses.fields(cls)}
@@ -93,7 +97,8 @@ def _defaults(cls: type) -> dict[str, str]:
             continue
         factory = factories.get(name, dataclasses.MISSING)
         value = parameter.default if factory is dataclasses.MISSING else factory()
-        fields[name] = f"{_REQUIRED}  # required" if value is parameter.empty else _words(value)
+        required = _TEACHERS if Teacher in typing.get_args(parameter.annotation) else _REQUIRED
+        fields[name] = f"{required}  # required" if value is parameter.empty else _words(value)
     return fields
 
 

@@ -173,8 +173,8 @@ class Routed:
                 "the routed teachers provide different numbers of log-probabilities per token: use a method that "
                 "compares distributions by a divergence, or teachers of one kind"
             )
-        order = torch.cat([index[(index >= start) & (index < stop)] for index in self.indices.values()]).argsort()
-        return _joined(values)[order]
+        indices = torch.cat([self.indices[name] for name in self.parts])
+        return _joined(values)[indices[(indices >= start) & (indices < stop)].argsort()]
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of `tokens` (N,)."""
