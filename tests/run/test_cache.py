@@ -52,7 +52,7 @@ def test_a_student_is_trained_from_the_cache_without_the_teacher(home):
     assert summary["teacher_parameters"] is None
     assert {"eval_loss", "eval_reverse_kl"} <= summary["metrics"].keys()
     inputs = json.loads((home / "run" / "inputs.json").read_text())["inputs"]
-    assert inputs["the teacher's scores"] == CachedTeacher(str(home / "cache")).fingerprint
+    assert inputs["the weights of the teacher"] == CachedTeacher(str(home / "cache")).fingerprint
 
 
 def test_scores_that_are_there_are_kept_and_others_are_added(home):

@@ -9,8 +9,9 @@ import datasets
 from torch import nn
 from transformers import set_seed
 
-from ..batch import check_example
+from ..batch import Example, check_example
 from ..data.examples import Examples, examples_from_rows
+from ..data.formats import Row
 from ..method import Method
 from ..models.context_window import context_window
 from ..models.load import load_model, load_tokenizer
@@ -118,8 +119,8 @@ class RowReader:
                 examples.require_responses(type(self.method).__name__)
         else:
             self._check(dataset, name)
-        if self.teacher is not None and isinstance(examples, Examples):
-            self.teacher.check_data(examples, {})
+        if self.teacher is not None and isinstance(examples, Examples | list | tuple):
+            self.teacher.check_data(_with_rows(examples, name), {})
         return examples
 
     def _check(self, dataset: Any, name: str) -> None:
@@ -130,6 +131,13 @@ class RowReader:
                     check_example(dataset[index])
                 except ValueError as error:
                     raise ValueError(f"{name}[{index}]: {error}") from None
+
+
+def _with_rows(examples: Examples | Sequence[Example], name: str) -> Examples:
+    """Examples without texts as those of a dataset, whose errors say which one it is."""
+    if isinstance(examples, Examples):
+        return examples
+    return Examples(examples, [Row(f"{name}[{index}]", "") for index in range(len(examples))], name)
 
 
 def _has_rows(dataset: Any) -> bool:

@@ -107,8 +107,7 @@ class StudentTrainer(ResumableTrainer):
         sampling, teacher = sampling or Sampling(), as_teacher(teacher)
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
-        if method.requires:
-            check_scores_responses(teacher, method.authors, type(method).__name__)
+        check_scores_responses(teacher if method.requires else None, method.authors, type(method).__name__)
         processing_class = as_tokenizer(processing_class, student)
         student = as_student(student, peft_config, args.seed)
         check_models(student, teacher, processing_class)
@@ -226,9 +225,8 @@ class StudentTrainer(ResumableTrainer):
             values = checked_loss(method.loss(teacher, student, batch), method)
             if diagnose:
                 if self.teacher is not None and teacher is not None:
-                    compares = self.teacher.can(Capability.TOP_K)
-                    divergences = divergence_metrics(teacher, student) if compares else {}
-                    self.step_metrics.record(divergences | metrics_by_teacher(teacher, divergences))
+                    compared = divergence_metrics(teacher, student) if self.teacher.can(Capability.TOP_K) else {}
+                    self.step_metrics.record(compared | metrics_by_teacher(teacher, compared))
                 with torch.no_grad():
                     metrics = method.metrics(cast(Any, teacher), student, batch)
                     self.step_metrics.record(checked_metrics(metrics, method))
