@@ -19,18 +19,12 @@ class Ensemble(Teacher):
     provides: ClassVar[frozenset[Capability]] = frozenset({Capability.FULL})
 
     def __init__(self, models: Sequence[Any]) -> None:
-        self.teachers = [LocalTeacher(model) for model in models]
-
-    @property
-    def tokenizer_name(self) -> str | None:
-        return self.teachers[0].tokenizer_name
-
-    def to(self, device: torch.device) -> None:
-        for teacher in self.teachers:
-            teacher.to(device)
+        self.teachers = {
+            str(place): LocalTeacher(model) for place, model in enumerate(models)
+        }  # moved by the base class
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        log_probs = torch.stack([teacher.score(batch).log_probs for teacher in self.teachers])  # (M, N, V)
+        log_probs = torch.stack([teacher.score(batch).log_probs for teacher in self.teachers.values()])  # (M, N, V)
         mean = log_probs.logsumexp(0) - torch.tensor(float(len(self.teachers))).log()
         return Scores(batch.tokens, Dense(mean))
