@@ -48,7 +48,6 @@ class Teacher(ABC):
     """
 
     provides: frozenset[Capability]  # of the class, or of an instance where it depends on the arguments
-    scores_new_responses: bool = True  # can it score any response, or only examples that are stored?
     teachers: Mapping[str, "Teacher"] = MappingProxyType({})  # those that this one consists of, by name
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
@@ -72,6 +71,11 @@ class Teacher(ABC):
         }
 
     @property
+    def scores_new_responses(self) -> bool:
+        """Can it score any response, or only examples that are stored?"""
+        return all(teacher.scores_new_responses for teacher in self.teachers.values())
+
+    @property
     def local_model(self) -> Any:
         """The model in this process that the scores come from, loaded; None where there is none. A run records them."""
         return self.model
@@ -84,6 +88,8 @@ class Teacher(ABC):
         Raises:
             ValueError, TeacherError: if the teacher cannot score the tokens of this tokenizer, with the remedy.
         """
+        for teacher in self.teachers.values():
+            teacher.setup(tokenizer)
 
     def to(self, device: torch.device) -> None:
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""

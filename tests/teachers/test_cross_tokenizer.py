@@ -18,9 +18,12 @@ from understudy.batch import Batch, Example
 from understudy.data.token_bytes import TokenBytes
 from understudy.data.tokenize import TextEncoder
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
+from understudy.generation.stop_tokens import stop_ids
 from understudy.methods.kd import KD
 from understudy.models.forward import score, score_no_grad
 from understudy.recipe import RecipeError, load
+from understudy.run.arguments import training_arguments
+from understudy.run.build import build
 from understudy.run.distill import distill
 from understudy.run.prepare import prepare
 from understudy.scores import divergence_metrics
@@ -223,6 +226,17 @@ def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
     assert summary["teacher_parameters"] > 0
     inputs = json.loads((home / "run" / "inputs.json").read_text())
     assert "teacher" in json.dumps(inputs), "the teacher's weights are among what a resumed run is compared with"
+
+
+def test_the_teacher_s_end_tokens_do_not_end_the_student_s_responses(home):
+    """They are ids of another vocabulary."""
+    other = 7
+    (home / "teacher" / "generation_config.json").write_text(json.dumps({"eos_token_id": other}))
+    loaded = recipe(home, method={"gkd": {"on_policy": 1.0}}, rollout={"generate": {"max_new_tokens": 8}})
+    run = build(loaded, training_arguments(loaded))
+    assert run.teacher is not None
+    assert run.teacher.local_model.generation_config.eos_token_id == other
+    assert run.trainer.writers.student.sampling.stop_ids == tuple(stop_ids(BPE, run.trainer.model))
 
 
 @pytest.mark.parametrize(

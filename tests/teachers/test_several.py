@@ -197,6 +197,26 @@ def test_a_row_that_names_no_teacher_is_refused_when_data_are_read(columns, mess
         trainer(tmp_path, KD(), with_teacher=RoutedTeacher(teachers(), by="source"), examples=examples)
 
 
+def test_what_one_of_the_teachers_needs_and_cannot_do_holds_for_all_of_them(tmp_path):
+    """Each is told the student's tokenizer, and with one that has stored scores only, nothing new can be scored."""
+
+    class Stored(BigramTeacher):
+        scores_new_responses = False
+        tokenizer = None
+
+        def setup(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    own = {"math": Stored(), "chat": BigramTeacher(), "code": BigramTeacher()}
+    routed = RoutedTeacher(own, by="source")
+    run = trainer(tmp_path, KD(), with_teacher=routed, examples=EXAMPLES)
+    assert own["math"].tokenizer is run.processing_class
+    assert not routed.scores_new_responses
+    assert RoutedTeacher({"chat": BigramTeacher()}, by="source").scores_new_responses
+    with pytest.raises(ValueError, match="this teacher has only stored scores"):
+        trainer(tmp_path, GKD(on_policy=1.0), with_teacher=routed, examples=EXAMPLES)
+
+
 def test_settings_that_do_not_fit_are_refused():
     own = {"a": BigramTeacher(), "b": BigramTeacher()}
     for make, message in (

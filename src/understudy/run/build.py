@@ -83,7 +83,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         if reward is not None:
             reward.load()
     if not sampling.stop_ids:
-        sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, *teacher_models.values())))
+        live = [] if teacher is None else [part.model for part in teacher.parts().values()]
+        sampling = replace(sampling, stop_ids=tuple(stop_ids(configs.tokenizer, student, *live)))
     folder = RunFolder(Path(arguments.output_dir or "."))
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
     models = {"student": student, **teacher_models, **_reward_models(method)}

@@ -136,13 +136,16 @@ class CachedTeacher(Teacher):
     """
 
     provides = frozenset({Capability.CHOSEN, Capability.TOP_K, Capability.FULL})  # the most; see `Manifest.provides`
-    scores_new_responses = False
 
     def __init__(self, folder: str, *, model: str | None = None) -> None:
         self.folder, self.model_name = Path(folder).expanduser(), model
         self.manifest = Manifest.read(self.folder)
         self.provides = self.manifest.provides
         self._head: Head | None = None
+
+    @property
+    def scores_new_responses(self) -> bool:
+        return False
 
     @property
     def tokenizer_name(self) -> str:
