@@ -77,15 +77,20 @@ def trainer(
     )
 
 
-def whole_and_accumulated(folder: Path, method: type[Method], **options: Any) -> list[StudentTrainer]:
-    """The same three steps in float64 twice: with all of a step's examples at once, and in four parts."""
+def whole_and_accumulated(
+    folder: Path, method: type[Method], teachers: Sequence[Teacher] = (), **options: Any
+) -> list[StudentTrainer]:
+    """The same three steps in float64 twice: with all of a step's examples at once, and in four parts.
+
+    Either the runs have these teachers, one each, or each has the same model.
+    """
     runs = []
-    for size, parts in ((8, 1), (2, 4)):
+    for index, (size, parts) in enumerate(((8, 1), (2, 4))):
         run = trainer(
             folder,
             method(**options),
             model=student().double(),
-            with_teacher=LocalTeacher(tiny("llama", width=24, seed=2).double()),
+            with_teacher=teachers[index] if teachers else LocalTeacher(tiny("llama", width=24, seed=2).double()),
             examples=ragged_examples(24),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=parts,

@@ -40,6 +40,11 @@ class Example:
         return len(self.prompt) + len(self.response)
 
     @property
+    def prompt_for_teacher(self) -> list[int]:
+        """The prompt's ids as the teacher reads them."""
+        return self.prompt if self.teacher_prompt is None else self.teacher_prompt
+
+    @property
     def trained_tokens(self) -> list[int]:
         """Indices in the response, counted from 0, of the tokens that are trained on."""
         if self.trained is None:
@@ -117,10 +122,7 @@ class Batch:
         """The same N rows after the teacher's own prompts, in examples that have a `teacher_prompt`."""
         if all(example.teacher_prompt is None for example in self.examples):
             return self
-        examples = [
-            example if example.teacher_prompt is None else replace(example, prompt=example.teacher_prompt)
-            for example in self.examples
-        ]
+        examples = [replace(example, prompt=example.prompt_for_teacher) for example in self.examples]
         # masks come from lengths, so any id can be the padding
         return Batch.from_examples(examples, pad=0, device=self.input_ids.device)
 

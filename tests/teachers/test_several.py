@@ -6,7 +6,7 @@ import pytest
 import torch
 from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny
 from folders import llama, sums, write
-from loop import difference, logged, student, trainer, weights
+from loop import difference, logged, student, trainer, weights, whole_and_accumulated
 
 from understudy import distill, load
 from understudy.batch import Batch
@@ -282,21 +282,11 @@ def test_offloaded_teachers_take_turns_once_per_step():
 
 
 def test_the_choice_and_the_weights_do_not_depend_on_accumulation_or_turns(tmp_path):
-    runs = []
-    for size, parts, offload in ((8, 1, False), (2, 4, True)):
+    routed = []
+    for offload in (False, True):
         own = {"a": local(width=24, double=True), "b": local("gpt2", seed=2, double=True)}
-        run = trainer(
-            tmp_path,
-            GKD(),
-            model=student().double(),
-            with_teacher=RoutedTeacher(own, weights={"a": 1.0, "b": 2.0}, offload=offload),
-            examples=ragged_examples(24),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=parts,
-            max_steps=3,
-        )
-        run.train()
-        runs.append(run)
+        routed.append(RoutedTeacher(own, weights={"a": 1.0, "b": 2.0}, offload=offload))
+    runs = whole_and_accumulated(tmp_path, GKD, routed)
     assert difference(*(weights(run.model) for run in runs)) < 1e-9
     for name in ("share_a", "forward_kl_a", "reverse_kl_b"):
         one, other = (logged(run, name) for run in runs)

@@ -107,8 +107,9 @@ class Retokenizer:
         """The prompt's ids in the target; at least one."""
         if (text := self._rendered(example)) is not None:
             return self._encoder.encode([text])[0]
-        prompt = example.prompt if example.teacher_prompt is None else example.teacher_prompt
-        text = self.source.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.source.decode(
+            example.prompt_for_teacher, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         ids, prefix = self._encoder.encode([text])[0], self._encoder.prefix
         ids = ids if ids[: len(prefix)] == prefix else [*prefix, *ids]

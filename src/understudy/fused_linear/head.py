@@ -60,6 +60,14 @@ class Head:
             self, weight=self.weight[:vocabulary], bias=None if self.bias is None else self.bias[:vocabulary]
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The weight, and the bias if there is one, by name."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    def to(self, device: torch.device) -> "Head":
+        """The same head on a device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
     def detach(self) -> "Head":
         """The same head as a constant."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())

@@ -99,15 +99,13 @@ def save_head(folder: Path, manifest: Manifest, scores: Scores) -> None:
     path, distribution = folder / "head.safetensors", scores.distribution
     if manifest.kind == "hidden" and isinstance(distribution, Projected) and not path.is_file():
         head = distribution.head
-        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-        tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
+        tensors = {name: x.cpu().contiguous() for name, x in head.tensors().items()}
         write_atomic(path, save(tensors, metadata={"transform": json.dumps(asdict(head.transform))}))
 
 
 def _length(example: Example) -> int:
     """The number of tokens that the teacher reads."""
-    prompt = example.prompt if example.teacher_prompt is None else example.teacher_prompt
-    return len(prompt) + len(example.response)
+    return len(example.prompt_for_teacher) + len(example.response)
 
 
 def _free_name(folder: Path) -> Path:

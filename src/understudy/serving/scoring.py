@@ -55,9 +55,7 @@ class Scorer:
     def packed_head(self) -> bytes:
         """The reply to GET /head."""
         assert self.head is not None
-        return wire.pack(
-            {"weight": self.head.weight} | ({} if self.head.bias is None else {"bias": self.head.bias}),
-        )
+        return wire.pack(self.head.tensors())
 
     def refusal(self, request: wire.ScoreRequest) -> str | None:
         """Why a request cannot be answered, in words; None: it can be."""

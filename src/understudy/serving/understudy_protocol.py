@@ -85,7 +85,7 @@ class UnderstudyProtocol:
     def to(self, device: torch.device) -> None:
         """Put the head on a device."""
         if self._head is not None:
-            self._head = _moved(self._head, device)
+            self._head = self._head.to(device)
 
     def _check(self, info: wire.Info, replica: Replica, tokenizer: Any) -> None:
         url = replica.url
@@ -156,8 +156,3 @@ def _read_info(reply: Reply) -> wire.Info:
         raise TeacherError(
             f"the server at {reply.url} is no `understudy serve` of this version: set protocol, or correct its url"
         ) from None
-
-
-def _moved(head: Head, device: torch.device) -> Head:
-    bias = None if head.bias is None else head.bias.to(device)
-    return Head(head.weight.to(device), bias, head.transform)

@@ -222,8 +222,7 @@ def _top_k(rows: Mapping[str, Tensor], tokens: Tensor) -> TopK:
 
 def example_key(example: Example) -> bytes:
     """A hash of what the teacher reads and of which tokens are trained on: 16 bytes, of which 8 are of the prompt."""
-    prompt = example.prompt if example.teacher_prompt is None else example.teacher_prompt
-    content = array("q", prompt).tobytes()
+    content = array("q", example.prompt_for_teacher).tobytes()
     for name, value in sorted(example.inputs.items()):
         tensor = torch.as_tensor(value).cpu().contiguous()
         content += f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode()
@@ -243,8 +242,8 @@ def read_head(folder: Path, device: torch.device) -> Head:
     path = folder / "head.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             transform = Transform(**json.loads(file.metadata()["transform"]))
     except (SafetensorError, OSError):
         raise ValueError(f"{path} is missing or damaged: write the cache again, to another folder") from None
-    return Head(tensors["weight"], tensors.get("bias"), transform)
+    return Head(tensors["weight"], tensors.get("bias"), transform).to(device)

@@ -24,9 +24,9 @@ def thing_facts(rng: random.Random) -> Slots:
 def _member(rng: random.Random) -> Slots:
     word = pick(rng, WORDS)
     group = next(group for group, members in GROUPS.items() if word in members)
-    asked = group if rng.random() < 0.5 else pick(rng, [other for other in GROUPS if other != group])
-    answer = f"{'Yes' if asked == group else 'No'}, a {word} is {_with_article(group)}."
-    return {"word": word, "group": _with_article(group), "asked": _with_article(asked), "answer": answer}
+    candidate = group if rng.random() < 0.5 else pick(rng, [other for other in GROUPS if other != group])
+    answer = f"{'Yes' if candidate == group else 'No'}, a {word} is {_with_article(group)}."
+    return {"word": word, "group": _with_article(group), "asked": _with_article(candidate), "answer": answer}
 
 
 def _with_article(group: str) -> str:
