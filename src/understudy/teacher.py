@@ -8,10 +8,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from .batch import Batch
 from .data.examples import Examples
 from .scores import Scores
+from .step import Step
 
 if TYPE_CHECKING:
     from .rollout import Rollout
@@ -52,6 +54,7 @@ class Teacher(ABC):
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
     model: Any = None  # the live model, where MODEL is provided
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
+    follows_student: bool = False  # do its weights change with the student's?
     fingerprint: str | None = None  # a hash of weights that are not in this process, known after `setup`
     context_length: int | None = None  # of prompt and response, where no configuration is loaded that says it
 
@@ -95,6 +98,30 @@ class Teacher(ABC):
         """Move to the student's device, unless the teacher has a device of its own or cannot be moved."""
         for teacher in self.teachers.values():
             teacher.to(device)
+
+    def set_student(self, student: nn.Module) -> None:
+        """Called once with the student, on its device and before training, for a teacher that has its weights.
+
+        Raises:
+            ValueError: if this student cannot be the teacher, with the remedy.
+        """
+        for teacher in self.teachers.values():
+            teacher.set_student(student)
+
+    def after_step(self, step: Step) -> None:
+        """Called after each optimizer step, for a teacher whose weights follow the student's."""
+        for teacher in self.teachers.values():
+            teacher.after_step(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors to save in a checkpoint for an exact resume; the same on all processes."""
+        return {f"{name}.{key}": x for name, each in self.teachers.items() for key, x in each.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, teacher in self.teachers.items():
+            own = {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+            teacher.load_state_dict(own)
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Called with all batches of an optimizer step before the first is scored, so that a server can score them

@@ -22,6 +22,7 @@ from .errors import BadRow, DataError, SourceRow, describe
 from .formats import Document, Format, Row, TrainOn
 from .rows import TextAs, read_rows
 from .tables import dataset_rows
+from .teacher_prompt import TeacherPrompt
 from .tokenize import ExampleBuilder
 
 __all__ = ["BadRow", "DataError", "Examples", "Row", "examples_from_rows", "load_examples"]
@@ -41,6 +42,7 @@ class Examples(Dataset[Example]):
     source: str
     cut_prompts: int = 0
     cut_responses: int = 0
+    cut_teacher_prompts: int = 0
     skipped: int = 0
 
     def __len__(self) -> int:
@@ -77,6 +79,8 @@ class Examples(Dataset[Example]):
         for example in self.examples:
             ids = array("q", [len(example.prompt), *example.prompt, len(example.response), *example.response])
             digest.update(ids.tobytes() if example.trained is None else ids.tobytes() + bytes(example.trained))
+            if example.teacher_prompt is not None:
+                digest.update(b"teacher" + array("q", example.teacher_prompt).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -116,6 +120,9 @@ def examples_from_rows(
     text_prompt: int = 32,
     on_bad_row: Literal["error", "skip"] = "error",
     on_long_prompt: Literal["cut", "skip", "error"] = "cut",
+    teacher_prompt: str | None = None,
+    teacher_system: str | None = None,
+    teacher_max_length: int | None = None,
     limit: int | None = None,
 ) -> Examples:
     """Tokenize rows, which may be plain dictionaries or a `datasets.Dataset`, into examples.
@@ -134,6 +141,8 @@ def examples_from_rows(
             stop token.
         on_bad_row: stop at a malformed row, or skip and count it.
         on_long_prompt: cut, skip or refuse a prompt that is too long.
+        teacher_prompt, teacher_system: what only the teacher reads, as in `TeacherPrompt`.
+        teacher_max_length: of the teacher's prompt and the response, in tokens. Default: no limit.
         limit: take only the first `limit` examples.
 
     Raises:
@@ -142,17 +151,24 @@ def examples_from_rows(
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}, and a dataset needs at least one example")
     longest_prompt = _longest_prompt(max_length, max_prompt_length, reserve)
-    builder = ExampleBuilder(tokenizer, max_length, longest_prompt, text_prompt, on_bad_row, on_long_prompt)
+    builder = ExampleBuilder(
+        *(tokenizer, max_length, longest_prompt, text_prompt, on_bad_row, on_long_prompt),
+        teacher_max_length=teacher_max_length,
+        reserve=reserve,
+    )
+    has_teacher_prompt = teacher_prompt is not None or teacher_system is not None
+    for_teacher = TeacherPrompt(teacher_prompt, teacher_system) if has_teacher_prompt else None
     form = Format(tokenizer, columns, template, chat_template_kwargs, train_on)
     is_table = hasattr(rows, "with_format") and hasattr(rows, "num_rows")  # without an import of datasets
-    texts = _texts(dataset_rows(rows, source) if is_table else rows, form, source, builder.report_bad_row)
+    read = dataset_rows(rows, source) if is_table else rows
+    texts = _texts(read, form, for_teacher, source, builder.report_bad_row)
     pairs = _tokenize(texts, builder, limit)
     if not pairs:
         raise DataError(_why_empty(source, builder.skipped))
     form.log_recognized(source)
     builder.log_counts(len(pairs), source, _remedy(max_length, max_prompt_length, reserve))
     examples = [replace(example, row=index) for index, (example, _) in enumerate(pairs)]
-    counts = {"cut_prompts": builder.cut_prompts, "cut_responses": builder.cut_responses}
+    counts = {name: getattr(builder, name) for name in ("cut_prompts", "cut_responses", "cut_teacher_prompts")}
     return Examples(examples, [row for _, row in pairs], source, skipped=len(builder.skipped), **counts)
 
 
@@ -178,6 +194,7 @@ def _remedy(max_length: int, max_prompt_length: int | None, reserve: int) -> str
 def _texts(
     rows: Iterable[Mapping[str, Any] | SourceRow | BadRow],
     form: Format,
+    for_teacher: TeacherPrompt | None,
     source: str,
     report_bad_row: Callable[[BadRow], None],
 ) -> Iterator[Row | Document]:
@@ -187,6 +204,8 @@ def _texts(
             if isinstance(row, BadRow):
                 raise row
             text = form.read(row if isinstance(row, SourceRow) else _source_row(source, number, row))
+            if for_teacher is not None:
+                text = for_teacher.add_to(text, form.chat_template)
         except BadRow as error:
             report_bad_row(error)
         else:

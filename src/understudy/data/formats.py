@@ -43,6 +43,7 @@ class Row:
     chat: bool = False  # rendered by a chat template, which adds the special tokens itself
     ids: tuple[list[int], list[int]] | None = None  # of prompt and response, where they are known already
     turns: tuple[Span, ...] = ()  # the parts of the prompt that are trained on as well
+    teacher_prompt: str | None = None  # what the teacher reads in place of `prompt`
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of the dataset's row
     conversation: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)  # see `Example`
 

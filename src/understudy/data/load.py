@@ -8,13 +8,18 @@ from ..recipe import Data, RecipeError
 from .examples import Examples, examples_from_rows, load_examples
 
 
-def load_data(data: Data, tokenizer: Any, context_length: int | None, reserve: int) -> Examples:
+def load_data(
+    data: Data, tokenizer: Any, context_length: int | None, reserve: int, teacher_context_length: int | None = None
+) -> Examples:
     """The examples of a data block, cut to the models' context length, with room for `reserve` new tokens.
+
+    The teacher's context length is for prompts of its own; by default it has no limit.
 
     Raises:
         RecipeError: if the block's max_length exceeds the context length; and DataError as `load_examples`.
     """
     options = data.model_dump(exclude={"dataset", "split", "name", "seed", "text_as"})
+    options["teacher_max_length"] = teacher_context_length
     if context_length is not None and data.max_length > context_length:
         if "max_length" in data.model_fields_set:
             message = f"data.max_length {data.max_length} is more than the models' context length {context_length}"

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
@@ -64,8 +64,11 @@ class ExampleBuilder:
     text_prompt: int
     on_bad_row: str
     on_long_prompt: str
+    teacher_max_length: int | None = None
+    reserve: int = 1
     cut_prompts: int = 0
     cut_responses: int = 0
+    cut_teacher_prompts: int = 0
     skipped: list[BadRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,16 +92,19 @@ class ExampleBuilder:
     def _from_rows(self, rows: list[Row]) -> Iterator[tuple[Example, Row]]:
         prompts = self._prompts(rows)
         responses = self.encoder.encode_responses([row.response for row in rows])
-        for row, (prompt, trained), response in zip(rows, prompts, responses, strict=True):
+        teacher_prompts = self.encoder.encode([row.teacher_prompt or "" for row in rows])
+        parts = zip(rows, prompts, responses, teacher_prompts, strict=True)
+        for row, (prompt, trained), response, teacher_prompt in parts:
             if row.ids is not None:
                 prompt, response = row.ids
                 trained = [False] * len(prompt)
             if not prompt or (row.response and not response):
                 self.report_bad_row(BadRow(f"{row.where}: the {'response' if prompt else 'prompt'} has no token"))
                 continue
-            if row.ids is None and not row.chat and prompt[: len(self.encoder.prefix)] != self.encoder.prefix:
-                prompt = self.encoder.prefix + prompt
-                trained = [False] * len(self.encoder.prefix) + trained
+            if row.ids is None and not row.chat:
+                size = len(prompt)
+                prompt = self._with_prefix(prompt)
+                trained = [False] * (len(prompt) - size) + trained
             if len(prompt) > self.max_prompt_length:
                 too_long = f"{row.where}: the prompt has {len(prompt)} tokens, and {self.max_prompt_length} fit"
                 if self.on_long_prompt == "error":
@@ -107,7 +113,7 @@ class ExampleBuilder:
                     self.skipped.append(BadRow(too_long))
                     continue
                 self.cut_prompts += 1
-                prompt = self._cut_prompt(prompt)
+                prompt = self._cut_prompt(prompt, self.max_prompt_length)
                 trained = trained[-len(prompt) :]
             is_open = bool(response) and response[-1] not in self.stop_ids
             if is_open and row.ids is None:
@@ -116,7 +122,35 @@ class ExampleBuilder:
             is_cut = len(response) > room
             self.cut_responses += is_cut
             truncated = is_cut or (is_open and row.ids is not None)  # by the length limit of its rollout
-            yield _example(prompt, trained, response[:room], truncated, row), row
+            example = _example(prompt, trained, response[:room], truncated, row)
+            if row.teacher_prompt is not None:
+                ids = self._for_teacher(row, teacher_prompt, max(len(example.response), self.reserve))
+                if ids is None:
+                    continue
+                example = replace(example, teacher_prompt=ids)
+            yield example, row
+
+    def _for_teacher(self, row: Row, prompt: list[int], response: int) -> list[int] | None:
+        """The ids of the teacher's own prompt, before `response` tokens; None for a row that is skipped."""
+        if not prompt:
+            self.report_bad_row(BadRow(f"{row.where}: the teacher's prompt has no token"))
+            return None
+        prompt = prompt if row.chat else self._with_prefix(prompt)
+        limit = len(prompt) if self.teacher_max_length is None else self.teacher_max_length - response
+        if len(prompt) <= limit:
+            return prompt
+        too_long = f"{row.where}: the teacher's prompt has {len(prompt)} tokens, and {limit} fit"
+        if self.on_long_prompt == "error" or limit < 1:
+            raise DataError(f"{too_long} into its context window; shorten it, or let on_long_prompt cut or skip it")
+        if self.on_long_prompt == "skip":
+            self.skipped.append(BadRow(too_long))
+            return None
+        self.cut_teacher_prompts += 1
+        return self._cut_prompt(prompt, limit)
+
+    def _with_prefix(self, prompt: list[int]) -> list[int]:
+        prefix = self.encoder.prefix
+        return prompt if prompt[: len(prefix)] == prefix else [*prefix, *prompt]
 
     def _prompts(self, rows: list[Row]) -> list[tuple[list[int], list[bool]]]:
         """The ids of each row's prompt, and which of them are trained on, as the assistant's earlier turns are."""
@@ -135,11 +169,11 @@ class ExampleBuilder:
                 prompts.append((ids := next(whole), [False] * len(ids)))
         return prompts
 
-    def _cut_prompt(self, prompt: list[int]) -> list[int]:
+    def _cut_prompt(self, prompt: list[int], limit: int) -> list[int]:
         """The end of a prompt, after the BOS, since many models have never seen a text without it."""
         prefix = self.encoder.prefix if prompt[: len(self.encoder.prefix)] == self.encoder.prefix else []
-        prefix = prefix[: self.max_prompt_length - 1]
-        return prefix + prompt[len(prompt) - self.max_prompt_length + len(prefix) :]
+        prefix = prefix[: limit - 1]
+        return prefix + prompt[len(prompt) - limit + len(prefix) :]
 
     def _from_documents(self, documents: list[Document]) -> Iterator[tuple[Example, Row]]:
         if not documents:
@@ -186,6 +220,11 @@ class ExampleBuilder:
             logger.warning(
                 "%d of %d prompts of %s are longer than %d tokens and lost their beginning; %s",
                 *(self.cut_prompts, count, printable(source), self.max_prompt_length, remedy),
+            )
+        if self.cut_teacher_prompts:
+            logger.warning(
+                "%d of %d prompts of %s are too long for the teacher's context window (%d) and lost their beginning",
+                *(self.cut_teacher_prompts, count, printable(source), self.teacher_max_length or 0),
             )
         if self.cut_responses:
             logger.warning(

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import Batch, Example
 from ..fused_linear.distributions import Projected
@@ -34,6 +34,19 @@ def can_fuse(model: Any) -> bool:
         reason = f"its head, {type(head).__name__}, is not a plain linear layer in memory"
     log_plain_path(model, reason)
     return False
+
+
+def can_fuse_constant(model: Any) -> bool:
+    """As `can_fuse`, for constant scores, whose head is used after the forward: not if its weights are sharded."""
+    if is_sharded(model):
+        log_plain_path(model, "its weights are gathered only during a forward")
+        return False
+    return can_fuse(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Are its weights spread over several processes (FSDP2, ZeRO-3)?"""
+    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
 
 
 def log_plain_path(model: Any, reason: str) -> None:

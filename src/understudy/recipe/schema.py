@@ -85,6 +85,8 @@ class Data(_Block):
     text_prompt: int = 32
     on_bad_row: Literal["error", "skip"] = "error"
     on_long_prompt: Literal["cut", "skip", "error"] = "cut"
+    teacher_prompt: str | None = None  # what the teacher reads in place of the prompt: a template or a column
+    teacher_system: str | None = None  # a system message that only the teacher reads
     limit: int | None = None
     seed: int = 0  # of a playground's problems
 

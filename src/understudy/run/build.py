@@ -139,10 +139,12 @@ def _teacher_rollout(
     inputs: Sequence[Input],
 ) -> Rollout | None:
     """A rollout of the teacher that generates each response once, and then reads it from the run's folder."""
-    if "teacher" not in method.authors or teacher is None:
+    if "teacher" not in method.authors or teacher is None or teacher.follows_student:
         return None
-    weights = "".join(each.value for each in inputs if each.key in ("teacher", "student.tokenizer"))
-    engine = teacher.rollout() or rollout.bind(teacher.model, tokenizer, "teacher")
+    weights = "".join(each.value for each in inputs if each.key in ("teacher", "student", "student.tokenizer"))
+    engine = teacher.rollout() or (
+        rollout if teacher.model is None else rollout.bind(teacher.model, tokenizer, "teacher")
+    )
     return CachedRollout(engine, folder.teacher_responses, weights)
 
 

@@ -28,6 +28,7 @@ class Configs:
     tokenizer: Any
     student: Any  # its configuration
     context_length: int | None  # of prompt and response: the shorter one of student and teacher, less a prefix
+    teacher_context_length: int | None  # the teacher's, less a prefix
 
 
 class Prepared(NamedTuple):
@@ -60,7 +61,8 @@ def prepare(recipe: Recipe) -> Prepared:
         message = f"the stop token {unknown[0]} is none of the tokenizer's {vocabulary} tokens, and would end nothing"
         raise recipe.error(f"rollout.{recipe.rollout[0]}.stop_ids", f"{message}: correct stop_ids")
     reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
-    train, held_out, corpus = _datasets(recipe, method, configs.tokenizer, configs.context_length, reserve)
+    _check_teacher_prompt(recipe, method)
+    train, held_out, corpus = _datasets(recipe, method, configs, reserve)
     if teacher is not None and method.requires:
         for data, examples in ((recipe.data, train), (held_out_data(recipe), held_out)):
             if examples is not None:
@@ -115,7 +117,7 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
         tokenizer = load_tokenizer(tokenizer_name(recipe, name))
         config = student_config(recipe, None if teacher is None else teacher.model_name)
         check_vocabulary(tokenizer, config, "the student has")
-    configs = [config]
+    configs: list[Any] = []  # of the teachers
     for key, part in parts.items():
         with recipe.locating(key):
             if part.tokenizer_name is not None:
@@ -125,12 +127,16 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> C
                 check_vocabulary(tokenizer, configs[-1], "the teacher has")
             if uses_teacher(method):
                 _setup(part, tokenizer)
-    lengths = [context_window(*configs), *(part.context_length for part in parts.values())]
-    window, prefix = min(filter(None, lengths), default=None), method.teacher_prefix_tokens
+    prefix = method.teacher_prefix_tokens
+    lengths = [context_window(*(configs or [config])), *(part.context_length for part in parts.values())]
+    teacher_window = min(filter(None, lengths), default=None)
+    window = min(filter(None, [context_window(config), teacher_window]), default=None)
     if window is not None and window < prefix + 2:
         message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
         raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
-    return Configs(tokenizer, config, None if window is None else window - prefix)
+    return Configs(
+        tokenizer, config, *(None if length is None else length - prefix for length in (window, teacher_window))
+    )
 
 
 def _setup(teacher: Teacher, tokenizer: Any) -> None:
@@ -167,15 +173,25 @@ def held_out_data(recipe: Recipe) -> Data:
     return recipe.data.model_copy(update=changes)
 
 
+def _check_teacher_prompt(recipe: Recipe, method: Method) -> None:
+    """Refuse a prompt for a teacher that the method does not have."""
+    for field in ("teacher_prompt", "teacher_system"):
+        if getattr(recipe.data, field) is not None and not uses_teacher(method):
+            message = f"data.{field} is read by a teacher, and {recipe.method[0]} uses none: leave it out"
+            raise recipe.error(f"data.{field}", message)
+
+
 def _datasets(
-    recipe: Recipe, method: Method, tokenizer: Any, context_length: int | None, reserve: int
+    recipe: Recipe, method: Method, configs: Configs, reserve: int
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """The training data, and the held-out dataset and corpus if the recipe has them."""
+    tokenizer, context_length = configs.tokenizer, configs.context_length
+    lengths = (context_length, reserve, configs.teacher_context_length)
     with recipe.locating("data"):
-        train = load_data(recipe.data, tokenizer, context_length, reserve)
+        train = load_data(recipe.data, tokenizer, *lengths)
         held_out = None
         if recipe.evaluate.dataset is not None:
-            held_out = load_data(held_out_data(recipe), tokenizer, context_length, reserve)
+            held_out = load_data(held_out_data(recipe), tokenizer, *lengths)
     corpus = None
     if recipe.corpus is not None:
         if not method.uses_corpus:

@@ -1,21 +1,17 @@
 """A teacher in this process: any causal language model of transformers, frozen."""
 
-from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..batch import Batch
-from ..fused_linear.distributions import Projected
-from ..models.forward import score_no_grad
+from ..models.forward import score_constant
 from ..models.load import load_model
-from ..models.parity import can_fuse, log_plain_path
+from ..models.parity import can_fuse_constant
 from ..scores import Scores
 from ..teacher import Capability, Teacher
-
-_PART = 1024  # padded tokens per forward on a CPU, so that activations between a model's layers stay in its cache
 
 
 class LocalTeacher(Teacher):
@@ -60,23 +56,14 @@ class LocalTeacher(Teacher):
     @cached_property
     def fused(self) -> bool:
         """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
-        if _is_sharded(self.model):
-            log_plain_path(self.model, "its weights are gathered only during a forward")
-            return False
-        return can_fuse(self.model)
+        return can_fuse_constant(self.model)
 
     def to(self, device: torch.device) -> None:
         if self._device is None and self._quantization is None and not hasattr(self.model, "hf_device_map"):
             self.model.to(device)
 
     def score(self, batch: Batch) -> Scores:
-        batch = batch.as_read_by_teacher().to(self.model.device)
-        if not self.fused or batch.input_ids.device.type != "cpu":
-            return score_no_grad(self.model, batch, fused=self.fused)
-        parts, indices = zip(*batch.split_by_length(_PART), strict=True)
-        distributions = [cast(Projected, score_no_grad(self.model, part).distribution) for part in parts]
-        hidden = torch.cat([distribution.hidden for distribution in distributions])[torch.cat(indices).argsort()]
-        return Scores(batch.tokens, replace(distributions[0], hidden=hidden))
+        return score_constant(self.model, batch.as_read_by_teacher().to(self.model.device), self.fused)
 
     def _load(self) -> nn.Module:
         from transformers import BitsAndBytesConfig
@@ -92,7 +79,3 @@ class LocalTeacher(Teacher):
 
 def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())

@@ -1,7 +1,7 @@
 """Trainer callbacks: schedules, budget, gradient check, metrics file."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,21 @@ from ..files import append_jsonl, read_jsonl, write_jsonl
 from ..method import Method
 from ..rollout import Rollout
 from ..step import Step
+from ..teacher import Teacher
 from .hyperparameters import remedy
 from .spending import Spending
 
 
 class AfterStep(TrainerCallback):
-    """Calls the method's `after_step` after each optimizer step, for its schedules."""
+    """Calls `after_step` of method and teacher after each optimizer step."""
 
-    def __init__(self, method: Method, spending: Spending) -> None:
-        self.method, self.spending = method, spending
+    def __init__(self, parts: Mapping[str, Method | Teacher], spending: Spending) -> None:
+        self.parts, self.spending = parts, spending
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         total = self.spending.expected_steps(state.global_step, state.max_steps)
-        self.method.after_step(Step(state.global_step, args.seed, total))
+        for part in self.parts.values():
+            part.after_step(Step(state.global_step, args.seed, total))
 
 
 class SyncRollout(TrainerCallback):

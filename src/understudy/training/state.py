@@ -1,5 +1,6 @@
-"""The distillation state in a checkpoint: the method's state, and the tokens and seconds that the run has spent."""
+"""The distillation state in a checkpoint: of method and teacher, and the tokens and seconds that the run has spent."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -7,23 +8,28 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from ..method import Method
+from ..teacher import Teacher
 from . import checkpoint
 from .spending import Spending
 
 STATE_FILE = "distillation.safetensors"
 
 
-def save_state(folder: Path, method: Method, spending: Spending, writes: bool) -> None:
-    """Save the method's state and the run's spending, the first files of a checkpoint, in the process that `writes`."""
+def save_state(folder: Path, parts: Mapping[str, Method | Teacher], spending: Spending, writes: bool) -> None:
+    """Save the parts' state and the run's spending, the first files of a checkpoint, in the process that `writes`."""
     if writes:
         checkpoint.begin(folder)
-        state = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
+        state = {
+            f"{key}.{name}": tensor.contiguous()
+            for key, part in parts.items()
+            for name, tensor in part.state_dict().items()
+        }
         state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
         save_file(state, folder / STATE_FILE)
     PartialState().wait_for_everyone()  # before the others add their files
 
 
-def load_state(folder: Path, method: Method, spending: Spending) -> None:
+def load_state(folder: Path, parts: Mapping[str, Method | Teacher], spending: Spending) -> None:
     """Restore what `save_state` saved.
 
     Raises:
@@ -35,4 +41,6 @@ def load_state(folder: Path, method: Method, spending: Spending) -> None:
         )
     state = load_file(folder / STATE_FILE)
     spending.resume(state.pop("spent").tolist())
-    method.load_state_dict({name.removeprefix("method."): tensor for name, tensor in state.items()})
+    for key, part in parts.items():
+        own = {name.removeprefix(f"{key}."): x for name, x in state.items() if name.startswith(f"{key}.")}
+        part.load_state_dict(own)

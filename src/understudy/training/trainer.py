@@ -114,6 +114,7 @@ class StudentTrainer(ResumableTrainer):
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
         limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
+        self.parts = parts = {"method": method} if teacher is None else {"method": method, "teacher": teacher}
         if budget is not None:
             callbacks = [StopAtBudget(self.spending, lambda s: first_process_s(s, args.device)), *callbacks]
         super().__init__(
@@ -123,23 +124,22 @@ class StudentTrainer(ResumableTrainer):
             train_dataset=rows.read(train_dataset, "train_dataset"),
             eval_dataset=rows.read(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
-            callbacks=[CheckGradients(), AfterStep(method, self.spending), LoadBestState(method), *callbacks],
+            callbacks=[CheckGradients(), AfterStep(parts, self.spending), LoadBestState(parts), *callbacks],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # for versions of transformers without loss_is_scaled_for_ga
-        self.vocabulary = vocabulary_size(processing_class)
-        self.method, self.response_metrics = method, response_metrics
-        self.step_metrics = StepMetrics()
+        self.vocabulary, self.pad = vocabulary_size(processing_class), padding(processing_class)
+        self.method, self.response_metrics, self.step_metrics = method, response_metrics, StepMetrics()
         self._fused, self.router = can_fuse(student), RouterLoss(student)
-        self.pad = padding(processing_class)
         if teacher is not None:
+            teacher.set_student(student)
             teacher.to(self.accelerator.device)
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
         self.teacher = method.setup(context) or teacher
         self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
         self._arrange_callbacks(limit, console, sync=rollout is not None)
-        parts = {"method": method, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
-        describe_to_loggers(self.callback_handler.callbacks, parts, str(args.output_dir))
+        described = {**parts, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
+        describe_to_loggers(self.callback_handler.callbacks, described, str(args.output_dir))
 
     def _arrange_callbacks(self, save_total_limit: int | None, console: Console | None, sync: bool) -> None:
         for callback in (PrinterCallback, ProgressCallback):
@@ -279,7 +279,7 @@ class StudentTrainer(ResumableTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
         if _internal_call and step_of(output_dir or "") >= 0:
-            save_state(Path(str(output_dir)), self.method, self.spending, self.args.should_save)
+            save_state(Path(str(output_dir)), self.parts, self.spending, self.args.should_save)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -288,7 +288,7 @@ class StudentTrainer(ResumableTrainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         self.spending.restart()
         if resume_from_checkpoint:
-            load_state(Path(resume_from_checkpoint), self.method, self.spending)
+            load_state(Path(resume_from_checkpoint), self.parts, self.spending)
         self.step_metrics = StepMetrics()
         try:
             compiled = compiles(self.args, cast(Any, self.train_dataset), self.vocabulary, self.spending.budget)
