@@ -7,11 +7,12 @@ PREFIX = "playground:"
 MODELS = {  # name → folder
     "arithmetic": "arithmetic_teacher",
     "arithmetic-student": "arithmetic_student",
+    "both-student": "both_student",
     "contexts-student": "contexts_student",
     "instructions": "instructions_teacher",
     "instructions-student": "instructions_student",
 }
-DATASETS = ("arithmetic", "contexts", "instructions")
+DATASETS = ("arithmetic", "both", "contexts", "instructions")
 ROWS = {"train": 100_000, "validation": 2_000, "test": 2_000, "unseen": 2_000}  # without a limit
 
 
@@ -58,6 +59,8 @@ def rows(name: str, split: str = "train", seed: int = 0, limit: int | None = Non
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
     if name == "playground:instructions":
         from .instructions.rows import instructions as generate
+    elif name == "playground:both":
+        from .both import both_tasks as generate
     elif name == "playground:contexts":
         from .contexts import problems_in_context as generate
     else:

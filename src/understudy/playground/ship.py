@@ -12,6 +12,7 @@ from .vocabulary import tokenizer
 LIMITS = {  # bytes
     "playground:arithmetic": 8 * 2**20,
     "playground:arithmetic-student": 2**20,
+    "playground:both-student": 2**20,
     "playground:contexts-student": 2**20,
     "playground:instructions": 8 * 2**20,
     "playground:instructions-student": 2**20,

@@ -36,6 +36,8 @@ def words_of_instructions() -> list[str]:
 def tokenizer(name: str = "playground:arithmetic") -> PreTrainedTokenizerFast:
     """A tokenizer with which `decode(encode(text)) == text` for every text of a task; it adds no tokens."""
     tokens = words_of_instructions() if name == "playground:instructions" else vocabulary()
+    if name == "playground:both":
+        tokens = list(dict.fromkeys([*vocabulary(), *words_of_instructions()]))
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     backend.decoder = decoders.Fuse()
