@@ -28,6 +28,7 @@ from understudy.teachers.local import LocalTeacher
 from understudy.teachers.mixture import MixtureTeacher
 from understudy.teachers.routed import RoutedTeacher
 from understudy.teachers.server import ServerTeacher
+from understudy.teachers.student import StudentTeacher
 
 
 def http_teacher(stack, served):
@@ -61,6 +62,13 @@ def served(model, **options):
     return teacher
 
 
+def of_student(model):
+    """A teacher with the weights of a student."""
+    teacher = StudentTeacher()
+    teacher.set_student(model)
+    return teacher
+
+
 TEACHERS = {
     "bigram": lambda stack: BigramTeacher(),
     "local llama": lambda stack: LocalTeacher(tiny("llama")),
@@ -76,6 +84,7 @@ TEACHERS = {
         {"a": LocalTeacher(tiny("llama")), "b": BigramTeacher()}, weights={"a": 1.0, "b": 1.0}
     ),
     "mixture": lambda stack: MixtureTeacher({"a": LocalTeacher(tiny("llama")), "b": LocalTeacher(tiny("gpt2"))}),
+    "student": lambda stack: of_student(tiny("llama")),
     "top k and chosen": lambda stack: TopKTeacher(),
     "top k only": lambda stack: TopKOnlyTeacher(),
     "chosen only": lambda stack: ChosenTeacher(),
