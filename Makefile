@@ -17,7 +17,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher student instructions-teacher instructions-student test fuzz test-oldest bench lint check format clean
+.PHONY: help env demo teacher student instructions-teacher instructions-student contexts-student both-student test fuzz test-oldest bench lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,14 @@ student: $(READY) ## make the warm start of the playground's student again and p
 instructions-student: $(READY) ## make the warm start of the instruction task again and put it into the package
 	$(BIN)/understudy distill recipes/playground/instructions/warm_start.yaml
 	$(BIN)/python -m understudy.playground.ship runs/warm_start/student playground:instructions-student
+
+contexts-student: $(READY) ## make the student of self-distillation again and put it into the package
+	$(BIN)/understudy distill recipes/playground/self_distillation/start.yaml
+	$(BIN)/python -m understudy.playground.ship runs/start/student playground:contexts-student
+
+both-student: $(READY) ## make the warm start of the student of two teachers again and put it into the package
+	$(BIN)/understudy distill recipes/playground/two_teachers/start.yaml
+	$(BIN)/python -m understudy.playground.ship runs/start/student playground:both-student
 
 # One thread per worker: threads of two workers on the same cores would only wait for each other.
 test: $(READY) ## run the tests

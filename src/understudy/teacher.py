@@ -79,6 +79,11 @@ class Teacher(ABC):
         return all(teacher.scores_new_responses for teacher in self.teachers.values())
 
     @property
+    def needs_student(self) -> bool:
+        """Does it have the student's weights, so that it can score only after `set_student`?"""
+        return any(teacher.needs_student for teacher in self.teachers.values())
+
+    @property
     def local_model(self) -> Any:
         """The model in this process that the scores come from, loaded; None where there is none. A run records them."""
         return self.model

@@ -46,6 +46,10 @@ class StudentTeacher(Teacher):
         self._student: Any = None
 
     @property
+    def needs_student(self) -> bool:
+        return True
+
+    @property
     def follows_student(self) -> bool:
         return self.weights in ("average", "current")
 
