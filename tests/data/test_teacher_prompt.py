@@ -49,7 +49,7 @@ def test_a_plain_prompt_begins_with_the_tokenizers_bos(llama):
 
 def test_in_a_chat_a_text_takes_the_place_of_the_last_message_of_the_user():
     student, teacher = prompts(CHAT, byte_level(chat=CHATML), teacher_prompt="{document} {prompt}")
-    assert "Be brief." in student and "Be brief." in teacher
+    assert "Be brief." in student
     assert teacher == student.replace("Who?", "It is you. Who?")
 
 
@@ -89,12 +89,15 @@ def test_a_prompt_too_long_for_the_teacher_is_skipped_or_refused_if_asked_for(ll
     options = {"teacher_prompt": "{hint}{hint}{hint}", "teacher_max_length": 9}
     skipped = examples_from_rows([ROW, ROW | {"hint": "a"}], llama, **options, on_long_prompt="skip")
     assert (len(skipped), skipped.skipped) == (1, 1)
-    with pytest.raises(DataError, match="the teacher's prompt has .* tokens, and .* fit into its context window"):
+    with pytest.raises(DataError, match=r"the teacher's prompt has .* tokens, and .* fit into its context window"):
         examples_from_rows([ROW], llama, **options, on_long_prompt="error")
 
 
 MISTAKES = {
-    'row 1: teacher_prompt names the column "hnit", but the row has .*; did you mean "hint"': (ROW, {"teacher_prompt": "hnit"}),
+    'row 1: teacher_prompt names the column "hnit", but the row has .*; did you mean "hint"': (
+        ROW,
+        {"teacher_prompt": "hnit"},
+    ),
     'the template names the column "hnit"': (ROW, {"teacher_prompt": "{hnit}"}),
     "is not a format string": (ROW, {"teacher_prompt": "{hint"}),
     "teacher_system is for chats": (ROW, {"teacher_system": "Rhyme."}),

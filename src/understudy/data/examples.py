@@ -150,14 +150,9 @@ def examples_from_rows(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}, and a dataset needs at least one example")
-    longest_prompt = _longest_prompt(max_length, max_prompt_length, reserve)
-    builder = ExampleBuilder(
-        *(tokenizer, max_length, longest_prompt, text_prompt, on_bad_row, on_long_prompt),
-        teacher_max_length=teacher_max_length,
-        reserve=reserve,
-    )
-    has_teacher_prompt = teacher_prompt is not None or teacher_system is not None
-    for_teacher = TeacherPrompt(teacher_prompt, teacher_system) if has_teacher_prompt else None
+    lengths = (max_length, _longest_prompt(max_length, max_prompt_length, reserve), text_prompt)
+    builder = ExampleBuilder(tokenizer, *lengths, on_bad_row, on_long_prompt, teacher_max_length, reserve)
+    for_teacher = None if teacher_prompt is teacher_system is None else TeacherPrompt(teacher_prompt, teacher_system)
     form = Format(tokenizer, columns, template, chat_template_kwargs, train_on)
     is_table = hasattr(rows, "with_format") and hasattr(rows, "num_rows")  # without an import of datasets
     read = dataset_rows(rows, source) if is_table else rows

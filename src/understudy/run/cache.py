@@ -83,7 +83,9 @@ def cache(recipe: Recipe, folder: Path, settings: CacheSettings, progress: Progr
     if not teacher.scores_new_responses:
         raise recipe.error("teacher", "this teacher is a cache itself: name the teacher that computes the scores")
     if teacher.needs_student:
-        message = "this teacher is the student: name the student's model as a local teacher, and its scores can be saved"
+        message = (
+            "this teacher is the student: name the student's model as a local teacher, and its scores can be saved"
+        )
         raise recipe.error("teacher", message)
     has_held_out = prepared.held_out is not None and prepared.held_out.has_responses
     manifest = _manifest(recipe, prepared, settings, has_held_out)
