@@ -4,6 +4,7 @@ import errno
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ _REMOTE_CODE = (
     "code that comes with a model is never run; to use such a model, read its code, load it in Python yourself "
     "and give it to StudentTrainer or LocalTeacher"
 )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model is loaded from, and how, before it is."""
+
+    name: str  # or folder
+    dtype: str = "auto"
+    device: str | None = None  # None: the student's
+    quantization: Mapping[str, Any] | None = None  # fields of transformers' BitsAndBytesConfig
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
 
 
 @contextmanager
