@@ -14,7 +14,6 @@ import psutil
 import torch
 
 from ..models.load import reason
-from ..models.skeleton import without_memory
 from ..recipe import Recipe
 from ..run.arguments import training_arguments
 from ..run.build import check_processes
@@ -144,8 +143,7 @@ def _memory(
 ) -> Section:
     """The section about memory, each device's against what is free there."""
     section = Section("memory")
-    with without_memory():
-        measured = estimate(recipe, arguments, prepared, step_lengths(prepared, arguments), processes, refusals)
+    measured = estimate(recipe, arguments, prepared, step_lengths(prepared, arguments), processes, refusals)
     vars(result).update(vars(measured))
     for part in result.parts:
         kind = "exact" if part.is_exact else "estimated"

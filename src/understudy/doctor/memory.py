@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from ..models.load import ModelSource, load_config, reason, resolve
-from ..models.skeleton import quantization_of, skeleton, weight_bytes
+from ..models.skeleton import quantization_of, skeleton, weight_bytes, without_memory
 from ..models.student import student_skeleton
 from ..models.vocabulary import vocabulary_size
 from ..recipe import Recipe, RecipeError
@@ -78,7 +78,7 @@ def estimate(
     processes: int,
     refusals: Refusals,
 ) -> Estimate:
-    """The memory of each process of a run, within `skeleton.without_memory`."""
+    """The memory of each process of a run."""
     result, device = Estimate(), str(arguments.device)
     if prepared.configs.student is not None:
 
@@ -91,10 +91,19 @@ def estimate(
     result.add("the reward model", lambda: _reward_model(recipe, device, result))
     if result.student is None or prepared.method is None:
         return result
-    _student(recipe, arguments, prepared, processes, result)
-    if lengths is None or prepared.configs.tokenizer is None:
-        return result
+    with without_memory(result.student, *teachers.values()):
+        _student(recipe, arguments, prepared, processes, result)
+        if lengths is not None:
+            _steps(arguments, prepared, lengths, teachers, result)
+    return result
+
+
+def _steps(
+    arguments: TrainingArguments, prepared: Prepared, lengths: Lengths, teachers: Mapping[str, Any], result: Estimate
+) -> None:
+    """A micro-batch and a rollout."""
     student, vocabulary = result.student, vocabulary_size(prepared.configs.tokenizer)
+    device = str(arguments.device)
     live = list(teachers.values()) if prepared.method.requires else []
 
     def training() -> None:
@@ -116,7 +125,6 @@ def estimate(
 
         if lengths.generated:
             result.add(f"the KV cache of the {name}'s rollout", cache)
-    return result
 
 
 def _writers(prepared: Prepared, student: Any, teachers: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +223,7 @@ def _reward_model(recipe: Recipe, device: str, result: Estimate) -> None:
     if recipe.reward is None or recipe.reward.model is None:
         return
     config = AutoConfig.from_pretrained(resolve(recipe.reward.model), trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = skeleton(config, "auto", AutoModelForSequenceClassification)
     count = sum(p.numel() for p in model.parameters())
     result.parts.append(Part("reward model", weight_bytes(model), device, about=f"{count:,} parameters"))
 

@@ -1,6 +1,7 @@
 """Models without weights: parameters with shapes and dtypes, from a configuration alone; forwards compute nothing.
 
-Within `without_memory`, PyTorch's fake tensors stand for the CPU's: every operation gives shapes and dtypes only.
+A skeleton is on PyTorch's meta device. Within `without_memory` it runs, on tensors that stand for the CPU's: every
+operation gives shapes and dtypes only.
 """
 
 import logging
@@ -10,13 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from ..recipe import RecipeError
@@ -25,28 +21,39 @@ _ABSMAX_BYTES = 4 / 64  # of bitsandbytes' 4-bit weights: a float32 for each blo
 _GROUP_BYTES = 4 / 128  # of GPTQ and AWQ: scale and zero point for each group of 128, as usual
 
 
+def skeleton(config: Any, dtype: str, auto_class: Any = AutoModelForCausalLM) -> Any:
+    """The model of a configuration without weights; dtype auto is that of the checkpoint."""
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=weights_dtype(config, dtype), trust_remote_code=False)
+
+
 @contextmanager
-def without_memory() -> Iterator[None]:
-    """Tensors that are created in this block have no memory, and nothing is computed. Blocks cannot share tensors."""
+def without_memory(*models: nn.Module) -> Iterator[None]:
+    """Tensors that are created in this block have no memory, and nothing is computed; these skeletons run in it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # operations without shape functions are the caller's errors
     try:
         with FakeTensorMode():
+            for model in models:
+                _replace_meta_tensors(model)
             yield
     finally:
         logger.setLevel(level)
 
 
-def needs_values(error: BaseException | None) -> bool:
-    """Is this an error of tensors without memory, of code that needs the values of tensors?"""
-    kinds = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-    return isinstance(error, kinds)
-
-
-def skeleton(config: Any, dtype: str) -> Any:
-    """The causal language model of a configuration, within `without_memory`; dtype auto is that of the checkpoint."""
-    return AutoModelForCausalLM.from_config(config, dtype=weights_dtype(config, dtype), trust_remote_code=False)
+def _replace_meta_tensors(model: nn.Module) -> None:
+    """Replace the model's tensors by those that this block creates; tied ones stay tied."""
+    created: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in created:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    created[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                if tensor is not None:
+                    tensors[name] = created[id(tensor)]
 
 
 def weights_dtype(config: Any, dtype: str) -> torch.dtype:
