@@ -15,6 +15,7 @@ from types import FunctionType
 
 import pytest
 import torch
+import transformers
 from folders import VOCABULARY, characters, described, jsonl, link_all, llama, sums, write
 
 from understudy import cli
@@ -94,13 +95,17 @@ def refused(say):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Fail if weights are loaded or created."""
+    """Fail if weights are loaded or created, except on the meta device."""
+    without_weights = transformers.AutoModelForCausalLM.from_config
 
     def fail(*_, **__):
         pytest.fail("a model was loaded although the recipe has a mistake")
 
+    def from_config(*arguments, **options):
+        return fail() if torch.get_default_device().type != "meta" else without_weights(*arguments, **options)
+
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", fail)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
 
 
 def test_no_recipe_file(refused, tmp_path):
@@ -460,15 +465,27 @@ def recipe_of(home, changes):
 
 
 @pytest.mark.parametrize("case", [case for case in MISTAKES if case not in AFTER_LOADING])
-def test_a_mistake_in_a_recipe_is_found_before_weights_are_loaded(case, refused, home, no_weights):
+def test_a_mistake_in_a_recipe_is_found_before_weights_are_loaded(case, refused, say, home, no_weights):
     changes, sentence = MISTAKES[case]
-    assert matches(sentence.replace("{home}", str(home)), refused("distill", recipe_of(home, changes)))
+    recipe = recipe_of(home, changes)
+    said = refused("distill", recipe)
+    assert matches(sentence.replace("{home}", str(home)), said)
+    code, out, err = say("doctor", recipe)  # it says the same, among everything else
+    if code == 2:  # this is no recipe
+        assert said == err.splitlines()[-1].removeprefix("error: ")
+    else:
+        assert code == 1
+        assert said in [" ".join(line.split()[1:]) for line in out.splitlines() if line.startswith("red ")]
+        assert "unexpected" not in out
+        assert {"tokens", "data", "recipe"} <= set(out.splitlines())
 
 
 @pytest.mark.parametrize("case", sorted(AFTER_LOADING))
-def test_a_mistake_that_only_loading_can_detect(case, refused, home):
+def test_a_mistake_that_only_loading_can_detect(case, refused, say, home):
     changes, sentence = MISTAKES[case]
-    assert matches(sentence.replace("{home}", str(home)), refused("distill", recipe_of(home, changes)))
+    recipe = recipe_of(home, changes)
+    assert matches(sentence.replace("{home}", str(home)), refused("distill", recipe))
+    assert say("doctor", recipe)[0] == ("weights" not in case)  # the files of weights are not read
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .data.examples import Examples
+from .models.load import ModelSource
 from .scores import Scores
 from .step import Step
 
@@ -52,6 +53,7 @@ class Teacher(ABC):
     provides: frozenset[Capability]  # of the class, or of an instance where it depends on the arguments
     teachers: Mapping[str, "Teacher"] = MappingProxyType({})  # those that this one consists of, by name
     model_name: str | None = None  # name or folder from which transformers can load the configuration and weights
+    source: ModelSource | None = None  # what its model in this process is loaded from, if it is loaded by name
     model: Any = None  # the live model, where MODEL is provided
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
     follows_student: bool = False  # do its weights change with the student's?
@@ -62,6 +64,11 @@ class Teacher(ABC):
     def tokenizer_name(self) -> str | None:
         """Name or folder of the teacher's tokenizer; None: unknown, and not compared with the student's."""
         return next((t.tokenizer_name for t in self.teachers.values() if t.tokenizer_name is not None), self.model_name)
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        """Name or folder of the tokenizer that the teacher reads with, where that may be another than the student's."""
+        return self.tokenizer_name
 
     def parts(self) -> dict[str, "Teacher"]:
         """The teacher itself by an empty key; or those that it consists of, by their keys in its block of a recipe."""

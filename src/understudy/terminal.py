@@ -124,20 +124,28 @@ def progress() -> Progress:
 
 def explain(error: Exception) -> int:
     """Print an error as one sentence and return the exit code."""
-    name = type(error).__name__
-    # Errors of the argument parser name the option in format_message only.
-    message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
-    if name == "Interrupted":
-        sys.stderr.write(f"{escape(message)}\n")
+    if type(error).__name__ == "Interrupted":
+        sys.stderr.write(f"{escape(_message(error))}\n")
         return getattr(error, "exit_code", INTERRUPTED)
+    sys.stderr.write(f"error: {escape(sentence(error))}\n")
+    return 2
+
+
+def sentence(error: Exception) -> str:
+    """An error as one sentence, which says where it comes from if it is none of understudy's own."""
+    name, message = type(error).__name__, _message(error)
     if (full := _what_is_full(error)) is not None:
         message = full
     elif (own_class := _raised_by(error)) is not None:
         message = f"{own_class[0]} raised {name}: {message} ({own_class[1]}; --debug shows how it was called)"
     elif not _is_for_users(error):
         message = f"unexpected {name}: {message} (probably a bug; --debug shows where)"
-    sys.stderr.write(f"error: {escape(message)}\n")
-    return 2
+    return message
+
+
+def _message(error: Exception) -> str:
+    # Errors of the argument parser name the option in format_message only.
+    return " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
 
 
 def _what_is_full(error: BaseException) -> str | None:

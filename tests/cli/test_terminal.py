@@ -16,7 +16,8 @@ from understudy import cli
 from understudy.batch import Example
 from understudy.cli.results import show_comparison
 from understudy.recipe import load
-from understudy.run.dry_run import dry_run, rendered
+from understudy.run.dry_run import dry_run
+from understudy.run.first_example import rendered
 from understudy.terminal import escape, show
 
 

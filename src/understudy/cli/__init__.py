@@ -31,6 +31,7 @@ def _options(
 
 _COMMANDS = (
     commands.demo,
+    commands.doctor,
     commands.distill,
     commands.evaluate,
     commands.compare,

@@ -1,9 +1,10 @@
-"""The commands that work: demo, distill, evaluate, compare, cache, report."""
+"""The commands that work: demo, doctor, distill, evaluate, compare, cache, report."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import get_console
 
 from ..terminal import is_first_process, show
 from . import options
@@ -56,6 +57,41 @@ def distill(
     summary = distill(loaded, restart=restart, accept_changes=accept_changes)
     if is_first_process():
         show_run(summary)
+
+
+def doctor(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe: a file, or a name such as playground/gkd.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as training.max_steps=100."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="As distill --restart: an earlier run may be there.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that the run will have, such as torchrun's.")
+    ] = None,
+) -> None:
+    """Examine a recipe before it is run: tokens, lengths, teachers, memory and disk, without loading weights.
+
+    Exit code 0: nothing is red. 1: something is red, and the run would fail. 2: this is not a recipe.
+    """
+    from ..recipe import load
+
+    loaded = load(recipe, overrides or [])
+    quiet()
+    from ..doctor.diagnose import diagnose
+    from ..terminal import working
+    from .diagnosis import show_diagnosis
+
+    with working("examining", get_console()):
+        diagnosis = diagnose(loaded, restart, processes)
+    if is_first_process():
+        show_diagnosis(diagnosis)
+    if diagnosis.is_red:
+        raise typer.Exit(1)
 
 
 def evaluate(

@@ -51,15 +51,10 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
     Raises:
         RecipeError: if PEFT refuses the configuration for this model, or if the result could not be saved as it is.
     """
-    from peft import get_peft_model
-
     base = None if getattr(model, "hf_quantizer", None) is not None else shared_copy(model)
     weights = list(model.parameters())  # PEFT changes the model itself
     before = samples(weights)
-    try:
-        adapted = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise recipe.error("student.peft", f"student.peft: {reason(error)}") from None
+    adapted = with_adapters(recipe, model, config)
     if not recipe.student.merge and any(not a.equal(b) for a, b in zip(before, samples(weights), strict=True)):
         message = f"init_lora_weights: {config.init_lora_weights} changes the model below the adapters, "
         message += "and adapters alone would be saved without that change: add merge: true, or use another one"
@@ -67,6 +62,20 @@ def add_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
     if base is not None:
         _check_saveable(recipe, base, adapted)
     return adapted
+
+
+def with_adapters(recipe: Recipe, model: nn.Module, config: Any) -> Any:
+    """The model with PEFT adapters, whose effect on it is not checked.
+
+    Raises:
+        RecipeError: if PEFT refuses the configuration for this model.
+    """
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise recipe.error("student.peft", f"student.peft: {reason(error)}") from None
 
 
 def _check_saveable(recipe: Recipe, base: nn.Module, model: Any) -> None:

@@ -73,7 +73,7 @@ def score(
             head = head if vocabulary is None else head.cut(vocabulary)
             return then(Scores(batch.tokens, Projected(hidden[predicts.to(hidden.device)], head), weights))
 
-        with _replaced_forward(layer, loss_instead_of_logits):
+        with replaced_forward(layer, loss_instead_of_logits):
             output = model(**inputs)
     return _with_router(output.logits, unwrapped, output, router)
 
@@ -112,7 +112,7 @@ def score_constant(model: Any, batch: Batch, fused: bool) -> Scores:
 
 
 @contextmanager
-def _replaced_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the layer's forward, not the layer, so that hooks around it still run, such as gathering of weights."""
     previous = vars(layer).get("forward")
     layer.forward = forward

@@ -4,14 +4,16 @@ import errno
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..playground.names import resolve as resolve_playground
 from ..recipe import RecipeError
+from .origin import tokens_of_invalid_config
 from .vocabulary import vocabulary_size
 from .weights import adapter_config, load_weights
 
@@ -22,6 +24,17 @@ _REMOTE_CODE = (
     "code that comes with a model is never run; to use such a model, read its code, load it in Python yourself "
     "and give it to StudentTrainer or LocalTeacher"
 )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model is loaded from, and how, before it is."""
+
+    name: str  # or folder
+    dtype: str = "auto"
+    device: str | None = None  # None: the student's
+    quantization: Mapping[str, Any] | None = None  # fields of transformers' BitsAndBytesConfig
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
 
 
 @contextmanager
@@ -110,6 +123,25 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
 
 
+def load_generation_config(name: str) -> GenerationConfig:
+    """A model's generation config by name or folder, without its weights; for adapters that of the model below them.
+
+    Raises:
+        RecipeError: if there is no such model.
+    """
+    path = resolve(name)
+    with loading("model", name):
+        if (generation := tokens_of_invalid_config(path)) is not None:
+            return generation
+        try:
+            return GenerationConfig.from_pretrained(path)
+        except OSError:  # it has no file of its own
+            adapters = adapter_config(path)
+            if adapters is not None:
+                return load_generation_config(adapters["base_model_name_or_path"])
+            return GenerationConfig.from_model_config(load_config(name))
+
+
 def without_remote_code(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of from_pretrained that run no code of the model's own; transformers would ask on the terminal.
 
@@ -161,7 +193,12 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             student.eos_token,
             teacher.eos_token,
         )
-    if student.chat_template != teacher.chat_template:
+    if not student.chat_template and teacher.chat_template:
+        logger.warning(
+            "the teacher has a chat template and the student has none, like a chat and a base model; to render "
+            "conversations as the teacher reads them, name the teacher's tokenizer in student.tokenizer"
+        )
+    elif student.chat_template != teacher.chat_template:
         logger.warning("student and teacher have different chat templates; the student's is used")
 
 

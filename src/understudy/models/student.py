@@ -3,15 +3,17 @@
 import copy
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..recipe import Recipe
 from ..registry import did_you_mean
-from .adapters import add_adapters, lora_config, merged
+from .adapters import add_adapters, lora_config, merged, with_adapters
 from .layers import config_of_layers, take_layers
-from .load import holds_adapters, is_soft_prompt, load_config, load_model, reason
+from .load import holds_adapters, is_soft_prompt, load_config, load_model, reason, resolve
 from .origin import repair_generation_config
 from .saved import check_adapters, check_merge, shared_copy
+from .skeleton import skeleton
 
 
 def student_config(recipe: Recipe, teacher: str | None) -> Any:
@@ -46,6 +48,27 @@ def load_student(recipe: Recipe, config: Any, teacher: str | None) -> Any:
         model = _with_layers(recipe, config, student.layers or [], teacher)
     repair_generation_config(model)
     return model if student.peft is None else add_adapters(recipe, model, lora_config(recipe, student.peft))
+
+
+def student_skeleton(recipe: Recipe, config: Any) -> Any:
+    """As `load_student`, without weights: for its size, and to run in `skeleton.without_memory`.
+
+    Raises:
+        RecipeError: for fields that are not a valid model, and adapters that do not fit it.
+    """
+    student = recipe.student
+    with torch.device("meta"):
+        model = skeleton(config, student.dtype) if student.fresh is None else _new_model(recipe, config)
+        if student.model is not None and student.peft is None and holds_adapters(student.model):
+            from peft import PeftConfig, get_peft_model
+
+            adapters = PeftConfig.from_pretrained(resolve(student.model))
+            adapters.inference_mode = False
+            return get_peft_model(model, adapters)
+        if student.peft is None:
+            return model
+        adapters = lora_config(recipe, {**student.peft, "init_lora_weights": True})  # some initialisations compute
+        return with_adapters(recipe, model, adapters)
 
 
 def _check_adapters_of(recipe: Recipe, name: str) -> None:

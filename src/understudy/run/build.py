@@ -22,6 +22,7 @@ from ..rollout import Rollout
 from ..teacher import Teacher
 from ..training.callbacks import LogMetrics
 from ..training.display import ShowSamples
+from ..training.preparation import check_one_gpu
 from ..training.trainer import StudentTrainer
 from .arguments import check_optimizer
 from .best import Patience, check_best_metric
@@ -63,10 +64,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         RecipeError: with the line, for a mistake in the recipe. The recipe itself is checked first, then files are read
             or downloaded, and weights are loaded last.
     """
-    if arguments.fsdp and arguments.world_size == 1:
-        raise recipe.error(
-            "training.fsdp", "training.fsdp needs several processes: start with torchrun, or leave it out"
-        )
+    check_processes(recipe, arguments, arguments.world_size)
     method, rollout, sampling, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
@@ -111,6 +109,19 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     check_best_metric(run)
     _add_callbacks(run, console)
     return run
+
+
+def check_processes(recipe: Recipe, arguments: TrainingArguments, processes: int) -> None:
+    """Refuse training arguments that need another number of processes.
+
+    Raises:
+        RecipeError, ValueError: with the remedy.
+    """
+    if arguments.fsdp and processes == 1:
+        message = "training.fsdp needs several processes: start with torchrun, or leave it out"
+        raise recipe.error("training.fsdp", message)
+    if processes == 1:
+        check_one_gpu(arguments)
 
 
 def _teacher_models(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:

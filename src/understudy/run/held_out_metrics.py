@@ -15,6 +15,24 @@ from ..teacher import Capability, Teacher
 _SKIPPED = ("seconds", "tokens_per", "examples")
 
 
+def check_held_out_metrics(recipe: Recipe, teacher: Teacher | None) -> None:
+    """Check that the metrics a recipe asks for can be measured while the student is trained.
+
+    Raises:
+        RecipeError: for an unknown metric, and without the data or the teacher that are needed.
+    """
+    names, prompts = recipe.evaluate.metrics, recipe.evaluate.exposure_bias
+    if not names and not prompts:
+        return
+    key = "evaluate.metrics" if names else "evaluate.exposure_bias"
+    if recipe.evaluate.dataset is None:
+        raise recipe.error(key, "metrics need held-out data: add evaluate.dataset")
+    with recipe.locating("evaluate.metrics"):
+        metrics.check(names)
+    if prompts and (teacher is None or not teacher.can(Capability.MODEL)):
+        raise recipe.error("evaluate.exposure_bias", "exposure bias needs a teacher that can generate: add a local one")
+
+
 def held_out_metrics(
     recipe: Recipe,
     rollout: Rollout,
@@ -23,24 +41,14 @@ def held_out_metrics(
     held_out: Examples | None,
     teacher: Teacher | None,
 ) -> Callable[[Any], dict[str, float]] | None:
-    """A function from the student to metrics, or None if the recipe asks for none.
+    """A function from the student to metrics, or None if the recipe asks for none; see `check_held_out_metrics`.
 
     Text metrics are of greedy responses, whose length is `greedy_response_length`, beside that of the responses on
     which the loss is measured. Exposure bias is measured at temperature 1, on the first prompts.
-
-    Raises:
-        RecipeError: for an unknown metric, and without the data or the teacher that are needed.
     """
     names, prompts = recipe.evaluate.metrics, recipe.evaluate.exposure_bias
-    if not names and not prompts:
+    if held_out is None or not (names or prompts):
         return None
-    key = "evaluate.metrics" if names else "evaluate.exposure_bias"
-    if held_out is None:
-        raise recipe.error(key, "metrics need held-out data: add evaluate.dataset")
-    with recipe.locating("evaluate.metrics"):
-        metrics.check(names)
-    if prompts and (teacher is None or not teacher.can(Capability.MODEL)):
-        raise recipe.error("evaluate.exposure_bias", "exposure bias needs a teacher that can generate: add a local one")
     greedy = replace(sampling, temperature=0.0, n=1)
     plain = replace(sampling, temperature=1.0, top_k=0, top_p=1.0, n=1)
 

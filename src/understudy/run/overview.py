@@ -63,10 +63,10 @@ def _training(run: "Run") -> Iterator[str]:
     arguments, budget = run.trainer.args, run.recipe.budget
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     rows = counted(batch, "row", "rows")
+    steps = planned_steps(arguments, len(run.train), arguments.world_size)
     if arguments.max_steps > 0:
-        yield f"{counted(arguments.max_steps, 'step', 'steps')} of {rows}"
+        yield f"{counted(steps, 'step', 'steps')} of {rows}"
     else:
-        steps = max(1, int(len(run.train) * arguments.num_train_epochs / batch))
         epochs = f"{arguments.num_train_epochs:g} {'epoch' if arguments.num_train_epochs == 1 else 'epochs'}"
         yield f"{epochs}, about {counted(steps, 'step', 'steps')} of {rows}"
     if budget is not None:
@@ -75,6 +75,14 @@ def _training(run: "Run") -> Iterator[str]:
         yield f"mixed precision in {'bfloat16' if arguments.bf16 else 'float16'}"
     if arguments.world_size > 1:
         yield f"{arguments.world_size} processes"
+
+
+def planned_steps(arguments: Any, rows: int, processes: int) -> int:
+    """The number of optimizer steps of a run over a dataset of `rows`, about: an epoch's last step may be smaller."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * processes
+    return max(1, int(rows * arguments.num_train_epochs / batch))
 
 
 def lengths(examples: Examples) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,8 @@ from ..rollouts import ROLLOUTS
 from ..sampling import Sampling
 from ..teacher import Capability, Teacher, TeacherError
 from ..teachers import TEACHERS, check_provides, check_scores_responses
+from .held_out_metrics import check_held_out_metrics
+from .refusals import Refusals
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,56 @@ class Prepared(NamedTuple):
     corpus: Examples | None
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Build what needs no weights, and check that it fits together: the recipe first, then files and hub."""
-    reward = _reward(recipe)
-    method: Method = recipe.build("method", METHODS, **({} if reward is None else {"reward": reward}))
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+def prepare(recipe: Recipe, refusals: Refusals | None = None) -> Prepared:
+    """Build what needs no weights, and check that it fits together: the recipe first, then files and hub.
+
+    Where `refusals` are collected, a part that was refused is None, and what needs it is not checked.
+    """
+    refusals = refusals or Refusals()
+    attempt = refusals.attempt
+    parts: dict[str, Any] = dict.fromkeys(Prepared._fields)
+    with attempt("method"):
+        parts["reward"] = _reward(recipe)
+    with attempt("method"):
+        reward = {} if parts["reward"] is None else {"reward": parts["reward"]}
+        parts["method"] = recipe.build("method", METHODS, **reward)
+    with attempt("rollout"):
+        parts["rollout"] = recipe.build("rollout", ROLLOUTS)
+    with attempt("rollout"):
+        parts["sampling"] = recipe.sampling()
+    method, sampling = parts["method"], parts["sampling"]
+    if method is not None and sampling is not None:
+        with attempt("rollout"):
+            _check_sampling(recipe, method, sampling)
+    with attempt("teacher"):
+        parts["teacher"] = None if recipe.teacher is None else recipe.build("teacher", TEACHERS)
+    if method is not None:
+        with attempt("teacher"):
+            _check_teacher(recipe, method, parts["teacher"])
+    parts["configs"] = configs = _check_configs(recipe, parts["teacher"], method, refusals)
+    if configs.tokenizer is not None:
+        if sampling is not None:
+            with attempt("rollout"):
+                _check_stop_ids(recipe, sampling, configs.tokenizer)
+        parts |= _datasets(recipe, method, sampling, configs, refusals)
+        with attempt("data"):
+            check_held_out_metrics(recipe, parts["teacher"])
+        _check_scored(recipe, method, parts, refusals)
+    return Prepared(**parts)
+
+
+def _check_sampling(recipe: Recipe, method: Method, sampling: Sampling) -> None:
     try:
         method.check_sampling(sampling)
     except ValueError as error:
         raise recipe.error("rollout", str(error)) from None
-    teacher = _teacher(recipe, method)
-    configs = _check_configs(recipe, teacher, method)
-    vocabulary = vocabulary_size(configs.tokenizer)
+
+
+def _check_stop_ids(recipe: Recipe, sampling: Sampling, tokenizer: Any) -> None:
+    vocabulary = vocabulary_size(tokenizer)
     if unknown := [i for i in sampling.stop_ids if not 0 <= i < vocabulary]:
         message = f"the stop token {unknown[0]} is none of the tokenizer's {vocabulary} tokens, and would end nothing"
         raise recipe.error(f"rollout.{recipe.rollout[0]}.stop_ids", f"{message}: correct stop_ids")
-    reserve = sampling.max_new_tokens if method.authors - {"dataset"} else 1
-    _check_teacher_prompt(recipe, method)
-    train, held_out, corpus = _datasets(recipe, method, configs, reserve)
-    if teacher is not None and method.requires:
-        for data, examples in ((recipe.data, train), (held_out_data(recipe), held_out)):
-            if examples is not None:
-                _check_data(recipe, teacher, examples, data_settings(data, configs.tokenizer))
-    return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
 
 
 def uses_teacher(method: Method) -> bool:
@@ -75,15 +104,14 @@ def uses_teacher(method: Method) -> bool:
     return bool(method.requires) or "teacher" in method.authors
 
 
-def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
-    """The recipe's teacher, whose model is not loaded yet; refused where it does not provide what the method needs."""
+def _check_teacher(recipe: Recipe, method: Method, teacher: Teacher | None) -> None:
+    """Refuse a teacher, whose model is not loaded yet, that does not provide what the method needs."""
     name = recipe.method[0]
-    if recipe.teacher is None:
-        if uses_teacher(method):
+    if teacher is None:
+        if uses_teacher(method) and recipe.teacher is None:
             message = f"{name} needs a teacher: add a block such as `teacher: {{local: {{model: …}}}}`"
             raise recipe.error("method", message)
-        return None
-    teacher: Teacher = recipe.build("teacher", TEACHERS)
+        return
     generates = {Capability.MODEL} if "teacher" in method.authors and teacher.rollout() is None else set()
     with recipe.locating("teacher"):
         try:
@@ -92,7 +120,17 @@ def _teacher(recipe: Recipe, method: Method) -> Teacher | None:
             check_provides(teacher, method.requires | generates, name)
         except ValueError as error:
             raise RecipeError(str(error)) from None
-    return teacher
+
+
+def _check_scored(recipe: Recipe, method: Method | None, parts: dict[str, Any], refusals: Refusals) -> None:
+    """Refuse a dataset of which the teacher cannot score an example."""
+    teacher, tokenizer = parts["teacher"], parts["configs"].tokenizer
+    if teacher is None or method is None or not method.requires:
+        return
+    for data, examples in ((recipe.data, parts["train"]), (held_out_data(recipe), parts["held_out"])):
+        if examples is not None:
+            with refusals.attempt("teacher"):
+                _check_data(recipe, teacher, examples, data_settings(data, tokenizer))
 
 
 def _check_data(recipe: Recipe, teacher: Teacher, examples: Examples, settings: dict[str, Any]) -> None:
@@ -109,34 +147,41 @@ def teacher_parts(recipe: Recipe, teacher: Teacher) -> dict[str, Teacher]:
     return {f"teacher.{recipe.teacher[0]}.{key}" if key else "teacher": part for key, part in teacher.parts().items()}
 
 
-def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method) -> Configs:
+def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method | None, refusals: Refusals) -> Configs:
     """Load tokenizers and configurations, and check that they fit together."""
-    name = None if teacher is None else teacher.tokenizer_name
     parts = {} if teacher is None else teacher_parts(recipe, teacher)
-    with recipe.locating("student"):
-        tokenizer = load_tokenizer(tokenizer_name(recipe, name))
+    tokenizer, config = None, None
+    teacher_configs: list[Any] = []
+    with refusals.attempt("student"), recipe.locating("student"):
+        tokenizer = load_tokenizer(tokenizer_name(recipe, None if teacher is None else teacher.tokenizer_name))
+    with refusals.attempt("student"), recipe.locating("student"):
         config = student_config(recipe, None if teacher is None else teacher.model_name)
-        check_vocabulary(tokenizer, config, "the student has")
-    configs: list[Any] = []  # of the teachers
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, config, "the student has")
     for key, part in parts.items():
-        with recipe.locating(key):
-            if part.tokenizer_name is not None:
+        if tokenizer is not None and part.tokenizer_name is not None:
+            with refusals.attempt("tokens"), recipe.locating(key):
                 check_tokenizers(tokenizer, load_tokenizer(part.tokenizer_name))
-            if part.model_name is not None and uses_teacher(method):
-                configs.append(load_config(part.model_name))
-                check_vocabulary(tokenizer, configs[-1], "the teacher has")
-            if uses_teacher(method):
-                _setup(part, tokenizer)
-    prefix = method.teacher_prefix_tokens
-    lengths = [context_window(*(configs or [config])), *(part.context_length for part in parts.values())]
+        if method is not None and uses_teacher(method):
+            if part.model_name is not None:
+                with refusals.attempt("teacher"), recipe.locating(key):
+                    teacher_configs.append(load_config(part.model_name))
+                    if tokenizer is not None:
+                        check_vocabulary(tokenizer, teacher_configs[-1], "the teacher has")
+            if tokenizer is not None:
+                with refusals.attempt("teacher"), recipe.locating(key):
+                    _setup(part, tokenizer)
+    prefix = 0 if method is None else method.teacher_prefix_tokens
+    own = [] if config is None else [config]
+    lengths = [context_window(*(teacher_configs or own)), *(part.context_length for part in parts.values())]
     teacher_window = min(filter(None, lengths), default=None)
-    window = min(filter(None, [context_window(config), teacher_window]), default=None)
-    if window is not None and window < prefix + 2:
-        message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
-        raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
-    return Configs(
-        tokenizer, config, *(None if length is None else length - prefix for length in (window, teacher_window))
-    )
+    window = min(filter(None, [context_window(*own), teacher_window]), default=None)
+    with refusals.attempt("method"):
+        if window is not None and window < prefix + 2:
+            message = f"a prompt of {prefix} tokens before the texts does not fit into the context window of {window}"
+            raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
+    lengths = [None if length is None else length - prefix for length in (window, teacher_window)]
+    return Configs(tokenizer, config, *lengths)
 
 
 def _setup(teacher: Teacher, tokenizer: Any) -> None:
@@ -182,24 +227,30 @@ def _check_teacher_prompt(recipe: Recipe, method: Method) -> None:
 
 
 def _datasets(
-    recipe: Recipe, method: Method, configs: Configs, reserve: int
-) -> tuple[Examples, Examples | None, Examples | None]:
+    recipe: Recipe, method: Method | None, sampling: Sampling | None, configs: Configs, refusals: Refusals
+) -> dict[str, Examples | None]:
     """The training data, and the held-out dataset and corpus if the recipe has them."""
-    tokenizer, context_length = configs.tokenizer, configs.context_length
-    lengths = (context_length, reserve, configs.teacher_context_length)
-    with recipe.locating("data"):
-        train = load_data(recipe.data, tokenizer, *lengths)
-        held_out = None
-        if recipe.evaluate.dataset is not None:
-            held_out = load_data(held_out_data(recipe), tokenizer, *lengths)
-    corpus = None
-    if recipe.corpus is not None:
-        if not method.uses_corpus:
-            raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
-        texts = recipe.corpus.model_copy(update={"text_prompt": 1})
-        with recipe.locating("corpus"):
-            corpus = load_data(texts, tokenizer, context_length, 1)
-    if "dataset" in method.authors:
-        for examples in filter(None, (train, held_out)):
-            examples.require_responses(recipe.method[0])
-    return train, held_out, corpus
+    authors = set() if method is None else method.authors
+    reserve = sampling.max_new_tokens if sampling is not None and authors - {"dataset"} else 1
+    lengths = (configs.context_length, reserve, configs.teacher_context_length)
+    loaded: dict[str, Examples | None] = {"train": None, "held_out": None, "corpus": None}
+    if method is not None:
+        with refusals.attempt("data"):
+            _check_teacher_prompt(recipe, method)
+    with refusals.attempt("data"), recipe.locating("data"):
+        loaded["train"] = load_data(recipe.data, configs.tokenizer, *lengths)
+    if recipe.evaluate.dataset is not None:
+        with refusals.attempt("data"), recipe.locating("data"):
+            loaded["held_out"] = load_data(held_out_data(recipe), configs.tokenizer, *lengths)
+    if recipe.corpus is not None and method is not None:
+        with refusals.attempt("data"):
+            if not method.uses_corpus:
+                raise recipe.error("corpus", f"{recipe.method[0]} reads no corpus; dpkd does")
+            texts = recipe.corpus.model_copy(update={"text_prompt": 1})
+            with recipe.locating("corpus"):
+                loaded["corpus"] = load_data(texts, configs.tokenizer, configs.context_length, 1)
+    if "dataset" in authors:
+        for examples in filter(None, (loaded["train"], loaded["held_out"])):
+            with refusals.attempt("data"):
+                examples.require_responses(recipe.method[0])
+    return loaded

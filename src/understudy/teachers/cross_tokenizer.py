@@ -63,8 +63,13 @@ class CrossTokenizerTeacher(Teacher):
         self.teacher = local(model, dtype=dtype, device=device, quantization=quantization, options=options)
         self._tokenizer: Any = model if tokenizer is None else tokenizer
         self._chat_template_kwargs = chat_template_kwargs
+        self.source = self.teacher.source
         self._retokenizer: Retokenizer | None = None
         self._warned = False
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        return self._tokenizer if isinstance(self._tokenizer, str) else None
 
     @property
     def local_model(self) -> Any:

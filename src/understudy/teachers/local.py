@@ -8,7 +8,7 @@ from torch import nn
 
 from ..batch import Batch
 from ..models.forward import score_constant
-from ..models.load import load_model
+from ..models.load import ModelSource, load_model
 from ..models.parity import can_fuse_constant
 from ..scores import Scores
 from ..teacher import Capability, Teacher
@@ -39,6 +39,8 @@ class LocalTeacher(Teacher):
         options: dict[str, Any] | None = None,
     ) -> None:
         self.model_name = model if isinstance(model, str) else None
+        if isinstance(model, str):
+            self.source = ModelSource(model, dtype, device, quantization, options or {})
         self._model: Any = None if isinstance(model, str) else _frozen(model)
         self._dtype, self._device, self._quantization, self._options = dtype, device, quantization, options or {}
 

@@ -67,8 +67,7 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
     Raises:
         ValueError: for a field whose effect would be another than its name says, and for several GPUs in one process.
     """
-    if args.n_gpu > 1:
-        raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
+    check_one_gpu(args)
     check_arguments(args)
     args = copy.copy(args)
     args.remove_unused_columns = False  # Examples have no columns
@@ -79,6 +78,16 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
     args.accelerator_config = accelerator_config
     args.save_total_limit = None
     return args
+
+
+def check_one_gpu(args: TrainingArguments) -> None:
+    """Refuse several GPUs in one process, among which Trainer would split batches of tensors.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if args.n_gpu > 1:
+        raise ValueError("several GPUs need one process each: start with torchrun or accelerate launch")
 
 
 def compiles(args: TrainingArguments, dataset: Sized, vocabulary: int, budget: Budget | None) -> bool:
