@@ -12,6 +12,12 @@ from ..terminal import escape, show
 # Readable on a dark and on a light background, which yellow is not; the word is printed too.
 _STYLES = {Level.GREEN: "green", Level.YELLOW: "bold dark_orange3", Level.RED: "bold red"}
 
+_VERDICTS = {
+    Level.GREEN: "distill would run",
+    Level.YELLOW: "distill would run, perhaps not as expected",
+    Level.RED: "distill would fail",
+}
+
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
     """Print all sections, the first example, and how many findings there are of each level."""
@@ -28,9 +34,8 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None
         if section.rows or section.findings:
             console.print()
     counts = ", ".join(f"{diagnosis.count(level)} {level.value}" for level in reversed(Level))
-    verdict = "distill would fail" if diagnosis.is_red else "nothing speaks against distill"
     level = next(level for level in reversed(Level) if diagnosis.count(level) or level is Level.GREEN)
-    console.print(Text(f"{counts}: {verdict}", style=_STYLES[level]))
+    console.print(Text(f"{counts}: {_VERDICTS[level]}", style=_STYLES[level]))
 
 
 def _show_rows(section: Section, console: Console) -> None:

@@ -19,10 +19,13 @@ from ..divergences import ForwardKL
 from ..fused_linear.distributions import Projected
 from ..fused_linear.head import Head, softmax_dtype
 from ..fused_linear.loss import chosen_log_prob, divergence_loss, row_values
+from ..fused_linear.tiles import rows_per_tile, tiling
 from ..generation.decoder import Decoder
 from ..models.forward import replaced_forward
 from ..models.logits import is_linear_head, without_logit_transform
 from .peak import PeakMemory
+
+_TILES = (1, 2)  # numbers of tiles at which the loss is measured
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,32 @@ def micro_batch(
     if arguments.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs)
     ids = torch.zeros(lengths.sequences, lengths.prompt + lengths.response, dtype=torch.long)
-    with _autocast(arguments):
+    with _autocast(arguments), tiling(blocks=arguments.device.type == "cpu"):
         with PeakMemory() as forward:
             hidden, head = _hidden(student, ids)
         rows = hidden[:, lengths.prompt - 1 : -1].reshape(-1, hidden.shape[-1])
-        with PeakMemory() as loss:
-            if head is None:  # the model's own logits, (N, V)
-                rows[:, :vocabulary].to(softmax_dtype(rows.dtype)).log_softmax(-1)
-            else:
-                _loss(Projected(rows, head.cut(vocabulary)), teachers, vocabulary)
+        if head is not None:
+            return forward.peak, _loss_of_rows(rows, head.cut(vocabulary), teachers)
+        with PeakMemory() as loss:  # of the model's own logits, (N, V)
+            rows[:, :vocabulary].to(softmax_dtype(rows.dtype)).log_softmax(-1)
     return forward.peak, loss.peak
 
 
-def _loss(student: Projected, teachers: Sequence[Any], vocabulary: int) -> Tensor:
+def _loss_of_rows(rows: Tensor, head: Head, teachers: Sequence[Any]) -> int:
+    """Bytes of the loss of N rows (N, D). From one tile on it is linear in N, and is not run for all of them."""
+    tile, peaks = rows_per_tile(head.vocabulary), []
+    counts = [len(rows)] if len(rows) <= _TILES[-1] * tile else [tiles * tile for tiles in _TILES]
+    for count in counts:
+        with PeakMemory() as loss:
+            _loss(Projected(rows[:count], head), teachers)
+        peaks.append(loss.peak)
+    per_row = (peaks[-1] - peaks[0]) / max(counts[-1] - counts[0], 1)
+    return peaks[-1] + int(per_row * (len(rows) - counts[-1]))
+
+
+def _loss(student: Projected, teachers: Sequence[Any]) -> Tensor:
     """The loss of N rows: a divergence from the teachers, or log q of one token."""
-    count = len(student.hidden)
+    count, vocabulary = len(student.hidden), student.head.vocabulary
     projected = []
     for model in teachers:
         weight = model.get_output_embeddings().weight.detach()

@@ -20,6 +20,7 @@ class Tiling:
 
     memory_mb: float = 256.0  # for a tile of the student, one of the teacher, one of gradients, and a half to spare
     compiled: bool = False
+    blocks: bool = True  # on a CPU, between the products, blocks of rows that fit into its cache
 
 
 _tiling: ContextVar[Tiling] = ContextVar("tiling", default=Tiling())  # noqa: B039  (it is frozen)
@@ -31,9 +32,11 @@ def current_tiling() -> Tiling:
 
 
 @contextmanager
-def tiling(memory_mb: float | None = None, compiled: bool | None = None) -> Iterator[None]:
-    """Set the tiles' memory and whether the kernel is compiled, within this block; None: unchanged."""
-    changes = {"memory_mb": memory_mb, "compiled": compiled}
+def tiling(
+    memory_mb: float | None = None, compiled: bool | None = None, blocks: bool | None = None
+) -> Iterator[None]:
+    """Set fields of the tiling, within this block; None: unchanged."""
+    changes = {"memory_mb": memory_mb, "compiled": compiled, "blocks": blocks}
     token = _tiling.set(replace(current_tiling(), **{name: x for name, x in changes.items() if x is not None}))
     try:
         yield
@@ -67,5 +70,6 @@ def product_and_gradient_tiles(rows: int, vocabulary: int, like: Tensor) -> tupl
 
 def row_blocks(product: Tensor) -> Iterator[slice]:
     """The rows of a tile (C, V) in blocks that fit into a CPU's cache; all of them at once on other devices."""
-    rows = max(1, _BLOCK // product.shape[1]) if product.device.type == "cpu" else len(product)
+    in_blocks = product.device.type == "cpu" and current_tiling().blocks
+    rows = max(1, _BLOCK // product.shape[1]) if in_blocks else len(product)
     return (slice(start, start + rows) for start in range(0, len(product), rows))

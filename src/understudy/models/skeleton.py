@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -44,7 +44,7 @@ def without_memory(*models: nn.Module) -> Iterator[None]:
 
 def _replace_meta_tensors(model: nn.Module) -> None:
     """Replace the model's tensors by those that this block creates; tied ones stay tied."""
-    created: dict[int, Tensor] = {}
+    created: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
