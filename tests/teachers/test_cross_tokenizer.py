@@ -21,6 +21,7 @@ from understudy.data.tokenize import TextEncoder
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
 from understudy.generation.stop_tokens import stop_ids
 from understudy.methods.kd import KD
+from understudy.models.fingerprint import tokenizer_fingerprint
 from understudy.models.forward import score, score_no_grad
 from understudy.recipe import RecipeError, load
 from understudy.run.arguments import training_arguments
@@ -254,6 +255,10 @@ def test_it_says_what_it_cannot_score():
         CrossTokenizerTeacher(model_of(SENTENCEPIECE, 2))
     with pytest.raises(ValueError, match="embeddings for 53 only"):
         cross(model=tiny("llama"))
+    with pytest.raises(ValueError, match="events are first_piece, shared, first_byte, ranks, and not tokens"):
+        cross(events="tokens")
+    with pytest.raises(ValueError, match="ranks have none: leave out spans"):
+        cross(events="ranks", spans=True)
     images = Batch.from_examples([replace(e, inputs={"pixel_values": [1.0]}) for e in batch.examples], 0)
     with pytest.raises(ValueError, match="reads text alone"):
         cross().score(images)
@@ -280,10 +285,20 @@ def recipe(home, **changes):
     return load(write(home / "mine.yaml", described(home, **{**blocks, **changes})))
 
 
-@pytest.mark.parametrize("method", ["kd", {"gkd": {"on_policy": 1.0}}], ids=["kd", "gkd"])
-def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("kd", {"spans": True}),
+        ({"gkd": {"on_policy": 1.0}}, {"events": "shared"}),
+        ({"kd": {"divergence": "total_variation", "sft_weight": 0.25}}, {"events": "ranks"}),
+    ],
+    ids=["kd, spans", "gkd", "uld"],
+)
+def test_a_run_distils_a_teacher_with_another_tokenizer(method, options, home):
     console = Console(file=StringIO(), width=200)
-    summary = distill(recipe(home, method=method, rollout={"generate": {"max_new_tokens": 8}}), console=console)
+    changes = {"rollout": {"generate": {"max_new_tokens": 8}}}
+    changes |= {"teacher": {"cross_tokenizer": {"model": str(home / "teacher"), **options}}}
+    summary = distill(recipe(home, method=method, **changes), console=console)
     assert summary["steps"] == 2
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     shares = [line["shared_boundaries"] for line in lines if "loss" in line]
@@ -292,7 +307,9 @@ def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
     assert 0 < summary["student_samples"]["after"]["shared_boundaries"] <= 1
     assert summary["teacher_parameters"] > 0
     inputs = json.loads((home / "run" / "inputs.json").read_text())
-    assert "teacher" in json.dumps(inputs), "the teacher's weights are among what a resumed run is compared with"
+    names = inputs["inputs"].keys()
+    assert {"the weights of the teacher", "the tokenizer", "the tokenizer of the teacher"} <= names, "for a resumed run"
+    assert inputs["inputs"]["the tokenizer of the teacher"] == tokenizer_fingerprint(SENTENCEPIECE)
 
 
 def test_the_teacher_s_end_tokens_do_not_end_the_student_s_responses(home):

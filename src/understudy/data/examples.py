@@ -5,6 +5,7 @@ bounded length. Prompts and responses that are cut, and rows that are skipped, a
 """
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,11 @@ class Examples(Dataset[Example]):
             ids = array("q", [len(example.prompt), *example.prompt, len(example.response), *example.response])
             digest.update(ids.tobytes() if example.trained is None else ids.tobytes() + bytes(example.trained))
         return digest.hexdigest()[:16]
+
+    def column_fingerprint(self, name: str) -> str:
+        """A hash of the values of a column in all rows: 16 hexadecimal digits."""
+        values = [example.columns.get(name) for example in self.examples]
+        return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
 def load_examples(

@@ -95,6 +95,7 @@ class CrossTokenizerTeacher(Teacher):
         name = self.teacher.model_name
         config = self.teacher.model.config.get_text_config() if name is None else load_config(name)
         check_vocabulary(own, config, "the teacher has")
+        self.tokenizer = own
         self._retokenizer = Retokenizer(tokenizer, own, self._chat_template_kwargs)
         self._vocabulary, self._window = vocabulary_size(own), context_window(config)
         self._events = self._events_of(self._retokenizer, vocabulary_size(tokenizer))

@@ -12,6 +12,7 @@ from ..fused_linear.distributions import Projected
 from ..models.forward import score_no_grad
 from ..models.load import load_model
 from ..models.parity import can_fuse, log_plain_path
+from ..models.weights import is_sharded
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
@@ -60,7 +61,7 @@ class LocalTeacher(Teacher):
     @cached_property
     def fused(self) -> bool:
         """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
-        if _is_sharded(self.model):
+        if is_sharded(self.model):
             log_plain_path(self.model, "its weights are gathered only during a forward")
             return False
         return can_fuse(self.model)
@@ -92,7 +93,3 @@ class LocalTeacher(Teacher):
 
 def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
