@@ -1,16 +1,18 @@
 """A process that kills itself at a chosen file operation of a run, and then resumes the run.
 
-    python tests/faults.py RECIPE FOLDER COUNT
+    python tests/faults.py RECIPE FOLDER COUNT [AUTHOR]
 
-runs the recipe once without a fault, then COUNT times with a SIGKILL, at operations spread over the whole run, and
-resumes each. It prints a line of JSON for each: the operation, exit codes, and whether the results are the same. Runs
-are forks of this process, which has loaded all modules, because loading takes longer than such a run.
+runs the recipe, or with an author writes a cache of scores of that author's responses: once without a fault, then COUNT
+times with a SIGKILL, at operations spread over the whole run, each of which is then resumed. It prints a line of JSON
+for each: the operation, exit codes, whether the results are the same, and the names of the files that the killed
+process left. Runs are forks of this process, which has loaded all modules, because loading takes longer than such a run.
 """
 
 import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +20,7 @@ import torch
 from rich.console import Console
 
 from understudy.recipe import load
+from understudy.run.cache import CacheSettings, cache
 from understudy.run.distill import distill
 
 WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
@@ -55,15 +58,22 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(recipe, folder, at=0):
+def train(recipe, folder):
+    distill(load(recipe, [f"training.output_dir={folder}"]), console=Console(quiet=True))
+
+
+def write_cache(recipe, folder, author):
+    cache(load(recipe), folder, CacheSettings(top_k=5, responses=author, batch_size=4, shard_mb=0.001))
+
+
+def run(work, folder, at=0):
     """Run or resume in a fork; returns the exit code, negative for a signal. Leaves the number of operations."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             killer = Killer(folder, at)
-            console = Console(quiet=True)
-            distill(load(recipe, [f"training.output_dir={folder}"]), console=console)
+            work(folder)
             Path(f"{folder}.count").write_text(str(killer.count))
             code = 0
         finally:
@@ -71,28 +81,40 @@ def run(recipe, folder, at=0):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def names_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def contents_of_cache(folder):
+    """Every file but the locks, which are empty."""
+    return {name: (folder / name).read_bytes() for name in names_in(folder) if (folder / name).is_file()}
+
+
 def contents(folder):
     """What must be the same: the student, its log lines without times, the samples, and the names of all files."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     losses = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
     samples = (folder / "samples.jsonl").read_text()
-    return (folder / "student" / "model.safetensors").read_bytes(), losses, samples, names
+    return (folder / "student" / "model.safetensors").read_bytes(), losses, samples, names_in(folder)
 
 
-def main(recipe, home, count):
+def main(recipe, home, count, author=None):
+    work = partial(train, recipe) if author is None else partial(write_cache, recipe, author=author)
+    read = contents if author is None else contents_of_cache
     whole = home / "whole"
-    assert run(recipe, whole) == 0
+    assert run(work, whole) == 0
     operations = int((home / "whole.count").read_text())
-    expected = contents(whole)
+    expected = read(whole)
     count = min(count, operations)
     for index in range(count):
         at = 1 + round(index * (operations - 1) / max(count - 1, 1))
         folder = home / f"killed-{at}"
-        killed, resumed = run(recipe, folder, at), run(recipe, folder)
-        same = resumed == 0 and contents(folder) == expected
-        print(json.dumps({"operation": at, "of": operations, "killed": killed, "resumed": resumed, "same": same}))
+        killed, left = run(work, folder, at), names_in(folder)
+        resumed = run(work, folder)
+        same = resumed == 0 and read(folder) == expected
+        codes = {"operation": at, "of": operations, "killed": killed, "resumed": resumed}
+        print(json.dumps({**codes, "same": same, "left": left}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

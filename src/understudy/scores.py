@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .divergences import Divergence, ForwardKL, ReverseKL
 from .fused_linear.distributions import Distribution, Projected, Routed, over_shared_vocabulary
+from .fused_linear.events import OtherVocabulary
 from .fused_linear.loss import chosen_log_prob, divergence_loss, row_values
-from .fused_linear.merged import Merged, SharedTokens
+from .fused_linear.merged import Merged
+from .fused_linear.spans import span_values
 from .fused_linear.tiles import rows_per_tile
 
 
@@ -56,13 +58,17 @@ class Scores:
             return self.distribution.assembled(values)
         teacher, q = over_shared_vocabulary(self.distribution, student.distribution)
         if isinstance(q, Projected):
-            return row_values(q, divergence_loss(divergence, teacher), student.weights, divergence.temperature)
-        log_q = q.log_probs()
-        if isinstance(teacher, Merged):
-            log_p, log_q = teacher.log_probs(temperature=divergence.temperature), teacher.merge(log_q)
+            values = row_values(q, divergence_loss(divergence, teacher), student.weights, divergence.temperature)
         else:
-            log_p = teacher.log_probs()
-        return divergence(log_p.to(log_q.device, log_q.dtype), log_q)
+            log_q = q.log_probs()
+            if isinstance(teacher, Merged):
+                log_p, log_q = teacher.log_probs(temperature=divergence.temperature), teacher.merge(log_q)
+            else:
+                log_p = teacher.log_probs()
+            values = divergence(log_p.to(log_q.device, log_q.dtype), log_q)
+        if isinstance(teacher, OtherVocabulary) and teacher.spans is not None:
+            values = values + span_values(teacher, q, student.tokens, divergence).to(values)
+        return values
 
     def cut(self, vocabulary: int) -> "Scores":
         """The same over the first `vocabulary` tokens only: the padding of a vocabulary is left out of the softmax."""
@@ -116,7 +122,7 @@ def divergence_metrics(teacher: Scores, student: Scores) -> dict[str, Tensor]:
         chunks["student_entropy"].append(torch.special.entr(log_q.exp()).sum(-1))
         chunks["teacher_entropy"].append(torch.special.entr(log_p.exp()).sum(-1))
     metrics = {name: torch.cat(values) for name, values in chunks.items()}
-    if isinstance(p, SharedTokens):
+    if isinstance(p, OtherVocabulary):
         metrics[SHARED_BOUNDARIES] = p.known.to(metrics["forward_kl"])
     return metrics
 

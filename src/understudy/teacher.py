@@ -58,6 +58,7 @@ class Teacher(ABC):
     fused: Any = False  # may the live model's head be taken out of its forward, so that (B, T, V) is never held?
     follows_student: bool = False  # do its weights change with the student's?
     fingerprint: str | None = None  # a hash of weights that are not in this process, known after `setup`
+    tokenizer: Any = None  # its own, where it is not the student's; known after `setup`
     context_length: int | None = None  # of prompt and response, where no configuration is loaded that says it
 
     @property
@@ -79,6 +80,11 @@ class Teacher(ABC):
             for name, teacher in self.teachers.items()
             for key, part in teacher.parts().items()
         }
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns of the dataset that its scores depend on, besides prompt and response."""
+        return frozenset(column for teacher in self.teachers.values() for column in teacher.columns)
 
     @property
     def scores_new_responses(self) -> bool:

@@ -2,20 +2,26 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from fakes import VOCABULARY, some_examples, tiny
 from folders import characters, jsonl, llama, sums, write
+from servers import understudy_server
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from understudy import cli
 from understudy.batch import Batch, Example
+from understudy.cli import options
 from understudy.data.examples import examples_from_rows
 from understudy.evaluation.distance import distances
 from understudy.evaluation.evaluate import distance, evaluate
+from understudy.evaluation.evaluate_model import evaluate_model
 from understudy.evaluation.response_metrics import buckets, response_metrics
 from understudy.evaluation.responses import Response, Responses
+from understudy.evaluation.settings import EvalSettings
+from understudy.recipe import Data
 from understudy.rollout import Rollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import Sampling
@@ -252,6 +258,34 @@ def test_the_command_prints_the_metrics_and_writes_the_responses(home, tmp_path,
     responses = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["prompt"] for line in responses] == [f"{i}+{i % 5}=" for i in range(5)]
     assert all({"prompt", "response", "references", "correct"} <= set(line) for line in responses)
+
+
+def test_the_distance_to_any_teacher_of_a_recipe_is_measured(home):
+    """The same model with the same tokens has the same distance in every way; a block is a recipe's."""
+    settings = EvalSettings(Data(dataset=str(home / "sums.jsonl"), split="train", limit=4), max_new_tokens=8)
+    local = str(home / "teacher")
+
+    def measured(teacher):
+        return evaluate_model(str(home / "student"), replace(settings, teacher=teacher)).metrics
+
+    expected = measured(local)
+    with understudy_server(LocalTeacher(local), TOKENIZER) as url:
+        blocks = [{"server": {"url": url}}, {"cross_tokenizer": {"model": local}}]
+        for metrics in map(measured, blocks):
+            for name in ("forward_kl", "reverse_kl", "teacher_entropy"):
+                assert metrics[name] == pytest.approx(expected[name], abs=1e-4)
+    assert metrics["shared_boundaries"] == 1
+    for block, message in (
+        ({"local": {"modle": local}}, 'teacher.local has no field "modle"'),
+        ({"server": {"url": url, "wait": 0}}, "does not answer"),
+        ({"a": {}, "b": {}}, "write one name, or one name with its fields"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(block)
+    with pytest.raises(ValueError, match="exposure bias needs a teacher that can generate"):
+        evaluate_model(str(home / "student"), replace(settings, teacher=blocks[1], exposure_bias=True))
+    assert options.teacher('{server: {url: "http://a:1"}}') == {"server": {"url": "http://a:1"}}
+    assert options.teacher("name/of-a-model") == "name/of-a-model"
 
 
 def test_the_command_samples_by_a_protocol_and_resumes_from_its_responses(home, tmp_path, monkeypatch, capsys):

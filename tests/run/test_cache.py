@@ -4,16 +4,21 @@ import json
 import shutil
 
 import pytest
+from fakes import words
 from folders import characters, described, jsonl, link_all, llama, sums, write
 from rich.console import Console
+from servers import understudy_server
+from transformers import AutoTokenizer
 
 from understudy.data.errors import DataError
 from understudy.data.examples import load_examples
+from understudy.models.fingerprint import fingerprint
 from understudy.recipe import RecipeError, load
 from understudy.run.cache import CacheSettings, cache
 from understudy.run.distill import distill
 from understudy.run.prepare import prepare
 from understudy.teachers.cached import CachedTeacher, example_key
+from understudy.teachers.local import LocalTeacher
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,39 @@ def test_a_folder_with_something_else_and_a_cache_as_the_teacher_are_refused(hom
         CacheSettings(dtype="bfloat16")
     with pytest.raises(ValueError, match="responses are of dataset, teacher, student, and not of students"):
         CacheSettings(responses="students")
+
+
+def test_the_fingerprint_of_a_server_is_in_the_cache_and_another_server_is_refused(home):
+    def served(model, folder="served"):
+        with understudy_server(LocalTeacher(str(home / model)), AutoTokenizer.from_pretrained(home / model)) as url:
+            cache(recipe_of(home, teacher={"server": {"url": url}}), home / folder, CacheSettings(top_k=5))
+        return CachedTeacher(str(home / folder)).manifest.weights
+
+    weights = served("teacher")
+    assert weights == fingerprint(LocalTeacher(str(home / "teacher")).model)
+    assert served("teacher") == weights, "at another port"
+    with pytest.raises(ValueError, match=rf"the teacher's weights \({weights} there, now \w+\)"):
+        served("other")
+
+
+def test_of_several_teachers_all_weights_and_their_block_are_in_the_cache(home):
+    local = {name: {"local": {"model": str(home / name)}} for name in ("teacher", "other")}
+
+    def averaged(**weights):
+        teacher = {"mixture": {"teachers": local, "weights": {"teacher": 1, "other": 1, **weights}}}
+        return cache(recipe_of(home, teacher=teacher), home / "averaged", CacheSettings(top_k=5))
+
+    assert averaged().added == 12
+    assert averaged().added == 0
+    with pytest.raises(ValueError, match="the teacher's weights"):
+        averaged(other=2)
+
+
+def test_events_of_a_teacher_with_another_tokenizer_are_no_tokens_to_save(home):
+    llama(home / "words", tokenizer=words(), vocab_size=len(words()))
+    other = recipe_of(home, teacher={"cross_tokenizer": {"model": str(home / "words")}})
+    with pytest.raises(RecipeError, match="a teacher with another tokenizer gives no log-probabilities of the student"):
+        cache(other, home / "events", CacheSettings(top_k=5))
 
 
 @pytest.mark.parametrize("author", ["teacher", "student"])

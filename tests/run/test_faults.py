@@ -1,6 +1,6 @@
-"""A run that is killed at any file operation resumes to the same student, log and files.
+"""A run, or a cache of scores, that is killed at any file operation resumes to the same results and files.
 
-FAULTS is the number of operations at which it is killed, spread over the run; FAULTS=1000 is all of them.
+FAULTS is the number of operations at which each is killed, spread over the run; FAULTS=1000 is all of them.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import described, llama, sums, write
+from folders import described, jsonl, llama, sums, write
 
 SCRIPT = Path(__file__).parents[1] / "faults.py"
 
@@ -23,11 +23,31 @@ def test_a_run_killed_at_any_file_operation_resumes_to_the_bit(tmp_path):
     content = described(tmp_path, method={"seqkd": {"soft_weight": 0.5}}, evaluate=look)
     content["training"] |= {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     recipe = write(tmp_path / "mine.yaml", content)
-    count = os.environ.get("FAULTS", "4")
-    command = [sys.executable, str(SCRIPT), str(recipe), str(tmp_path), count]
+    all_resume(recipe, tmp_path, os.environ.get("FAULTS", "4"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of a process")
+@pytest.mark.parametrize("author", ["student", "teacher"])
+def test_a_cache_killed_at_any_file_operation_resumes_to_the_same_bytes(author, tmp_path):
+    """While responses are generated, and while they are scored: ten places in all."""
+    llama(tmp_path / "teacher")
+    jsonl(tmp_path / "sums.jsonl", [{"prompt": f"{i}+3="} for i in range(6)])
+    rollout = {"generate": {"max_new_tokens": 8, "n": 2, "batch_size": 2}}
+    recipe = write(tmp_path / "mine.yaml", described(tmp_path, method="kd", rollout=rollout))
+    faults = all_resume(recipe, tmp_path, os.environ.get("FAULTS", "5"), author)
+    has_scores = [any(name.startswith("scores-") for name in fault["left"]) for fault in faults]
+    generating = ["responses.jsonl" in fault["left"] and not has for fault, has in zip(faults, has_scores, strict=True)]
+    assert any(generating)
+    assert any(has_scores)
+
+
+def all_resume(recipe, home, count, *author):
+    """Kill at `count` operations, check that the results are the same, and return what is printed about each."""
+    command = [sys.executable, str(SCRIPT), str(recipe), str(home), count, *author]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr
     faults = [json.loads(line) for line in result.stdout.splitlines()]
     assert faults
     wrong = [fault for fault in faults if (fault["killed"], fault["resumed"], fault["same"]) != (-9, 0, True)]
     assert not wrong, (wrong, result.stderr[-2000:])
+    return faults

@@ -15,11 +15,13 @@ from rich.console import Console
 from rows_of_text import byte_level, sentencepiece, wordpiece
 
 from understudy.batch import Batch, Example
+from understudy.data.retokenize import Retokenizer
 from understudy.data.token_bytes import TokenBytes
 from understudy.data.tokenize import TextEncoder
 from understudy.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
 from understudy.generation.stop_tokens import stop_ids
 from understudy.methods.kd import KD
+from understudy.models.fingerprint import tokenizer_fingerprint
 from understudy.models.forward import score, score_no_grad
 from understudy.recipe import RecipeError, load
 from understudy.run.arguments import training_arguments
@@ -67,12 +69,13 @@ def loss_and_gradients(student, batch, teacher, divergence, **options):
     return values[0].detach(), [p.grad for p in student.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("events", ["first_piece", "shared"])
 @pytest.mark.parametrize("divergence", MERGEABLE, ids=repr)
-def test_with_the_student_s_own_tokenizer_it_is_the_local_teacher(divergence):
+def test_with_the_student_s_own_tokenizer_it_is_the_local_teacher(divergence, events):
     """Exactly, with value and gradient, also where the model computes its own logits."""
     batch, model = batch_of(BPE), model_of(BPE, seed=2).double()
     student = model_of(BPE, seed=1).double()
-    teacher = cross(byte_level(), model=model).score(batch)
+    teacher = cross(byte_level(), model=model, events=events, spans=events == "first_piece").score(batch)
     assert teacher.distribution.known.all()
     values, gradients = loss_and_gradients(student, batch, LocalTeacher(model).score(batch), divergence)
     for fused in (True, False):
@@ -92,7 +95,7 @@ def test_two_vocabularies_are_compared_over_the_tokens_that_both_have(student_to
     batch = batch_of(student_tokenizer, texts)
     student, model = model_of(student_tokenizer, seed=1).double(), model_of(tokenizer, seed=2, width=24).double()
     q = score_no_grad(student, batch)
-    teacher = cross(tokenizer, student_tokenizer, model).score(batch)
+    teacher = cross(tokenizer, student_tokenizer, model, events="shared").score(batch)
     own = batch_of(tokenizer, texts)
     prefix = TextEncoder(tokenizer).prefix
     own = Batch.from_examples([replace(e, prompt=[*prefix, *e.prompt]) for e in own.examples], 0)
@@ -131,6 +134,71 @@ def test_two_vocabularies_are_compared_over_the_tokens_that_both_have(student_to
     assert torch.equal(teacher.distribution.known, known)
     assert 0.2 < known.double().mean() < 1
     assert divergence_metrics(teacher, q)["shared_boundaries"].tolist() == known.double().tolist()
+
+
+def probability(log_probs, rows, tokens):
+    """The product of the probabilities of tokens at their rows."""
+    return torch.stack([log_probs[row, token] for row, token in zip(rows, tokens, strict=True)]).sum().exp()
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JensenShannon(0.3), TotalVariation()], ids=repr)
+@pytest.mark.parametrize("events", ["first_piece", "shared"])
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [(BPE, SENTENCEPIECE), (SENTENCEPIECE, BPE), (BPE, wordpiece())],
+    ids=["bpe from sentencepiece", "sentencepiece from bpe", "bpe from wordpiece"],
+)
+def test_a_span_is_an_event_with_the_product_of_its_tokens_probabilities(mine, theirs, events, divergence):
+    """Enumerated: the events at a row as a list of both models' probabilities, out of which the span's is taken."""
+    batch = batch_of(mine, [*TEXTS, ("Who", " the parts of the stars in cafés")])
+    student, model = model_of(mine, seed=1).double(), model_of(theirs, seed=2, width=24).double()
+    teacher = cross(theirs, mine, model, events=events, spans=True)
+    scores = teacher.score(batch)
+    plain = cross(theirs, mine, model, events=events).score(batch)
+    parts = Retokenizer(mine, theirs).retokenize(batch.examples)
+    log_p = score_no_grad(model, Batch.from_examples([Example(x.prompt, x.response) for x in parts], 0)).log_probs
+    weights = torch.linspace(0.5, 2, len(batch.tokens), dtype=torch.float64)
+    expected_sum, count = [], 0
+
+    def expected(q):
+        nonlocal count
+        values = list(plain.divergence_to(q, divergence))
+        log_q, table = q.log_probs, scores.distribution.events
+        first = other_first = count = 0
+        for example, part in zip(batch.examples, parts, strict=True):
+            for span in part.spans:
+                rows, others = [first + i for i in span.tokens], [other_first + i for i in span.others]
+                tokens, other_tokens = (
+                    [r[i] for i in of] for r, of in ((example.response, span.tokens), (part.response, span.others))
+                )
+                assert len(tokens) > 1 or len(other_tokens) > 1
+                p_span, q_span = probability(log_p, others, other_tokens), probability(log_q, rows, tokens)
+                p, q_events = table.of_teacher(log_p[others[:1]]).exp()[0], table.of_student(log_q[rows[:1]]).exp()[0]
+                a, b = (
+                    torch.zeros(table.count).double().index_fill(0, i, 1)
+                    for i in (table.teacher[other_tokens[0]], table.student[tokens[0]])
+                )
+                after = [
+                    torch.cat([x - of * y, y[None]]).log()[None] for x, y, of in ((p, p_span, a), (q_events, q_span, b))
+                ]
+                values[rows[0]] = divergence(*after)[0]
+                count += 1
+            first, other_first = first + len(example.response), other_first + len(part.response)
+        expected_sum.append(torch.stack(values))
+        return (weights * expected_sum[-1]).sum()
+
+    student.zero_grad()
+    score(student, batch, expected, fused=False).backward()
+    assert count > 3
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    for fused in (True, False):
+        values, same = loss_and_gradients(student, batch, scores, divergence, fused=fused)
+        torch.testing.assert_close(values, expected_sum[0].detach(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(same, gradients, rtol=1e-5, atol=1e-7)
+    assert (
+        scores.divergence_to(score_no_grad(student, batch), divergence)
+        != plain.divergence_to(score_no_grad(student, batch), divergence)
+    ).sum() <= count
 
 
 @pytest.mark.parametrize("divergence", MERGEABLE, ids=repr)
@@ -187,6 +255,10 @@ def test_it_says_what_it_cannot_score():
         CrossTokenizerTeacher(model_of(SENTENCEPIECE, 2))
     with pytest.raises(ValueError, match="embeddings for 53 only"):
         cross(model=tiny("llama"))
+    with pytest.raises(ValueError, match="events are first_piece, shared, first_byte, ranks, and not tokens"):
+        cross(events="tokens")
+    with pytest.raises(ValueError, match="ranks have none: leave out spans"):
+        cross(events="ranks", spans=True)
     images = Batch.from_examples([replace(e, inputs={"pixel_values": [1.0]}) for e in batch.examples], 0)
     with pytest.raises(ValueError, match="reads text alone"):
         cross().score(images)
@@ -213,10 +285,20 @@ def recipe(home, **changes):
     return load(write(home / "mine.yaml", described(home, **{**blocks, **changes})))
 
 
-@pytest.mark.parametrize("method", ["kd", {"gkd": {"on_policy": 1.0}}], ids=["kd", "gkd"])
-def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("kd", {"spans": True}),
+        ({"gkd": {"on_policy": 1.0}}, {"events": "shared"}),
+        ({"kd": {"divergence": "total_variation", "sft_weight": 0.25}}, {"events": "ranks"}),
+    ],
+    ids=["kd, spans", "gkd", "uld"],
+)
+def test_a_run_distils_a_teacher_with_another_tokenizer(method, options, home):
     console = Console(file=StringIO(), width=200)
-    summary = distill(recipe(home, method=method, rollout={"generate": {"max_new_tokens": 8}}), console=console)
+    changes = {"rollout": {"generate": {"max_new_tokens": 8}}}
+    changes |= {"teacher": {"cross_tokenizer": {"model": str(home / "teacher"), **options}}}
+    summary = distill(recipe(home, method=method, **changes), console=console)
     assert summary["steps"] == 2
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     shares = [line["shared_boundaries"] for line in lines if "loss" in line]
@@ -225,7 +307,9 @@ def test_a_run_distils_a_teacher_with_another_tokenizer(method, home):
     assert 0 < summary["student_samples"]["after"]["shared_boundaries"] <= 1
     assert summary["teacher_parameters"] > 0
     inputs = json.loads((home / "run" / "inputs.json").read_text())
-    assert "teacher" in json.dumps(inputs), "the teacher's weights are among what a resumed run is compared with"
+    names = inputs["inputs"].keys()
+    assert {"the weights of the teacher", "the tokenizer", "the tokenizer of the teacher"} <= names, "for a resumed run"
+    assert inputs["inputs"]["the tokenizer of the teacher"] == tokenizer_fingerprint(SENTENCEPIECE)
 
 
 def test_the_teacher_s_end_tokens_do_not_end_the_student_s_responses(home):

@@ -1,11 +1,12 @@
 """Routed teachers and mixtures: each row's teacher alone, the enumerated average, choices, turns, recipes, runs."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from fakes import VOCABULARY, BigramTeacher, ChosenTeacher, TopKOnlyTeacher, TopKTeacher, ragged_examples, tiny
-from folders import llama, sums, write
+from folders import described, jsonl, llama, sums, write
 from loop import difference, logged, student, trainer, weights, whole_and_accumulated
 
 from understudy import distill, load
@@ -294,7 +295,32 @@ def test_the_choice_and_the_weights_do_not_depend_on_accumulation_or_turns(tmp_p
         assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_a_teacher_that_is_divided_among_processes_is_not_routed_to():
+    """ZeRO-3 marks the parameters, each of which is gathered by all processes together."""
+    own = {"a": local(), "b": local(seed=1)}
+    next(iter(own["b"].model.parameters())).ds_id = 0
+    with pytest.raises(ValueError, match=r"the weights of the routed teacher teachers\.b are divided among processes"):
+        RoutedTeacher(own, weights={"a": 1.0, "b": 1.0}).to(torch.device("cpu"))
+
+
 # In a recipe
+
+
+def test_a_resumed_run_notices_that_rows_have_other_teachers(tmp_path):
+    models = {name: {"local": {"model": str(llama(tmp_path / name, seed))}} for seed, name in enumerate("ab")}
+    rows = [json.loads(line) for line in sums(tmp_path / "sums.jsonl").read_text().splitlines()]
+
+    def run(steps, first="a"):
+        jsonl(tmp_path / "sums.jsonl", [{**row, "from": "b" if n else first} for n, row in enumerate(rows)])
+        content = described(tmp_path, method="kd", teacher={"routed": {"by": "from", "teachers": models}})
+        content["training"] |= {"lr_scheduler_type": "constant", "max_steps": steps}
+        content |= {"student": {"model": str(tmp_path / "a")}}
+        return distill(load(write(tmp_path / "mine.yaml", content)))
+
+    run(1)
+    with pytest.raises(RecipeError, match=r"the column from of the training data .*sums\.jsonl has changed"):
+        run(2, first="b")
+    assert run(2)["steps"] == 2
 
 
 def test_several_teachers_run_from_a_recipe_and_errors_have_the_line(tmp_path):

@@ -104,7 +104,9 @@ def evaluate(
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness instead, such as mmlu,bbh.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Measure the distance to this model's distributions.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Measure the distance to this teacher: a name, or a recipe's block in {}.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The dataset's configuration on the hub.")] = None,
     split: options.Split = "test",
     limit: options.Limit = None,
@@ -148,7 +150,7 @@ def evaluate(
         return show_evaluation(result, f"{model} on {lm_eval}", output)
     block = {"dataset": str(data), "name": name, "split": split, "limit": limit, "columns": column_names}
     block |= {"template": template, "chat_template_kwargs": template_arguments}
-    changes |= {"teacher": teacher, "metrics": tuple(metric or ()), "exposure_bias": exposure_bias}
+    changes |= {"teacher": options.teacher(teacher), "metrics": tuple(metric or ()), "exposure_bias": exposure_bias}
     _evaluate(model, block, {**changes, "batch_size": batch_size}, output)
 
 

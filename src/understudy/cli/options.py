@@ -84,6 +84,11 @@ def mapping(option: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
+def teacher(text: str | None) -> str | dict[str, Any] | None:
+    """The teacher of `--teacher`: a name, or a block in braces."""
+    return mapping("--teacher", text) if text is not None and text.startswith("{") else text
+
+
 def sampling(protocol: str, temperature: float | None, seeds: list[int] | None) -> dict[str, Any]:
     """The settings of a protocol, with the options that change them."""
     from ..evaluation.settings import protocol as protocol_settings

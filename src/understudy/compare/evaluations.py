@@ -90,7 +90,7 @@ def claim(folder: RunFolder) -> None:
 def input_files(model: str, settings: EvalSettings) -> dict[str, str]:
     """Hashes of the files that an evaluation reads: of the model, the teacher and the data, where they are local."""
     places = {"model": resolve(model), "data": settings.data.dataset}
-    places |= {} if settings.teacher is None else {"teacher": resolve(settings.teacher)}
+    places |= {"teacher": resolve(settings.teacher)} if isinstance(settings.teacher, str) else {}
     return {name: digest for name, place in places.items() if (digest := _digest_of_files(Path(place))) is not None}
 
 

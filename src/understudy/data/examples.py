@@ -5,6 +5,7 @@ bounded length. Prompts and responses that are cut, and rows that are skipped, a
 """
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +83,11 @@ class Examples(Dataset[Example]):
             if example.teacher_prompt is not None:
                 digest.update(b"teacher" + array("q", example.teacher_prompt).tobytes())
         return digest.hexdigest()[:16]
+
+    def column_fingerprint(self, name: str) -> str:
+        """A hash of the values of a column in all rows: 16 hexadecimal digits."""
+        values = [example.columns.get(name) for example in self.examples]
+        return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
 def load_examples(

@@ -5,9 +5,10 @@ same byte, the two models have read the same text and predict what comes next.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,14 @@ class Retokenized:
     prompt: list[int]
     response: list[int]  # its last token is the one that ends a response
     indices: list[int | None]  # for each token of the example's response, the one here that begins at the same byte
+    spans: "list[Span]"  # where one of the two has several tokens between two such places
+
+
+class Span(NamedTuple):
+    """The same bytes in the tokens of both tokenizers, one or both of which have several."""
+
+    tokens: range  # of the example's response
+    others: range  # of the response here
 
 
 class Retokenizer:
@@ -47,9 +56,9 @@ class Retokenizer:
     ) -> None:
         self.source = source
         self._stop_ids = end_of_response_ids(source)
-        self._source, self._target = TokenBytes.of(source), TokenBytes.of(target)
-        self._target_ids = self._target.ids()
-        self._encoder = TextEncoder(target)
+        self.source_bytes, self.target_bytes = TokenBytes.of(source), TokenBytes.of(target)
+        self._target_ids = self.target_bytes.ids()
+        self.encoders = TextEncoder(source), TextEncoder(target)
         self._template = ChatTemplate(target, chat_template_kwargs or {})
         self.ends = _ends(source, target)
         self._warned: set[str] = set()
@@ -62,7 +71,7 @@ class Retokenizer:
         """
         pairs = [
             pair
-            for piece, ids in self._source.ids().items()
+            for piece, ids in self.source_bytes.ids().items()
             for pair in zip(ids, self._target_ids.get(piece, []), strict=False)
             if pair[0] != self.ends[0] and pair[1] != self.ends[1]
         ]
@@ -75,12 +84,14 @@ class Retokenizer:
         special tokens.
         """
         texts = [self._text(example.response) for example in examples]
-        responses = self._encoder.encode_responses([text.decode() for text, _ in texts])
+        responses = self.encoders[1].encode_responses([text.decode() for text, _ in texts])
         results = []
         for example, (text, offsets), response in zip(examples, texts, responses, strict=True):
-            starts = token_starts([self._target.pieces.get(token) for token in response], text)
+            pieces = [self.target_bytes.pieces.get(token) for token in response]
+            starts = token_starts(pieces, text)
             indices = [None if offset is None else starts.get(offset) for offset in offsets]
-            results.append(Retokenized(self._prompt(example), [*response, self.ends[1]], indices))
+            spans = [span for span in _spans(indices) if _bytes(pieces, span.others) == _between(text, offsets, span)]
+            results.append(Retokenized(self._prompt(example), [*response, self.ends[1]], indices, spans))
         return results
 
     def _text(self, response: Sequence[int]) -> tuple[bytes, list[int | None]]:
@@ -92,9 +103,9 @@ class Retokenizer:
         text, offsets = b"", []
         for place, token in enumerate(response):
             offsets.append(len(text))
-            piece = self._source.pieces.get(token)
+            piece = self.source_bytes.pieces.get(token)
             is_end = token in self._stop_ids and place == len(response) - 1
-            if piece is None or is_end or (token in self._source.special and piece not in self._target_ids):
+            if piece is None or is_end or (token in self.source_bytes.special and piece not in self._target_ids):
                 break
             text += piece
         try:
@@ -106,12 +117,13 @@ class Retokenizer:
     def _prompt(self, example: Example) -> list[int]:
         """The prompt's ids in the target; at least one."""
         if (text := self._rendered(example)) is not None:
-            return self._encoder.encode([text])[0]
+            return self.encoders[1].encode([text])[0]
         text = self.source.decode(
             example.prompt_for_teacher, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
-        ids, prefix = self._encoder.encode([text])[0], self._encoder.prefix
+        encoder = self.encoders[1]
+        ids, prefix = encoder.encode([text])[0], encoder.prefix
         ids = ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
         return ids or [self.ends[1]]  # as in pretraining, where a text follows the end of another
 
@@ -157,6 +169,22 @@ def token_starts(pieces: Sequence[bytes | None], text: bytes) -> dict[int, int]:
     if place == len(text):
         starts[place] = len(pieces)
     return starts
+
+
+def _spans(indices: Sequence[int | None]) -> Iterator[Span]:
+    """Between two neighbouring places at which both have a token: the tokens of both, where these are several."""
+    places = [(place, index) for place, index in enumerate(indices) if index is not None]
+    for (start, first), (end, last) in pairwise(places):
+        if end - start > 1 or last - first > 1:
+            yield Span(range(start, end), range(first, last))
+
+
+def _bytes(pieces: Sequence[bytes | None], places: range) -> bytes:
+    return b"".join(pieces[place] or b"" for place in places)
+
+
+def _between(text: bytes, offsets: Sequence[int | None], span: Span) -> bytes:
+    return text[offsets[span.tokens.start] : offsets[span.tokens.stop]]
 
 
 def _ends(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> tuple[int, int]:

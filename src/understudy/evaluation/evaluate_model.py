@@ -1,20 +1,24 @@
 """Load a model, data and a teacher by name and evaluate the model; used by every command that evaluates."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.progress import Progress
+from transformers import PreTrainedConfig
 
 from ..data.examples import Examples
 from ..data.load import load_data
 from ..generation.stop_tokens import stop_ids
 from ..models.context_window import context_window
 from ..models.load import check_tokenizers, check_vocabulary, load_config, load_model, load_tokenizer
+from ..recipe.arguments import construct, name_and_fields
 from ..rollouts.generate import GenerateRollout
 from ..sampling import Sampling
-from ..teachers.local import LocalTeacher
+from ..teacher import Capability, Teacher, TeacherError
+from ..teachers import TEACHERS, check_provides, check_scores_responses
 from .evaluate import Evaluation, check, evaluate
 from .settings import EvalSettings
 
@@ -30,7 +34,7 @@ class Prepared:
     examples: Examples
     rollout: GenerateRollout
     sampling: Sampling
-    teacher: LocalTeacher | None  # its weights are not loaded yet
+    teacher: Teacher | None  # its weights are not loaded yet
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,9 @@ def prepare(tokenizer: Any, config: Any, settings: EvalSettings) -> Prepared:
     """
     configs = [config]
     check_vocabulary(tokenizer, config, "the model has")
-    teacher = None
-    if settings.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(settings.teacher))
-        configs.append(load_config(settings.teacher))
-        check_vocabulary(tokenizer, configs[1], "the teacher has")
-        teacher = LocalTeacher(settings.teacher)
+    teacher = None if settings.teacher is None else _teacher(settings.teacher)
+    if teacher is not None:
+        configs += _teacher_configs(teacher, tokenizer)
     settings = with_lengths(settings, *configs)
     rollout = GenerateRollout() if settings.batch_size is None else GenerateRollout(settings.batch_size)
     sampling = Sampling(cast(int, settings.max_new_tokens), settings.temperature)
@@ -117,6 +118,38 @@ def prepare(tokenizer: Any, config: Any, settings: EvalSettings) -> Prepared:
     metrics = (settings.metrics, settings.length_buckets)
     check(examples, sampling, teacher, settings.seeds, *metrics, settings.exposure_bias)
     return Prepared(tokenizer, examples, rollout, sampling, teacher)
+
+
+def _teacher(block: str | Mapping[str, Any]) -> Teacher:
+    """The teacher of a name, or of a block such as `{server: {url: …}}`.
+
+    Raises:
+        RecipeError: for a mistake in the block.
+        ValueError: for a teacher that cannot tell the distributions of new responses.
+    """
+    name, fields = ("local", {"model": block}) if isinstance(block, str) else name_and_fields(dict(block))
+    teacher: Teacher = construct(TEACHERS.get(name), fields, f"teacher.{name}", registry=TEACHERS)
+    check_provides(teacher, frozenset({Capability.TOP_K}), "the distance to a teacher")
+    check_scores_responses(teacher, {"student"}, "an evaluation")
+    return teacher
+
+
+def _teacher_configs(teacher: Teacher, tokenizer: Any) -> list[Any]:
+    """The configurations of a teacher and its parts, which fit the tokenizer."""
+    configs = []
+    for part in teacher.parts().values():
+        if part.tokenizer_name is not None:
+            check_tokenizers(tokenizer, load_tokenizer(part.tokenizer_name))
+        if part.model_name is not None:
+            configs.append(load_config(part.model_name))
+            check_vocabulary(tokenizer, configs[-1], "the teacher has")
+        try:
+            part.setup(tokenizer)
+        except TeacherError as error:
+            raise ValueError(str(error)) from None
+        if part.context_length is not None:
+            configs.append(PreTrainedConfig(max_position_embeddings=part.context_length))
+    return configs
 
 
 def with_lengths(settings: EvalSettings, *configs: Any) -> EvalSettings:

@@ -22,7 +22,7 @@ class EvalSettings:
     max_prompt_length: int | None = None  # longer prompts lose their beginning
     metrics: tuple[str, ...] = ()  # of the folder metrics/, besides accuracy, lengths and truncation
     length_buckets: tuple[int, ...] = ()  # bounds of the references' lengths, by which the metrics are also computed
-    teacher: str | None = None  # a name or folder; the distance to it is measured
+    teacher: str | Mapping[str, Any] | None = None  # a name or folder, or a recipe's block; to measure the distance to
     exposure_bias: bool = False  # generate responses of the teacher as well
     batch_size: int | None = None  # responses generated at once; None: search for the fastest number
     dtype: str = "auto"  # of the model; auto is that of its weights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
-from .merged import Merged
+from .merged import Merged, TopK
 from .tiles import rows_per_tile
 
 
@@ -201,3 +201,33 @@ def over_shared_vocabulary(teacher: Distribution, student: Distribution) -> tupl
         return teacher, student
     vocabulary = min(teacher.vocabulary, student.vocabulary)
     return teacher.cut(vocabulary), student.cut(vocabulary)
+
+
+def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
+    """The K likeliest tokens of each row, all others together and the chosen `tokens` (N,), on the CPU.
+
+    They are computed tile by tile, or taken from a distribution that is known by at least as many tokens.
+
+    Raises:
+        ValueError: for a distribution over fewer tokens, or over events that are no tokens.
+    """
+    if isinstance(distribution, TopK):
+        if distribution.values.shape[-1] < k:
+            known = distribution.values.shape[-1]
+            raise ValueError(f"this teacher gives {known} tokens, and {k} are to be saved: lower --top-k")
+        values, places = distribution.values.topk(k)
+        rest = TopK(values, places).merge(distribution.log_probs())[:, -1]
+        columns = (values, distribution.support.gather(-1, places), distribution.chosen_values, rest)
+        return TopK(*(None if column is None else column.cpu() for column in columns))
+    parts = distribution.parts.values() if isinstance(distribution, Routed) else [distribution]
+    if any(isinstance(part, Merged) for part in parts):
+        raise ValueError("this teacher does not give the log-probability of every token, or of the likeliest ones")
+    assert not isinstance(distribution, Merged)
+    columns, size = [], max(1, rows_per_tile(distribution.vocabulary) // 4)  # nothing here is done in place
+    for start in range(0, len(tokens), size):
+        log_probs = distribution.log_probs(slice(start, start + size)).float()
+        chosen = tokens[start : start + size, None].to(log_probs.device)
+        values, support = log_probs.topk(k)
+        rest = TopK(values, support).merge(log_probs)[:, -1]
+        columns.append([x.cpu() for x in (values, support, log_probs.gather(-1, chosen)[:, 0], rest)])
+    return TopK(*map(torch.cat, zip(*columns, strict=True)))

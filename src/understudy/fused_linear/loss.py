@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from .distributions import Distribution, Projected
+from .events import TokenEvents
 from .head import Head, TileLogits, Transform, softmax_dtype
 from .kernel import RowLoss, tile_loss
-from .row_losses import ChosenLogProb, DivergenceLoss
+from .row_losses import ChosenLogProb, DivergenceLoss, EventLogProb
 from .tiles import current_tiling, product_and_gradient_tiles, rows_per_tile, tiling, zero_tile
 
 # From the number of rows of a tile to a function from a tile's rows to their loss, called tile after tile.
@@ -51,6 +52,11 @@ def divergence_loss(divergence: Divergence, teacher: Distribution) -> RowLosses:
 def chosen_log_prob(tokens: Tensor) -> RowLosses:
     """log q of one token per row, `tokens` (N,)."""
     return lambda size: ChosenLogProb(tokens).rows
+
+
+def event_log_prob(events: TokenEvents, event: Tensor) -> RowLosses:
+    """log q of one event per row, `event` (N,)."""
+    return lambda size: EventLogProb(events, event).rows
 
 
 def row_values(

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batch import Batch, Example
 from ..fused_linear.distributions import Projected
@@ -12,6 +12,7 @@ from ..scores import Scores
 from .adapters import without_adapters
 from .forward import score
 from .logits import is_linear_head
+from .weights import is_sharded
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()  # model classes and reasons
@@ -42,11 +43,6 @@ def can_fuse_constant(model: Any) -> bool:
         log_plain_path(model, "its weights are gathered only during a forward")
         return False
     return can_fuse(model)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Are its weights spread over several processes (FSDP2, ZeRO-3)?"""
-    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
 
 
 def log_plain_path(model: Any, reason: str) -> None:

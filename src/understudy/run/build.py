@@ -86,7 +86,11 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     folder = RunFolder(Path(arguments.output_dir or "."))
     data = {"data.dataset": train, "evaluate.dataset": held_out, "corpus.dataset": corpus}
     models = {"student": student, **teacher_models, **_reward_models(method)}
-    inputs = run_inputs(recipe, data, models, configs.tokenizer, arguments.world_size)
+    parts = {} if teacher is None else teacher_parts(recipe, teacher)
+    tokenizers = {key: part.tokenizer for key, part in parts.items() if part.tokenizer is not None}
+    tokenizers = {"student.tokenizer": configs.tokenizer, **tokenizers}
+    columns = () if teacher is None else teacher.columns
+    inputs = run_inputs(recipe, data, models, tokenizers, arguments.world_size, columns)
     trainer = StudentTrainer(
         student,
         teacher,

@@ -5,6 +5,7 @@ saved in responses.jsonl, which `data.dataset` reads with exactly the same token
 where it was, and the files become the same as without the interruption. Further datasets may be added to a folder.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from ..models.fingerprint import fingerprint, tokenizer_fingerprint
 from ..models.student import load_student
 from ..models.vocabulary import vocabulary_size
 from ..recipe import Recipe
-from ..teacher import Capability
+from ..teacher import Capability, Teacher
 from ..teachers.cached import DTYPES, Kind, Manifest, Shards, example_key
 from .arguments import training_arguments
 from .prepare import Prepared, held_out_data, prepare
@@ -83,10 +84,11 @@ def cache(recipe: Recipe, folder: Path, settings: CacheSettings, progress: Progr
     if not teacher.scores_new_responses:
         raise recipe.error("teacher", "this teacher is a cache itself: name the teacher that computes the scores")
     if teacher.needs_student:
-        message = (
-            "this teacher is the student: name the student's model as a local teacher, and its scores can be saved"
-        )
+        message = "this teacher is the student: name the student's model as a local teacher to save its scores"
         raise recipe.error("teacher", message)
+    if any(part.tokenizer is not None for part in teacher.parts().values()):
+        message = "a teacher with another tokenizer gives no log-probabilities of the student's tokens to save"
+        raise recipe.error("teacher", f"{message}: train with it directly")
     has_held_out = prepared.held_out is not None and prepared.held_out.has_responses
     manifest = _manifest(recipe, prepared, settings, has_held_out)
     before = _existing(folder)
@@ -94,8 +96,7 @@ def cache(recipe: Recipe, folder: Path, settings: CacheSettings, progress: Progr
         before.check_same(replace(manifest, weights=before.weights, teacher=before.teacher), folder)
     with recipe.locating("teacher"):
         teacher.to(arguments.device)
-    if teacher.can(Capability.MODEL):
-        manifest = replace(manifest, weights=fingerprint(teacher.model))
+    manifest = replace(manifest, weights=_weights(teacher, manifest.teacher))
     if before is not None:
         before.check_same(manifest, folder)
         manifest = replace(before, data=(*before.data, *(d for d in manifest.data if d not in before.data)))
@@ -134,6 +135,15 @@ def _manifest(recipe: Recipe, prepared: Prepared, settings: CacheSettings, has_h
         tokenizer=tokenizer_fingerprint(tokenizer),
         data=tuple(json.loads(json.dumps(data))),
     )
+
+
+def _weights(teacher: Teacher, block: str) -> str | None:
+    """A hash of the teacher's weights, or the one that a server tells; of several teachers one of all and the block."""
+    models = {key: (part.local_model, part.fingerprint) for key, part in teacher.parts().items()}
+    hashes = {key: other if model is None else fingerprint(model) for key, (model, other) in models.items()}
+    if "" in hashes:
+        return hashes[""]
+    return hashlib.sha256(json.dumps([block, hashes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _existing(folder: Path) -> Manifest | None:

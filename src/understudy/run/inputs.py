@@ -5,7 +5,7 @@ They are saved when a run begins and compared when it is resumed, because the re
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,17 @@ def run_inputs(
     recipe: Recipe,
     data: Mapping[str, Examples | None],
     models: Mapping[str, Any],
-    tokenizer: Any,
+    tokenizers: Mapping[str, Any],
     processes: int,
+    columns: Iterable[str] = (),
 ) -> list[Input]:
     """Everything that a run depends on besides its recipe.
 
     Args:
         data: datasets by the key that names them.
         models: models by the key that names them, or the fingerprints of those that are not in this process.
+        tokenizers: the student's by the key `student.tokenizer`, and those of teachers with another one by their keys.
+        columns: of the training data, whose values matter besides prompt and response.
     """
     titles = {
         "data.dataset": "the training data",
@@ -45,11 +48,18 @@ def run_inputs(
         for key, examples in data.items()
         if examples is not None
     ]
+    for column in sorted(columns):
+        for key, examples in data.items():
+            if examples is not None and key != "corpus.dataset":
+                name = f"the column {column} of {titles[key]}"
+                inputs.append(Input(key, name, examples.column_fingerprint(column), examples.source))
     for key, model in models.items():
         if isinstance(model, nn.Module | str):
             start = "the student's weights at the start" if key == "student" else f"the weights of the {key}"
             inputs.append(Input(key, start, model if isinstance(model, str) else fingerprint(model)))
-    inputs.append(Input("student.tokenizer", "the tokenizer", tokenizer_fingerprint(tokenizer)))
+    for key, tokenizer in tokenizers.items():
+        name = "the tokenizer" if key == "student.tokenizer" else f"the tokenizer of the {key}"
+        inputs.append(Input(key, name, tokenizer_fingerprint(tokenizer)))
     inputs += [Input(key, f"the code of {module}", file_digest(path)) for key, module, path in _code(recipe)]
     inputs += [Input("", name, _version(name)) for name in _PACKAGES]
     python = ".".join(map(str, sys.version_info[:2]))

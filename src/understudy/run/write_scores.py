@@ -1,6 +1,6 @@
 """Write a teacher's scores of examples to the files that the teacher `cached` reads.
 
-Shapes: N response tokens, C rows of a tile, V vocabulary, K tokens of the top K.
+Shapes: N response tokens, K tokens of the top K.
 """
 
 import json
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from ..batch import Batch, Example
 from ..files import write_atomic
-from ..fused_linear.distributions import Projected
-from ..fused_linear.merged import TopK
-from ..fused_linear.tiles import rows_per_tile
+from ..fused_linear.distributions import Projected, likeliest
 from ..scores import Scores
 from ..teacher import Teacher
 from ..teachers.cached import KEY_BYTES, Manifest, Shards
@@ -76,22 +74,13 @@ def saved_rows(scores: Scores, manifest: Manifest) -> dict[str, Tensor]:
         if not isinstance(distribution, Projected):
             raise ValueError("this teacher gives log-probabilities and no hidden rows: save its top_k instead")
         return {"hidden": distribution.hidden.to(dtype).cpu()}
-    if isinstance(distribution, TopK) and distribution.values.shape[-1] < manifest.top_k:
-        known = distribution.values.shape[-1]
-        raise ValueError(f"this teacher gives {known} tokens, and {manifest.top_k} are to be saved: lower --top-k")
-    parts: list[tuple[Tensor, Tensor]] = []
-    size = rows_per_tile(manifest.vocabulary)
-    for start in range(0, len(scores.tokens), size):
-        rows = slice(start, start + size)
-        events = distribution.log_probs(rows)  # (C, V), or (C, K'+1) of a top-K' teacher
-        is_top_k = isinstance(distribution, TopK)
-        values, ids = (events[:, :-1] if is_top_k else events).topk(manifest.top_k)
-        log_probs = TopK(values, ids).merge(events)
-        ids = distribution.support[rows].gather(-1, ids) if isinstance(distribution, TopK) else ids
-        parts.append((log_probs.to(dtype).cpu(), ids.int().cpu()))
-    log_probs, ids = map(torch.cat, zip(*parts, strict=True))
-    chosen = {"chosen": scores.chosen.to(dtype).cpu()} if manifest.chosen else {}
-    return {"log_probs": log_probs, "ids": ids, **chosen}
+    top = likeliest(distribution, scores.tokens, manifest.top_k)
+    assert top.rest is not None
+    saved = {"log_probs": torch.cat([top.values, top.rest[:, None]], dim=-1).to(dtype), "ids": top.support.int()}
+    if manifest.chosen:
+        chosen = scores.chosen.cpu() if top.chosen_values is None else top.chosen_values
+        saved["chosen"] = chosen.to(dtype)
+    return saved
 
 
 def save_head(folder: Path, manifest: Manifest, scores: Scores) -> None:

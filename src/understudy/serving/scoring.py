@@ -1,6 +1,6 @@
 """What `understudy serve` computes: the scores of the sequences of all waiting requests, and responses to prompts.
 
-Shapes: N trained tokens of a request, V vocabulary, K likeliest tokens, D width.
+Shapes: N trained tokens of a request.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Example
-from ..fused_linear.distributions import Dense, Distribution, Projected
+from ..fused_linear.distributions import Projected, likeliest
 from ..fused_linear.head import Head
-from ..fused_linear.tiles import rows_per_tile
 from ..models.context_window import context_window
 from ..models.fingerprint import fingerprint, vocabulary_fingerprint
 from ..models.vocabulary import vocabulary_size
@@ -110,7 +109,9 @@ class Scorer:
                 assert isinstance(distribution, Projected)
                 columns.append({"hidden": distribution.hidden.cpu()})
             else:
-                columns.append(_likeliest(distribution.cut(self.info.vocabulary_size), scores.tokens, top_k))
+                top = likeliest(distribution.cut(self.info.vocabulary_size), scores.tokens, top_k)
+                assert top.chosen_values is not None
+                columns.append({"values": top.values, "support": top.support, "chosen": top.chosen_values})
             indices.append(index)
         order = torch.cat(indices).argsort()
         return {name: torch.cat([column[name] for column in columns])[order] for name in columns[0]}
@@ -132,17 +133,3 @@ class Scorer:
             truncated=[example.truncated for example in examples],
             streams=[{name: list(values) for name, values in example.streams.items()} for example in examples],
         )
-
-
-def _likeliest(distribution: Distribution, tokens: Tensor, k: int) -> dict[str, Tensor]:
-    """The K likeliest tokens (N, K) and the chosen ones (N,), a few rows at a time."""
-    assert isinstance(distribution, Projected | Dense)
-    columns: dict[str, list[Tensor]] = {"values": [], "support": [], "chosen": []}
-    size = max(1, rows_per_tile(distribution.vocabulary) // 4)
-    for start in range(0, len(tokens), size):
-        log_probs = distribution.log_probs(slice(start, start + size)).float()
-        chosen = tokens[start : start + size, None].to(log_probs.device)
-        values, support = log_probs.topk(k)
-        for name, column in (("values", values), ("support", support), ("chosen", log_probs.gather(-1, chosen)[:, 0])):
-            columns[name].append(column.cpu())
-    return {name: torch.cat(parts) for name, parts in columns.items()}

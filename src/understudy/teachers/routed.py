@@ -11,11 +11,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import Batch, Example
 from ..data.examples import Examples
 from ..fused_linear.distributions import Routed
+from ..models.weights import is_sharded
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher, check_weights, common_capabilities
@@ -63,8 +64,24 @@ class RoutedTeacher(Teacher):
         self._scores: dict[int, dict[str, Scores]] = {}
 
     def to(self, device: torch.device) -> None:
+        """See `Teacher`.
+
+        Raises:
+            ValueError: for a teacher whose weights are divided among processes.
+        """
+        for name, teacher in self.parts().items():
+            if isinstance(teacher.local_model, nn.Module) and is_sharded(teacher.local_model):
+                raise ValueError(
+                    f"the weights of the routed teacher {name} are divided among processes (FSDP, ZeRO-3), and one "
+                    "without a row for it would let the others wait for ever: let every process hold all of them, or "
+                    "put the teacher behind `understudy serve`"
+                )
         self._device = device
         super().to(torch.device("cpu") if self.offload else device)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return super().columns | ({self.by} if self.by is not None else set())
 
     def check_data(self, examples: Examples, settings: Mapping[str, Any]) -> None:
         names = [self._name(example) for example in examples.examples]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..models.forward import score_constant
-from ..models.parity import can_fuse_constant, is_sharded
+from ..models.parity import can_fuse_constant
 from ..models.saved import shared_copy
+from ..models.weights import is_sharded
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher
