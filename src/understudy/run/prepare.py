@@ -16,9 +16,10 @@ from ..recipe import Data, Recipe, RecipeError
 from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
-from ..sampling import Sampling
+from ..sampling import Sampling, Schedule
 from ..teacher import Capability, Teacher, TeacherError
 from ..teachers import TEACHERS, check_provides, check_scores_responses
+from ..training.collecting import check_rollout
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Prepared(NamedTuple):
     method: Method
     rollout: Rollout
     sampling: Sampling
+    schedule: Schedule
     teacher: Teacher | None
     reward: Reward | None
     configs: Configs
@@ -48,9 +50,9 @@ def prepare(recipe: Recipe) -> Prepared:
     """Build what needs no weights, and check that it fits together: the recipe first, then files and hub."""
     reward = _reward(recipe)
     method: Method = recipe.build("method", METHODS, **({} if reward is None else {"reward": reward}))
-    rollout, sampling = recipe.build("rollout", ROLLOUTS), recipe.sampling()
+    rollout, sampling, schedule = recipe.build("rollout", ROLLOUTS), recipe.sampling(), recipe.schedule()
     try:
-        method.check_sampling(sampling)
+        check_rollout(method, rollout, sampling, schedule)
     except ValueError as error:
         raise recipe.error("rollout", str(error)) from None
     teacher = _teacher(recipe, method)
@@ -65,7 +67,7 @@ def prepare(recipe: Recipe) -> Prepared:
         for data, examples in ((recipe.data, train), (held_out_data(recipe), held_out)):
             if examples is not None:
                 _check_data(recipe, teacher, examples, data_settings(data, configs.tokenizer))
-    return Prepared(method, rollout, sampling, teacher, reward, configs, train, held_out, corpus)
+    return Prepared(method, rollout, sampling, schedule, teacher, reward, configs, train, held_out, corpus)
 
 
 def uses_teacher(method: Method) -> bool:
