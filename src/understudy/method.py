@@ -77,6 +77,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""  # authors, year, where to read it
     late_weights: ClassVar[bool] = False  # are the rows' weights known only after the loss? See `Scores`
     uses_corpus: ClassVar[bool] = False  # does it train on the recipe's corpus as well?
+    collects_ahead: ClassVar[bool] = False  # may `collect` run in a thread while the step before is learned from?
     reduction: Reduction = "token"  # what the mean of the loss is over; see `Batch.weights`
 
     @property
@@ -115,6 +116,10 @@ class Method(ABC):
 
         Called once per optimizer step on every process. Random decisions must come from `step`. Responses are generated
         by `writers.student(examples, step)` and `writers.teacher(examples, step)`.
+
+        With `collects_ahead` and a rollout's `ahead` it is called for the next step in a thread, while `loss` and
+        `before_step` of this one run: then it must use nothing that these change, no model but the student by
+        `writers.student`, and no communication between processes.
         """
         return examples
 

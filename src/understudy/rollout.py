@@ -1,9 +1,10 @@
 """A rollout: an engine that generates responses to prompts with a model."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from .batch import Author, Example
 from .sampling import Sampling
@@ -19,6 +20,7 @@ class Rollout(ABC):
     """
 
     batch_size: int | None = None  # sequences generated at once; None: as many as there are
+    runs_ahead: ClassVar[bool] = False  # may it generate in a thread while the model is trained? See `for_thread`
 
     @property
     def is_bound(self) -> bool:
@@ -48,7 +50,19 @@ class Rollout(ABC):
         """
 
     def sync(self, step: Step) -> None:
-        """The model's weights have changed. Default: nothing, for an engine that reads them at each call."""
+        """The model's weights have changed. Default: nothing, for an engine that reads them at each call.
+
+        Never called while this rollout generates, in whichever thread.
+        """
+
+    def for_thread(self, cancelled: threading.Event) -> "Rollout":
+        """A rollout like this one that generates in another thread while this process trains the model.
+
+        Called once a step, only where `runs_ahead`. The weights do not change until the thread has finished, and the
+        random generators of the process must not be used. Once `cancelled` is set, generating should end soon with any
+        error. Default: this rollout itself, for an engine that has the weights to itself until `sync`.
+        """
+        return self
 
 
 def with_response(
@@ -82,6 +96,10 @@ class Writers:
 
     _student: Writer | None = None
     _teacher: Writer | None = None
+
+    def with_student(self, writer: Writer) -> "Writers":
+        """The same with another writer of the student's responses."""
+        return replace(self, _student=writer)
 
     def can_generate(self, authors: Iterable[Author]) -> bool:
         """Is there a rollout of each of these authors that generates?"""

@@ -30,11 +30,11 @@ def teachers() -> None:
 
 
 def rollouts() -> None:
-    """List the rollouts with their options and default values, sampling parameters first."""
+    """List the rollouts with their options and default values, sampling parameters and schedule first."""
     from ..rollouts import ROLLOUTS
-    from ..sampling import Sampling
+    from ..sampling import Sampling, Schedule
 
-    _print_blocks(ROLLOUTS, "rollout", _defaults(Sampling))
+    _print_blocks(ROLLOUTS, "rollout", _defaults(Sampling) | _defaults(Schedule))
 
 
 def divergences() -> None:

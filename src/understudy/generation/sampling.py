@@ -41,6 +41,7 @@ class Binding:
     vocabulary: int  # ids of the tokenizer; a padded vocabulary beyond them is never drawn
     stop_ids: tuple[int, ...]  # where the sampling names none
     verified: bool = False  # has an engine compared its logits with the model's own?
+    twin: Any = None  # a second module of the model, for another thread
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class GKD(Method):
     """On-policy distillation with any divergence; λ = 0 is supervised KD."""
 
     paper: ClassVar[str] = "Agarwal et al., ICLR 2024, https://arxiv.org/abs/2306.13649"
+    collects_ahead: ClassVar[bool] = True
 
     on_policy: float = 1.0  # λ, the share of training on the student's own responses
     mix: Literal["step", "example"] = "step"  # on-policy with probability λ: a whole step (the paper) or each example

@@ -40,6 +40,7 @@ class OPD(Method):
 
     paper: ClassVar[str] = "Thinking Machines Lab, 2025, https://thinkingmachines.ai/blog/on-policy-distillation"
     late_weights: ClassVar[bool] = True  # a row counts r_t A_t, and r_t is known once its log-probability is
+    collects_ahead: ClassVar[bool] = True
 
     kl_weight: float = 1.0  # c
     discount: float = 0.0  # γ, of the advantages of later tokens

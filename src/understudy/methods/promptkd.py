@@ -45,6 +45,7 @@ class PromptKD(Method):
     """On-policy distillation from a teacher whose soft prompt is tuned with the student's guidance."""
 
     paper: ClassVar[str] = "Kim et al., EMNLP Findings 2024, https://arxiv.org/abs/2402.12842"
+    collects_ahead: ClassVar[bool] = True
 
     prompt_tokens: int = 7  # m
     prompt: str = "Suppose you are a student."  # its tokens' embeddings, repeated or cut to m, initialise P

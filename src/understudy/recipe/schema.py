@@ -28,13 +28,16 @@ from pydantic import (
 
 from ..budget import Budget
 from ..registry import Registry, UnknownName, did_you_mean, nearest
-from ..sampling import Sampling
+from ..sampling import Sampling, Schedule
 from .arguments import arguments, construct, name_and_fields
 from .shipped import locate
 from .yaml_text import Places, RecipeError, place, read
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
-_OTHER_FIELDS = {"rollout": _SAMPLING_FIELDS}  # of a block, that are not arguments of the class it names
+_SCHEDULE_FIELDS = tuple(field.name for field in dataclasses.fields(Schedule))
+_OTHER_FIELDS = {
+    "rollout": (*_SAMPLING_FIELDS, *_SCHEDULE_FIELDS)
+}  # of a block, that are not arguments of the class it names
 
 
 class _Block(BaseModel):
@@ -164,11 +167,17 @@ class Recipe(_Block):
             )
 
     def sampling(self) -> Sampling:
-        """The sampling parameters in the rollout block, whose other fields are the engine's options."""
+        """The sampling parameters in the rollout block, which has the schedule and the engine's options as well."""
+        return self._of_rollout(Sampling, _SAMPLING_FIELDS)
+
+    def schedule(self) -> Schedule:
+        """How training uses the rollout, in the rollout block."""
+        return self._of_rollout(Schedule, _SCHEDULE_FIELDS)
+
+    def _of_rollout(self, cls: type, names: Sequence[str]) -> Any:
         name, fields = self.rollout
         with self.locating("rollout"):
-            values = {key: value for key, value in fields.items() if key in _SAMPLING_FIELDS}
-            return construct(Sampling, values, f"rollout.{name}")
+            return construct(cls, {key: fields[key] for key in names if key in fields}, f"rollout.{name}")
 
     @property
     def source(self) -> Path:

@@ -3,7 +3,8 @@
 Shapes: R rows generated at once.
 """
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from ..fused_linear.tiles import current_tiling
 from ..generation.cache_support import cache_support
 from ..generation.decoder import CompiledDecoder, Decoder, RecomputingDecoder
 from ..generation.sampling import Response, SamplingRollout, draw, generation_mode, log_probs_of
+from ..models.twin import is_twin, twin_of
 from ..sampling import Sampling
 
 _MIN_UNFINISHED = 0.75  # finished rows are dropped when the share of unfinished rows falls below this
@@ -23,8 +25,28 @@ class GenerateRollout(SamplingRollout):
     """Generates responses to prompts of similar length together; finished rows are dropped from the batch."""
 
     name: ClassVar[str] = "generate"
+    runs_ahead: ClassVar[bool] = True
 
     compiled: bool | None = None  # compile the forward of a token; default: wherever the loss is compiled
+
+    _cancelled: threading.Event | None = field(default=None, init=False, repr=False)
+
+    def for_thread(self, cancelled: threading.Event) -> "GenerateRollout":
+        """See `Rollout`: a rollout of a second module that shares the weights' memory, and is not compiled.
+
+        Compiling saves and restores the random generators of the process, which training uses meanwhile.
+
+        Raises:
+            ValueError: if `compiled` is true.
+        """
+        if self.compiled:
+            raise ValueError("a rollout that generates ahead is not compiled: set compiled to false, or ahead to 0")
+        bound = self._bound
+        if bound.twin is None or not is_twin(bound.twin, bound.model):
+            bound.twin = twin_of(bound.model)
+        rollout = replace(self, compiled=False)
+        rollout._binding, rollout._cancelled = replace(bound, model=bound.twin, twin=None), cancelled
+        return rollout
 
     def _respond(self, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -51,6 +73,8 @@ class GenerateRollout(SamplingRollout):
         decoder = self._decoder(prompts, longest)
         logits = decoder.prompts()[:, :vocabulary]
         for position in range(longest):
+            if self._cancelled is not None and self._cancelled.is_set():
+                raise RuntimeError("generating was cancelled")
             tokens = draw(logits, uniforms[:, position], sampling)
             responses[rows, position] = tokens
             if log_probs is not None:

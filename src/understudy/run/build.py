@@ -65,7 +65,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
             or downloaded, and weights are loaded last.
     """
     check_processes(recipe, arguments, arguments.world_size)
-    method, rollout, sampling, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
+    method, rollout, sampling, schedule, teacher, reward, configs, train, held_out, corpus = prepare(recipe)
 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
@@ -101,6 +101,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         teacher_rollout=_teacher_rollout(method, rollout, teacher, configs.tokenizer, folder, inputs),
         response_metrics=held_out_metrics(recipe, rollout, sampling, configs.tokenizer, held_out, generator),
         budget=recipe.budget,
+        schedule=schedule,
         corpus=() if corpus is None else corpus.examples,
         args=arguments,
         train_dataset=train,

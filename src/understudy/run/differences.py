@@ -120,11 +120,13 @@ def _is_more(each: Difference) -> bool:
 
 
 def _is_endless(recipe: Recipe) -> bool:
-    """Do neither learning rate nor method depend on when the run ends?"""
+    """Do learning rate, method and rollout not depend on when the run ends?"""
     schedule = str(recipe.training.get("lr_scheduler_type", "linear"))
     warmup = recipe.training.get("warmup_steps", 0)
     has_steps = isinstance(warmup, int | float) and (warmup == 0 or warmup >= 1)  # below 1 it is a share of the run
     has_steps = has_steps and not recipe.training.get("warmup_ratio")
+    of_rollout = recipe.schedule()  # nothing is generated ahead after the last step
+    has_steps = has_steps and not of_rollout.ahead and of_rollout.prefix_start is None
     return schedule in _ENDLESS_SCHEDULES and has_steps and recipe.method[0] in _ENDLESS_METHODS
 
 

@@ -16,9 +16,10 @@ from ..recipe import Data, Recipe, RecipeError
 from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
-from ..sampling import Sampling
+from ..sampling import Sampling, Schedule
 from ..teacher import Capability, Teacher, TeacherError
 from ..teachers import TEACHERS, check_provides, check_scores_responses
+from ..training.collecting import check_rollout
 from .held_out_metrics import check_held_out_metrics
 from .refusals import Refusals
 
@@ -39,6 +40,7 @@ class Prepared(NamedTuple):
     method: Method
     rollout: Rollout
     sampling: Sampling
+    schedule: Schedule
     teacher: Teacher | None
     reward: Reward | None
     configs: Configs
@@ -63,11 +65,11 @@ def prepare(recipe: Recipe, refusals: Refusals | None = None) -> Prepared:
     with attempt("rollout"):
         parts["rollout"] = recipe.build("rollout", ROLLOUTS)
     with attempt("rollout"):
-        parts["sampling"] = recipe.sampling()
+        parts |= {"sampling": recipe.sampling(), "schedule": recipe.schedule()}
     method, sampling = parts["method"], parts["sampling"]
-    if method is not None and sampling is not None:
+    if None not in (method, parts["rollout"], sampling):
         with attempt("rollout"):
-            _check_sampling(recipe, method, sampling)
+            _check_rollout(recipe, method, parts["rollout"], sampling, parts["schedule"])
     with attempt("teacher"):
         parts["teacher"] = None if recipe.teacher is None else recipe.build("teacher", TEACHERS)
     if method is not None:
@@ -85,9 +87,9 @@ def prepare(recipe: Recipe, refusals: Refusals | None = None) -> Prepared:
     return Prepared(**parts)
 
 
-def _check_sampling(recipe: Recipe, method: Method, sampling: Sampling) -> None:
+def _check_rollout(recipe: Recipe, method: Method, rollout: Rollout, sampling: Sampling, schedule: Schedule) -> None:
     try:
-        method.check_sampling(sampling)
+        check_rollout(method, rollout, sampling, schedule)
     except ValueError as error:
         raise recipe.error("rollout", str(error)) from None
 

@@ -138,9 +138,9 @@ class ShowProgress(TrainerCallback):
                 show("  ".join([self._line(state), *_words(numbers)]), self.console)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop()
+        self.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the bar, which restores the terminal's cursor."""
         with showing("progress"):
             if self.progress.live.is_started:

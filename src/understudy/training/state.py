@@ -1,4 +1,4 @@
-"""The distillation state in a checkpoint: of method and teacher, and the tokens and seconds that the run has spent."""
+"""The distillation state in a checkpoint: of method and teacher, what was spent, and responses generated ahead."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,19 @@ from safetensors.torch import load_file, save_file
 from ..method import Method
 from ..teacher import Teacher
 from . import checkpoint
+from .collecting import Collector
 from .spending import Spending
 
 STATE_FILE = "distillation.safetensors"
 
 
-def save_state(folder: Path, parts: Mapping[str, Method | Teacher], spending: Spending, writes: bool) -> None:
-    """Save the parts' state and the run's spending, the first files of a checkpoint, in the process that `writes`."""
+def save_state(
+    folder: Path, parts: Mapping[str, Method | Teacher], spending: Spending, collector: Collector, writes: bool
+) -> None:
+    """Save the first files of a checkpoint, in the process that `writes`.
+
+    These are the parts' state, the run's spending and the responses that were generated ahead.
+    """
     if writes:
         checkpoint.begin(folder)
         state = {
@@ -26,11 +32,12 @@ def save_state(folder: Path, parts: Mapping[str, Method | Teacher], spending: Sp
         }
         state["spent"] = torch.tensor(spending.state(), dtype=torch.float64)
         save_file(state, folder / STATE_FILE)
+    collector.save(folder, writes)
     PartialState().wait_for_everyone()  # before the others add their files
 
 
 def load_state(folder: Path, parts: Mapping[str, Method | Teacher], spending: Spending) -> None:
-    """Restore what `save_state` saved.
+    """Restore what `save_state` saved, except the collector's responses.
 
     Raises:
         ValueError: for a checkpoint of another program.

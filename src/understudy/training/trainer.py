@@ -13,7 +13,7 @@ does not depend on how the step is split into micro-batches and processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, islice
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from ..models.forward import score
 from ..models.parity import can_fuse
 from ..models.vocabulary import vocabulary_size
 from ..rollout import Rollout
-from ..sampling import Sampling
+from ..sampling import Sampling, Schedule
 from ..scores import Scores, divergence_metrics, metrics_by_teacher
 from ..step import Step
 from ..teacher import Capability, Teacher
@@ -39,6 +39,7 @@ from ..teachers import check_provides, check_scores_responses
 from .best_checkpoint import LoadBestState
 from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint, step_of
+from .collecting import Collector, FinishAhead, check_rollout
 from .display import ShowProgress
 from .held_out import held_out_line
 from .hyperparameters import given_hyperparameters, remedy
@@ -71,6 +72,7 @@ class StudentTrainer(ResumableTrainer):
         response_metrics: from the student to further metrics, which `evaluate` returns as well.
         budget: the tokens or seconds that the run may spend; it ends when this or its steps are used up, and its
             schedules end with it.
+        schedule: whether responses are generated a step ahead, and how many of their tokens are trained on.
         corpus: plain texts for methods with a language-modelling loss, their first token as the prompt.
         peft_config: adds adapters to the student.
         train_dataset, eval_dataset: of `Example`s, or of rows as `datasets.Dataset` or a list of dictionaries.
@@ -98,14 +100,15 @@ class StudentTrainer(ResumableTrainer):
         teacher_rollout: Rollout | None = None,
         response_metrics: Callable[[nn.Module], dict[str, float]] | None = None,
         budget: Budget | None = None,
+        schedule: Schedule | None = None,
         corpus: Sequence[Example] = (),
         callbacks: Sequence[Any] = (),
         console: Console | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
-        sampling, teacher = sampling or Sampling(), as_teacher(teacher)
-        method.check_sampling(sampling)
+        sampling, schedule, teacher = sampling or Sampling(), schedule or Schedule(), as_teacher(teacher)
+        check_rollout(method, rollout, sampling, schedule)
         check_provides(teacher, method.requires, type(method).__name__)
         check_scores_responses(teacher if method.requires else None, method.authors, type(method).__name__)
         processing_class = as_tokenizer(processing_class, student)
@@ -137,6 +140,7 @@ class StudentTrainer(ResumableTrainer):
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
         self.teacher = method.setup(context) or teacher
         self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
+        self.collector = Collector(method, self.writers, schedule, self.accelerator)
         self._arrange_callbacks(limit, console, sync=rollout is not None)
         described = {**parts, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
         describe_to_loggers(self.callback_handler.callbacks, described, str(args.output_dir))
@@ -144,10 +148,12 @@ class StudentTrainer(ResumableTrainer):
     def _arrange_callbacks(self, save_total_limit: int | None, console: Console | None, sync: bool) -> None:
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        self.add_callback(FinishAhead(self))
         self.add_callback(SaveCheckpoints(save_total_limit))
         if self.teacher is not None and not self.teacher.can(Capability.MODEL):
             self.add_callback(NoteLastStep(self.method, self.spending))
-        self.add_callback(ShowProgress(console, self.spending, bar=not self.args.disable_tqdm))
+        self._progress = ShowProgress(console, self.spending, bar=not self.args.disable_tqdm)
+        self.add_callback(self._progress)
         if sync:
             self.add_callback(SyncRollout(self.writers.student.rollout))
 
@@ -174,13 +180,11 @@ class StudentTrainer(ResumableTrainer):
             self.control.should_training_stop = True
             return [], None
         self.spending.begin_step()
-        loaded = list(islice(epoch_iterator, num_batches))
-        if not loaded:
-            return [], None
         step = Step(number, self.args.seed, self.spending.expected_steps(number, max_steps))
-        with self.step_metrics.timer("generate"):
-            examples = self.method.collect(list(chain(*loaded)), self.writers, step)
-        batches = [Batch.from_examples(part, self.pad, device) for part in micro_batches(examples, len(loaded))]
+        examples, parts = self.collector.collect(epoch_iterator, num_batches, step, self.step_metrics)
+        if not parts:
+            return [], None
+        batches = [Batch.from_examples(part, self.pad, device) for part in micro_batches(examples, parts)]
         for batch in batches:
             self.step_metrics.count(batch)
         if self.teacher is not None and self.method.requires:
@@ -279,7 +283,7 @@ class StudentTrainer(ResumableTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also saves, into a checkpoint and before it is complete, the method's state and the spent budget."""
         if _internal_call and step_of(output_dir or "") >= 0:
-            save_state(Path(str(output_dir)), self.parts, self.spending, self.args.should_save)
+            save_state(Path(str(output_dir)), self.parts, self.spending, self.collector, self.args.should_save)
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -289,12 +293,8 @@ class StudentTrainer(ResumableTrainer):
         self.spending.restart()
         if resume_from_checkpoint:
             load_state(Path(resume_from_checkpoint), self.parts, self.spending)
+        self.collector.restart(resume_from_checkpoint or None)
         self.step_metrics = StepMetrics()
-        try:
-            compiled = compiles(self.args, cast(Any, self.train_dataset), self.vocabulary, self.spending.budget)
-            with checkpoint_on_failure(self), tiling(compiled=compiled):
-                return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ShowProgress):
-                    callback.stop()  # restores the terminal's cursor, also after an error
+        compiled = compiles(self.args, cast(Any, self.train_dataset), self.vocabulary, self.spending.budget)
+        with closing(self._progress), checkpoint_on_failure(self), closing(self.collector), tiling(compiled=compiled):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
