@@ -12,6 +12,7 @@ from ..scores import Scores
 from .adapters import without_adapters
 from .forward import score
 from .logits import is_linear_head
+from .sharding import is_shard
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()  # model classes and reasons
@@ -34,6 +35,14 @@ def can_fuse(model: Any) -> bool:
         reason = f"its head, {type(head).__name__}, is not a plain linear layer in memory"
     log_plain_path(model, reason)
     return False
+
+
+def can_fuse_after_forward(model: Any) -> bool:
+    """`can_fuse` for a loss that is computed after the model's forward, when weights that it gathered are gone."""
+    if (head := model.get_output_embeddings()) is not None and any(map(is_shard, head.parameters())):
+        log_plain_path(model, "the weights of its head are gathered only during a forward")
+        return False
+    return can_fuse(model)
 
 
 def log_plain_path(model: Any, reason: str) -> None:

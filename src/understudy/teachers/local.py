@@ -11,7 +11,7 @@ from ..batch import Batch
 from ..fused_linear.distributions import Projected
 from ..models.forward import score_no_grad
 from ..models.load import load_model
-from ..models.parity import can_fuse, log_plain_path
+from ..models.parity import can_fuse_after_forward
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
@@ -59,11 +59,8 @@ class LocalTeacher(Teacher):
 
     @cached_property
     def fused(self) -> bool:
-        """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
-        if _is_sharded(self.model):
-            log_plain_path(self.model, "its weights are gathered only during a forward")
-            return False
-        return can_fuse(self.model)
+        """Can the loss use its head? Not if that is gathered only during a forward (FSDP2, ZeRO-3)."""
+        return can_fuse_after_forward(self.model)
 
     def to(self, device: torch.device) -> None:
         if self._device is None and self._quantization is None and not hasattr(self.model, "hf_device_map"):
@@ -92,7 +89,3 @@ class LocalTeacher(Teacher):
 
 def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
