@@ -90,6 +90,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def leave_process_group() -> None:
+    """End this process's connection to the others of a run; DeepSpeed aborts a process that exits without it."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def prepare() -> None:
     """Set up the streams, the colours and the logging of a command.
 
@@ -128,6 +135,7 @@ def explain(error: Exception) -> int:
     # Errors of the argument parser name the option in format_message only.
     message = " ".join(str(error.format_message() if hasattr(error, "format_message") else error).split())  # type: ignore
     if name == "Interrupted":
+        leave_process_group()
         sys.stderr.write(f"{escape(message)}\n")
         return getattr(error, "exit_code", INTERRUPTED)
     if (full := _what_is_full(error)) is not None:

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _SHARDING = ("torch.distributed.", "deepspeed.")  # the modules whose hooks gather weights before a forward
@@ -19,6 +21,34 @@ def is_shard(weight: Any) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Are some of the model's weights, or all, sharded over processes?"""
     return any(map(is_shard, model.parameters()))
+
+
+def shard_layers(model: Any, device: torch.device) -> None:
+    """Shard a frozen model's layers over all processes with FSDP2, on `device`; once, if it is called again.
+
+    Embeddings and head stay whole in every process: they are used outside the model's forward as well.
+
+    Raises:
+        ValueError: for a single process, for adapters or quantized weights, and for a model whose layers are not known.
+    """
+    if is_sharded(model):
+        return
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        raise ValueError("there is one process, and nothing to shard over: start with torchrun, or leave shard out")
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"the layers of {type(model).__name__} cannot be sharded: leave shard out")
+    whole = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    for layer in whole:
+        layer.to(device)
+    options = {
+        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
+        "reshard_after_forward": True,
+        "ignored_params": {parameter for layer in whole for parameter in layer.parameters()},
+    }
+    for layer in [*layers, model]:
+        fully_shard(layer, **options)
 
 
 @contextmanager

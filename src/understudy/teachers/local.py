@@ -12,6 +12,7 @@ from ..fused_linear.distributions import Projected
 from ..models.forward import score_no_grad
 from ..models.load import load_model
 from ..models.parity import can_fuse_after_forward
+from ..models.sharding import shard_layers
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
@@ -29,6 +30,8 @@ class LocalTeacher(Teacher):
         dtype, device: where a named model is loaded to; by default in its checkpoint's dtype, on the student's device.
         quantization: fields of transformers' `BitsAndBytesConfig`.
         options: further keyword arguments of `from_pretrained`, such as `revision` or `attn_implementation`.
+        shard: shard the layers over all processes (FSDP2), whatever the student is trained with. Embeddings and head
+            stay whole, so that the fused loss and soft prompts work as they do otherwise.
     """
 
     provides: ClassVar[frozenset[Capability]] = frozenset(Capability)
@@ -41,7 +44,11 @@ class LocalTeacher(Teacher):
         device: str | None = None,
         quantization: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
+        shard: bool = False,
     ) -> None:
+        if shard and (device is not None or quantization is not None):
+            raise ValueError("a sharded teacher is on all devices, unquantized: leave device and quantization out")
+        self._shard = shard
         self.model_name = model if isinstance(model, str) else None
         self._model: Any = None if isinstance(model, str) else _frozen(model)
         self._dtype, self._device, self._quantization, self._options = dtype, device, quantization, options or {}
@@ -62,13 +69,19 @@ class LocalTeacher(Teacher):
         """Can the loss use its head? Not if that is gathered only during a forward (FSDP2, ZeRO-3)."""
         return can_fuse_after_forward(self.model)
 
+    @property
+    def is_collective(self) -> bool:
+        return self._shard
+
     def to(self, device: torch.device) -> None:
+        if self._shard:
+            return shard_layers(self.model, device)
         if self._device is None and self._quantization is None and not hasattr(self.model, "hf_device_map"):
             self.model.to(device)
 
     def score(self, batch: Batch) -> Scores:
         batch = batch.as_read_by_teacher().to(self.model.device)
-        if not self.fused or batch.input_ids.device.type != "cpu":
+        if not self.fused or self._shard or batch.input_ids.device.type != "cpu":
             return score_no_grad(self.model, batch, fused=self.fused)
         parts, indices = zip(*batch.split_by_length(_PART), strict=True)
         distributions = [cast(Projected, score_no_grad(self.model, part).distribution) for part in parts]

@@ -52,6 +52,8 @@ class RoutedTeacher(Teacher):
     ) -> None:
         if not teachers:
             raise ValueError("routed needs at least one teacher")
+        if any(teacher.is_collective for teacher in teachers.values()):
+            raise ValueError("a process without rows for a sharded teacher would block the others: leave shard out")
         if (by is None) == (weights is None):
             raise ValueError("routed needs either `by`, the column that names each row's teacher, or `weights`")
         if weights is not None:

@@ -104,6 +104,7 @@ class StudentTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
+        limit, args = args.save_total_limit, adapted(args)
         sampling, teacher = sampling or Sampling(), as_teacher(teacher)
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
@@ -112,7 +113,6 @@ class StudentTrainer(ResumableTrainer):
         student = as_student(student, peft_config, args.seed)
         check_models(student, teacher, processing_class)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
-        limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
         if budget is not None:
             callbacks = [StopAtBudget(self.spending, lambda s: first_process_s(s, args.device)), *callbacks]
