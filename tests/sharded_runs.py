@@ -54,7 +54,7 @@ class Kill(TrainerCallback):
 
 
 def run_of(folder: Path, kind: str, case: str, processes: int, callbacks=(), **changed) -> StudentTrainer:
-    """Two epochs of two steps of eight examples, over all processes. Adam with a large epsilon: rounding stays small."""
+    """Two epochs of two steps of eight examples, over all processes. Adam's large epsilon keeps rounding small."""
     shard = "sharded teacher" in case and kind != "one"
     return trainer(
         folder,
@@ -86,10 +86,14 @@ def train(folder: Path, kind: str, case: str, processes: int, resume: bool = Fal
     run = run_of(folder, kind, case, processes, **changed)
     run.train(resume_from_checkpoint=resume)
     numbers = {name: logged(run, name) for name in ("loss", "grad_norm", "eval_loss")}
-    own = sum(
-        (p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)).numel() for p in run.model.parameters()
-    )
+    own = sum(_kept(parameter) for parameter in run.model.parameters())
     return {"weights": whole_weights(run), "numbers": numbers, "kept": own}
+
+
+def _kept(parameter: Any) -> int:
+    """How many numbers of a parameter this process keeps."""
+    shard = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+    return shard.numel()
 
 
 def main(kind: str, action: str, folder: Path) -> None:

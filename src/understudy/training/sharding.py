@@ -1,6 +1,7 @@
 """FSDP2 and DeepSpeed ZeRO: the settings under which a student's weights, gradients and optimizer state are sharded."""
 
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,11 @@ class ShardedTrainer(Trainer):
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
             state.fsdp_plugin.mixed_precision_policy = policy
         unset_hf_deepspeed_config()  # or further models, such as one that was saved, would be loaded in shards
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            _check_shares(self.args, str(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
 def check_sharding(args: TrainingArguments) -> None:
@@ -93,6 +99,20 @@ def _complete_deepspeed(args: TrainingArguments, config: dict[str, Any]) -> None
             config.setdefault(name, {"enabled": True})
     if zero.get("stage") == 3 and not zero.setdefault("stage3_gather_16bit_weights_on_model_save", True):
         raise ValueError("the student could not be saved: leave stage3_gather_16bit_weights_on_model_save out")
+
+
+def _check_shares(args: Any, checkpoint: str) -> None:
+    """Refuse DeepSpeed's checkpoint of another number of processes, each of which saved its share.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    shares = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
+    if args.deepspeed_plugin is not None and shares not in (0, args.world_size):
+        raise ValueError(
+            f"{checkpoint} was saved by {shares} processes, and DeepSpeed cannot resume it with {args.world_size}: "
+            f"start {shares} processes; checkpoints of FSDP have no such limit"
+        )
 
 
 def check_whole(student: nn.Module) -> None:
