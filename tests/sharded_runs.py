@@ -30,17 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
     "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, **ZERO}}},
 }
-PROMPTKD: dict[str, Any] = {"prompt_tokens": 3, "prompt_lr": 1e-2, "prompt_warmup": 2}
 CASES: dict[str, Callable[[], Any]] = {
     "sft": lambda: SFT(),
-    "kd": lambda: KD(reduction="sequence"),
-    "gkd": lambda: GKD(),
-    "promptkd": lambda: PromptKD(**PROMPTKD),
-    "dpkd": lambda: DPKD(),
+    "kd, gradient checkpointing": lambda: KD(reduction="sequence"),
     "gkd, tied embeddings": lambda: GKD(),
     "gkd, adapters": lambda: GKD(),
-    "gkd, gradient checkpointing": lambda: GKD(),
-    "promptkd, sharded teacher": lambda: PromptKD(**PROMPTKD),
+    "promptkd": lambda: PromptKD(prompt_tokens=3, prompt_lr=1e-2, prompt_warmup=2),
     "dpkd, sharded teacher": lambda: DPKD(),
 }
 
@@ -109,6 +104,8 @@ def main(kind: str, action: str, folder: Path) -> None:
         for case in CASES:
             store(case, train(folder / "run", kind, case, processes))
         run_of(folder / kind, kind, "promptkd", processes, callbacks=[Kill()], **every_step).train()
+    elif action == "gkd":
+        store("gkd", train(folder / "run", kind, "gkd, tied embeddings", processes))
     elif action == "resume":
         store("resumed", train(folder / kind, kind, "promptkd", processes, resume=True, **every_step))
     elif action == "resume-elsewhere":

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,17 +32,25 @@ SHARDED = [pytest.param(k, marks=[NEEDS_DEEPSPEED] if "zero" in k else []) for k
 TOLERANCE = 1e-6  # of weights of size 0.3 after four steps of size 1e-2; measured: 3e-7
 
 
+def command(kind: str, action: str, folder: Path, address: str, *options: str, port: int) -> list[str]:
+    script = str(Path(sharded_runs.__file__))
+    meeting = ["--master_addr", address, "--master_port", str(port), *options]
+    return [sys.executable, "-m", "torch.distributed.run", *meeting, script, kind, action, str(folder)]
+
+
+def environment(interface: str) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sharded_runs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own}
+
+
 def start(kind: str, action: str, folder: Path, processes: int = 2) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = ["--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
-    script = Path(sharded_runs.__file__)
-    path = os.pathsep.join([str(script.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *meeting, str(script)]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+        port = free.getsockname()[1]
     return subprocess.run(
-        [sys.executable, *command, kind, action, str(folder)],
-        env={**os.environ, **environment},
+        command(kind, action, folder, "127.0.0.1", "--nproc_per_node", str(processes), port=port),
+        env=environment("lo"),
         capture_output=True,
         text=True,
         timeout=280,
@@ -56,6 +65,7 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SHARDED)
 def test_sharded_processes_train_as_one_does_and_a_killed_run_resumes_to_the_bit(kind, one_process, tmp_path):
     killed = start(kind, "train", tmp_path)
@@ -77,6 +87,58 @@ def test_sharded_processes_train_as_one_does_and_a_killed_run_resumes_to_the_bit
         assert elsewhere.returncode == 0, elsewhere.stderr[-4000:]
         again = torch.load(tmp_path / "fsdp, resumed elsewhere.pt")["weights"]
         assert difference(sharded["promptkd"]["weights"], again) < TOLERANCE
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces that are connected, by name and interface."""
+    names = [f"understudy-{os.getpid()}-{host}" for host in "ab"]
+    interfaces = [f"us{os.getpid() % 100000}{host}" for host in "ab"]
+    link = ["link", "add", interfaces[0], "netns", names[0], "type", "veth", "peer", "name", interfaces[1]]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip(*link, "netns", names[1])
+        for host, (name, interface) in enumerate(zip(names, interfaces, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{host}/24", "dev", interface)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", interface, "up")
+        yield list(zip(names, interfaces, strict=True))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need root and ip: {error}")
+    finally:
+        for name in names:
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hosts_train_as_one_host_does(two_hosts, tmp_path):
+    """Two network namespaces with a process each, and one host with two processes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    alone = start("fsdp", "gkd", one)
+    assert alone.returncode == 0, alone.stderr[-4000:]
+    nodes = []
+    for rank, (name, interface) in enumerate(two_hosts):
+        options = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+        line = ["ip", "netns", "exec", name, *command("fsdp", "gkd", two, "10.77.0.1", *options, port=29500)]
+        nodes.append(subprocess.Popen(line, env=environment(interface), stderr=subprocess.PIPE, text=True))
+    try:
+        for node in nodes:
+            _, errors = node.communicate(timeout=280)
+            assert node.returncode == 0, errors[-4000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    results = [torch.load(folder / "fsdp, gkd.pt")["weights"] for folder in (one, two)]
+    assert difference(*results) == 0
 
 
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
