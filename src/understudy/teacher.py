@@ -97,6 +97,11 @@ class Teacher(ABC):
         return any(teacher.needs_student for teacher in self.teachers.values())
 
     @property
+    def is_collective(self) -> bool:
+        """Must all processes score equally often, because they gather the weights of a sharded model together?"""
+        return any(teacher.is_collective for teacher in self.teachers.values())
+
+    @property
     def local_model(self) -> Any:
         """The model in this process that the scores come from, loaded; None where there is none. A run records them."""
         return self.model

@@ -90,6 +90,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def leave_process_group() -> None:
+    """End this process's connection to the others of a run; DeepSpeed aborts a process that exits without it."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def prepare() -> None:
     """Set up the streams, the colours and the logging of a command.
 
@@ -125,6 +132,7 @@ def progress() -> Progress:
 def explain(error: Exception) -> int:
     """Print an error as one sentence and return the exit code."""
     if type(error).__name__ == "Interrupted":
+        leave_process_group()
         sys.stderr.write(f"{escape(_message(error))}\n")
         return getattr(error, "exit_code", INTERRUPTED)
     sys.stderr.write(f"error: {escape(sentence(error))}\n")

@@ -4,6 +4,7 @@ vLLM is not installed with the package; `make engines` installs it, and without 
 """
 
 import json
+from itertools import chain
 
 import httpx2
 import pytest
@@ -73,9 +74,10 @@ def missing(fake, real, path="reply"):
     """What the fake server's reply has and the real one's has not, or has with another type."""
     if isinstance(fake, dict) and isinstance(real, dict):
         parts = [missing(fake[name], real[name], f"{path}.{name}") for name in fake.keys() & real.keys()]
-        return [f"{path}.{name}" for name in fake.keys() - real.keys()] + sum(parts, [])
+        return [f"{path}.{name}" for name in fake.keys() - real.keys()] + list(chain(*parts))
     if isinstance(fake, list) and isinstance(real, list) and len(fake) == len(real):
-        return sum((missing(f, r, f"{path}[{i}]") for i, (f, r) in enumerate(zip(fake, real, strict=True))), [])
+        pairs = enumerate(zip(fake, real, strict=True))
+        return list(chain(*(missing(f, r, f"{path}[{i}]") for i, (f, r) in pairs)))
     return [] if fake == real else [f"{path}: {fake} is {real}"]
 
 

@@ -133,7 +133,7 @@ class Failing(GenerateRollout):
 
 def test_an_error_in_the_thread_ends_the_run_with_its_own_sentence(tmp_path):
     run = trainer(tmp_path, GKD(), rollout=Failing(), options=AHEAD)
-    with pytest.raises(ValueError, match="^the engine has lost its power supply$"):
+    with pytest.raises(ValueError, match=r"^the engine has lost its power supply$"):
         run.train()
     assert run.state.global_step == 1, "the step before has not changed the weights"
 
@@ -270,5 +270,5 @@ def test_what_cannot_be_followed_is_refused_before_training(name, tmp_path):
 
 @pytest.mark.parametrize("fields", [{"ahead": 2}, {"prefix": 0}, {"prefix_start": 0}])
 def test_values_out_of_range_are_refused(fields):
-    with pytest.raises(ValueError, match="ahead to 0 or 1|>= 1"):
+    with pytest.raises(ValueError, match=r"ahead to 0 or 1|>= 1"):
         Schedule(**fields)

@@ -50,13 +50,14 @@ app.command()(environment.env)
 def main() -> None:
     """Run the command line. An error is one sentence with exit code 2; --debug prints its traceback before it."""
     from ..run.output import lasting_output
-    from ..terminal import INTERRUPTED, explain, prepare
+    from ..terminal import INTERRUPTED, explain, leave_process_group, prepare
 
     prepare()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     with lasting_output():
         try:
             code = app(arguments, standalone_mode=False)
+            leave_process_group()
             if code == INTERRUPTED:  # some versions of typer return this after Ctrl-C
                 raise KeyboardInterrupt
         except Exception as error:

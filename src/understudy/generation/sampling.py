@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from ..batch import Author, Example
 from ..models.context_window import context_window
+from ..models.sharding import gathered, is_sharded
 from ..models.vocabulary import vocabulary_size
 from ..rollout import SAMPLED_LOGPROB, Rollout, with_response
 from ..sampling import Sampling
@@ -221,24 +221,14 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 
 @contextmanager
 def generation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within this block, without dropout; a sharded model (FSDP2) with its weights gathered.
-
-    They are gathered once, not at every token: that is faster, and processes may generate different numbers of tokens.
-    """
+    """Evaluation mode within this block, without dropout; a sharded model with its weights gathered."""
     was_training = model.training
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     model.eval()
     try:
-        for module in sharded:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        with nullcontext() if sharded else _column_major_weights(model):
+        with gathered(model), nullcontext() if is_sharded(model) else _column_major_weights(model):
             yield
     finally:
         model.train(was_training)
-        for module in sharded:
-            module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)  # the default of fully_shard
 
 
 @contextmanager
@@ -262,5 +252,4 @@ def _column_major_weights(model: nn.Module) -> Iterator[None]:
 
 def _can_be_column_major(layer: nn.Module) -> bool:
     weight: Any = layer._parameters.get("weight")
-    unsharded = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # neither FSDP2's nor ZeRO-3's shard
-    return unsharded and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32

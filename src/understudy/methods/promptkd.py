@@ -29,7 +29,7 @@ from ..fused_linear.head import softmax_dtype
 from ..method import Method, MethodContext, is_distributed
 from ..models.context_window import context_window
 from ..models.forward import score, score_no_grad
-from ..models.parity import can_fuse
+from ..models.parity import can_fuse_after_forward
 from ..models.soft_prompt import check_soft_prompt, token_embeddings
 from ..rollout import Writers
 from ..scores import Scores
@@ -157,7 +157,7 @@ class PromptKD(Method):
     def _student_scores(self, student: Any, batch: Batch) -> Scores:
         """The student's Scores as constants, without dropout."""
         if self._student_fused is None:
-            self._student_fused = can_fuse(student)
+            self._student_fused = can_fuse_after_forward(student)
         was_training = student.training
         student.eval()
         scores = score_no_grad(student, batch, vocabulary=self._vocabulary, fused=self._student_fused)

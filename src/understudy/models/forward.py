@@ -101,9 +101,9 @@ def score_no_grad(model: Any, batch: Batch, **options: Any) -> Scores:
     return results[0]
 
 
-def score_constant(model: Any, batch: Batch, fused: bool) -> Scores:
+def score_constant(model: Any, batch: Batch, fused: bool, in_parts: bool = True) -> Scores:
     """As `score_no_grad`; on a CPU in parts of similar length, whose activations stay in its cache."""
-    if not fused or batch.input_ids.device.type != "cpu":
+    if not fused or not in_parts or batch.input_ids.device.type != "cpu":
         return score_no_grad(model, batch, fused=fused)
     parts, indices = zip(*batch.split_by_length(_PART), strict=True)
     distributions = [cast(Projected, score_no_grad(model, part).distribution) for part in parts]

@@ -12,7 +12,7 @@ from ..scores import Scores
 from .adapters import without_adapters
 from .forward import score
 from .logits import is_linear_head
-from .weights import is_sharded
+from .sharding import is_shard
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()  # model classes and reasons
@@ -37,10 +37,10 @@ def can_fuse(model: Any) -> bool:
     return False
 
 
-def can_fuse_constant(model: Any) -> bool:
-    """As `can_fuse`, for constant scores, whose head is used after the forward: not if its weights are sharded."""
-    if is_sharded(model):
-        log_plain_path(model, "its weights are gathered only during a forward")
+def can_fuse_after_forward(model: Any) -> bool:
+    """`can_fuse` for a loss that is computed after the model's forward, when weights that it gathered are gone."""
+    if (head := model.get_output_embeddings()) is not None and any(map(is_shard, head.parameters())):
+        log_plain_path(model, "the weights of its head are gathered only during a forward")
         return False
     return can_fuse(model)
 

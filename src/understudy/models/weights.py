@@ -15,11 +15,6 @@ from .origin import tokens_of_invalid_config
 logger = logging.getLogger(__name__)
 
 
-def is_sharded(model: Any) -> bool:
-    """Are weights of this model divided among processes, and gathered only during a forward (FSDP2, ZeRO-3)?"""
-    return any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters())
-
-
 def load_weights(auto_class: Any, path: str, trainable: bool = False, **options: Any) -> Any:
     """A model of `auto_class` from a folder or name, which may hold adapters, with all of its weights.
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers import __version__ as transformers_version
 from transformers.generation.continuous_batching import cb_logits_processors as processors
@@ -25,6 +24,7 @@ from transformers.generation.continuous_batching import cb_logits_processors as 
 from ..batch import Author
 from ..generation.sampling import Response, SamplingRollout, draw, generation_mode, log_probs_of
 from ..models.adapters import without_adapters
+from ..models.sharding import is_sharded
 from ..sampling import Sampling
 
 MIN_TRANSFORMERS = (5, 23)  # the first version with the interface of logits processors that is used here
@@ -235,8 +235,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
     raised to the caller, so its logger would only repeat them.
     """
     bare: Any = without_adapters(model)
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise _unsupported(bare, "it is sharded (FSDP)")
+    if is_sharded(model):
+        raise _unsupported(bare, "its weights are sharded over processes")
     before, device = bare.config._attn_implementation, bare.device
     log = logging.getLogger("ContinuousBatchingLogger")
     was_disabled, log.disabled = log.disabled, True

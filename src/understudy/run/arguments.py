@@ -15,6 +15,7 @@ from ..recipe import Recipe
 from ..recipe.arguments import convert
 from ..registry import did_you_mean
 from ..training.fields import NEEDS, OLD, is_idle, out_of_range, refusal
+from ..training.sharding import check_sharding
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -43,9 +44,15 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         values.pop("ddp_backend", None)  # there is nothing to connect
     _check_dependencies(recipe, values)
-    if values.get("bf16") and not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # transformers asks for it
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if (values.get("bf16") or several) and not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # transformers asks for it, and else would not connect the processes
     arguments = _construct(recipe, values)
+    try:
+        check_sharding(arguments)
+    except ValueError as error:
+        key = "deepspeed" if arguments.deepspeed else "fsdp" if arguments.fsdp else "use_cpu"
+        raise recipe.error(f"training.{key}", f"training.{key}: {error}") from None
     check_optimizer(recipe, arguments)
     return arguments
 

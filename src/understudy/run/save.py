@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from ..files import remove, replace_folder
 from ..models.adapters import merged, without_adapters
 from ..models.saved import SavedModelDiffers, check_saved, name_magnitudes, probe_log_probs
-from ..models.weights import is_sharded
+from ..models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from .build import Run
@@ -57,7 +57,7 @@ def _save(run: "Run", model: Any, partial: Path) -> None:
     trainer, student = run.trainer, run.recipe.student
     sampling = trainer.writers.student.sampling
     stops = (sampling.stop_ids, run.tokenizer.pad_token_id)
-    whole = not is_sharded(model) and not trainer.is_fsdp_enabled
+    whole = not is_sharded(model)
     run.origin.restore_settings(without_adapters(model), *stops)
     if student.merge:
         if trainer.args.should_save:

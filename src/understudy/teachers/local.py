@@ -9,7 +9,8 @@ from torch import nn
 from ..batch import Batch
 from ..models.forward import score_constant
 from ..models.load import ModelSource, load_model
-from ..models.parity import can_fuse_constant
+from ..models.parity import can_fuse_after_forward
+from ..models.sharding import is_sharded, shard_layers
 from ..scores import Scores
 from ..teacher import Capability, Teacher
 
@@ -25,6 +26,8 @@ class LocalTeacher(Teacher):
         dtype, device: where a named model is loaded to; by default in its checkpoint's dtype, on the student's device.
         quantization: fields of transformers' `BitsAndBytesConfig`.
         options: further keyword arguments of `from_pretrained`, such as `revision` or `attn_implementation`.
+        shard: shard the layers over all processes (FSDP2), whatever the student is trained with. Embeddings and head
+            stay whole, so that the fused loss and soft prompts work as they do otherwise.
     """
 
     provides: ClassVar[frozenset[Capability]] = frozenset(Capability)
@@ -37,7 +40,11 @@ class LocalTeacher(Teacher):
         device: str | None = None,
         quantization: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
+        shard: bool = False,
     ) -> None:
+        if shard and (device is not None or quantization is not None):
+            raise ValueError("a sharded teacher is on all devices, unquantized: leave device and quantization out")
+        self._shard = shard
         self.model_name = model if isinstance(model, str) else None
         if isinstance(model, str):
             self.source = ModelSource(model, dtype, device, quantization, options or {})
@@ -57,15 +64,22 @@ class LocalTeacher(Teacher):
 
     @cached_property
     def fused(self) -> bool:
-        """Can the loss use its head? Not if weights are gathered only during a forward (FSDP2, ZeRO-3)."""
-        return can_fuse_constant(self.model)
+        """Can the loss use its head? Not if that is gathered only during a forward (FSDP2, ZeRO-3)."""
+        return can_fuse_after_forward(self.model)
+
+    @property
+    def is_collective(self) -> bool:
+        return self._shard or (self._model is not None and is_sharded(self._model))
 
     def to(self, device: torch.device) -> None:
+        if self._shard:
+            return shard_layers(self.model, device)
         if self._device is None and self._quantization is None and not hasattr(self.model, "hf_device_map"):
             self.model.to(device)
 
     def score(self, batch: Batch) -> Scores:
-        return score_constant(self.model, batch.as_read_by_teacher().to(self.model.device), self.fused)
+        batch = batch.as_read_by_teacher().to(self.model.device)
+        return score_constant(self.model, batch, self.fused, in_parts=not self.is_collective)
 
     def _load(self) -> nn.Module:
         from transformers import BitsAndBytesConfig

@@ -11,12 +11,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batch import Batch, Example
 from ..data.examples import Examples
 from ..fused_linear.distributions import Routed
-from ..models.weights import is_sharded
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher, check_weights, common_capabilities
@@ -53,6 +52,11 @@ class RoutedTeacher(Teacher):
     ) -> None:
         if not teachers:
             raise ValueError("routed needs at least one teacher")
+        if any(teacher.is_collective for teacher in teachers.values()):
+            raise ValueError(
+                "a process without rows for a sharded teacher would block the others: leave shard out, or put the "
+                "teacher behind `understudy serve`"
+            )
         if (by is None) == (weights is None):
             raise ValueError("routed needs either `by`, the column that names each row's teacher, or `weights`")
         if weights is not None:
@@ -64,18 +68,6 @@ class RoutedTeacher(Teacher):
         self._scores: dict[int, dict[str, Scores]] = {}
 
     def to(self, device: torch.device) -> None:
-        """See `Teacher`.
-
-        Raises:
-            ValueError: for a teacher whose weights are divided among processes.
-        """
-        for name, teacher in self.parts().items():
-            if isinstance(teacher.local_model, nn.Module) and is_sharded(teacher.local_model):
-                raise ValueError(
-                    f"the weights of the routed teacher {name} are divided among processes (FSDP, ZeRO-3), and one "
-                    "without a row for it would let the others wait for ever: let every process hold all of them, or "
-                    "put the teacher behind `understudy serve`"
-                )
         self._device = device
         super().to(torch.device("cpu") if self.offload else device)
 

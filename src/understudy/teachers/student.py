@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..models.forward import score_constant
-from ..models.parity import can_fuse_constant
+from ..models.parity import can_fuse_after_forward
 from ..models.saved import shared_copy
-from ..models.weights import is_sharded
+from ..models.sharding import is_sharded
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher
@@ -75,7 +75,7 @@ class StudentTeacher(Teacher):
     @cached_property
     def fused(self) -> bool:
         """Can the loss use its head?"""
-        return can_fuse_constant(self.model)
+        return can_fuse_after_forward(self.model)
 
     def score(self, batch: Batch) -> Scores:
         return score_constant(self.model, batch.as_read_by_teacher().to(self.model.device), self.fused)

@@ -75,6 +75,8 @@ class ShowSamples(TrainerCallback):
         """Generate the samples of this step and append them to the file; they are only for looking at."""
         with showing("samples of the student"):
             responses = self.writer(self.examples, Step(0, args.seed), n=1) if self.examples else []
+            if responses:
+                self._step = state.global_step  # on every process: all of them generate again, or none
             if not state.is_world_process_zero or not responses:
                 return
             table = Table.grid(Column(no_wrap=True, style="dim"), Column(overflow="fold"), padding=(0, 1))
@@ -88,7 +90,7 @@ class ShowSamples(TrainerCallback):
                 lines.append({"step": state.global_step, **texts})
             drop_lines_after(self.path, state.global_step - 1)  # those of this step, from before an interruption
             append_jsonl(self.path, *lines)
-            self._step, self._table = state.global_step, table
+            self._table = table
 
     def _shortened(self, text: str) -> str:
         """The end of a text in one paragraph, with a sign where lines end."""

@@ -13,6 +13,7 @@ from ..models.load import load_tokenizer, refuse_other_tokens
 from ..teacher import Teacher
 from ..teachers.local import LocalTeacher
 from .fields import check_arguments
+from .sharding import check_sharding, check_whole
 
 _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
@@ -23,6 +24,7 @@ def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any) ->
     Raises:
         ValueError, TeacherError: with the cause and the remedy.
     """
+    check_whole(student)
     check_trainable(student, teacher)
     check_same_tokenizer(tokenizer, teacher)
     if teacher is not None:
@@ -69,6 +71,7 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
     """
     check_one_gpu(args)
     check_arguments(args)
+    check_sharding(args)
     args = copy.copy(args)
     args.remove_unused_columns = False  # Examples have no columns
     args.dataloader_pin_memory = False  # Examples are not tensors

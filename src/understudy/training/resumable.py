@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..models.weights import load_weights
+from .sharding import ShardedTrainer
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(ShardedTrainer):
     """Base class of the trainer: resuming, and `load_best_model_at_end`, restore every weight or raise an error."""
 
     _differing_names: tuple[str, ...] = ()  # of the checkpoint that was loaded last, and of the model

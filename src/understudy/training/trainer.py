@@ -107,6 +107,7 @@ class StudentTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("runs/distillation")
+        limit, args = args.save_total_limit, adapted(args)
         sampling, schedule, teacher = sampling or Sampling(), schedule or Schedule(), as_teacher(teacher)
         check_rollout(method, rollout, sampling, schedule)
         check_provides(teacher, method.requires, type(method).__name__)
@@ -115,7 +116,6 @@ class StudentTrainer(ResumableTrainer):
         student = as_student(student, peft_config, args.seed)
         check_models(student, teacher, processing_class)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
-        limit, args = args.save_total_limit, adapted(args)
         self.spending = Spending(budget)
         self.parts = parts = {"method": method} if teacher is None else {"method": method, "teacher": teacher}
         if budget is not None:

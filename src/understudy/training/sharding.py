@@ -1,0 +1,133 @@
+"""FSDP2 and DeepSpeed ZeRO: the settings under which a student's weights, gradients and optimizer state are sharded."""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..models.sharding import is_sharded
+
+
+class ShardedTrainer(Trainer):
+    """`transformers.Trainer` that shards on a CPU as well.
+
+    Accelerate starts FSDP and DeepSpeed for accelerators only: processes on a CPU would silently train with DDP.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        precision, plugin = self.accelerator.mixed_precision, self.args.deepspeed_plugin
+        if plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            plugin.set_mixed_precision(precision)
+            plugin.select(_from_accelerator_state=True)
+            state.deepspeed_plugins, state._mixed_precision, self.is_deepspeed_enabled = plugin, "no", True
+            state.distributed_type = PartialState().distributed_type = DistributedType.DEEPSPEED
+        elif uses_fsdp(self.args) and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**cast(Any, self.args.fsdp_plugin_args or {}))
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and precision in ("bf16", "fp16"):
+            # By default the output of the model, which is the loss here, and the sums of gradients would be rounded.
+            compute = torch.bfloat16 if precision == "bf16" else torch.float16
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+            state.fsdp_plugin.mixed_precision_policy = policy
+        unset_hf_deepspeed_config()  # or further models, such as one that was saved, would be loaded in shards
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            _check_shares(self.args, str(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def check_sharding(args: TrainingArguments) -> None:
+    """Refuse settings of FSDP or DeepSpeed that would be ignored or would fail, and complete DeepSpeed's.
+
+    Models that are loaded afterwards are whole in every process: their weights are compared, hashed and checked before
+    the student's are sharded.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    unset_hf_deepspeed_config()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ValueError(
+            f"{started} processes were started, and each would train alone: there is no accelerator, so set use_cpu"
+        )
+    if uses_fsdp(args):
+        _check_fsdp(args)
+    if args.deepspeed_plugin is not None:
+        if args.device.type == "cpu" and args.world_size == 1:
+            raise ValueError("deepspeed needs several processes on a CPU: start with torchrun, or leave it out")
+        _complete_deepspeed(args, args.deepspeed_plugin.deepspeed_config)
+
+
+def _check_fsdp(args: TrainingArguments) -> None:
+    config: Any = args.fsdp_config or {}
+    environment = {name.removeprefix("FSDP_").lower(): value for name, value in os.environ.items()}
+    if int(config.get("version", environment.get("version", 2) if not args.fsdp else 2)) != 2:
+        raise ValueError("FSDP1 gives no access to single weights: leave fsdp_config.version out, which is FSDP2")
+    efficient = config.get("cpu_ram_efficient_loading", environment.get("cpu_ram_efficient_loading", False))
+    if str(efficient).lower() == "true":
+        raise ValueError(
+            "fsdp_config.cpu_ram_efficient_loading would leave student and teacher without weights in all processes "
+            "but the first, which check them before they are sharded: set it to false"
+        )
+    if args.device.type == "cpu" and torch.accelerator.is_available():
+        raise ValueError("FSDP shards over the accelerators of this machine: leave use_cpu out")
+
+
+def _complete_deepspeed(args: TrainingArguments, config: dict[str, Any]) -> None:
+    """What DeepSpeed's configuration leaves out is as the arguments say; by default it would ignore them."""
+    for key, instead in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if key in config:
+            raise ValueError(f"deepspeed.{key} would replace the one that is checked and resumed here: set {instead}")
+    zero = config.setdefault("zero_optimization", {})
+    config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
+    config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
+    config.setdefault("gradient_clipping", args.max_grad_norm)
+    for name in ("bf16", "fp16"):
+        if getattr(args, name):
+            config.setdefault(name, {"enabled": True})
+    if zero.get("stage") == 3 and not zero.setdefault("stage3_gather_16bit_weights_on_model_save", True):
+        raise ValueError("the student could not be saved: leave stage3_gather_16bit_weights_on_model_save out")
+
+
+def _check_shares(args: Any, checkpoint: str) -> None:
+    """Refuse DeepSpeed's checkpoint of another number of processes, each of which saved its share.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    shares = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
+    if args.deepspeed_plugin is not None and shares not in (0, args.world_size):
+        raise ValueError(
+            f"{checkpoint} was saved by {shares} processes, and DeepSpeed cannot resume it with {args.world_size}: "
+            f"start {shares} processes; checkpoints of FSDP have no such limit"
+        )
+
+
+def check_whole(student: nn.Module) -> None:
+    """Refuse a student that is sharded before the trainer shards it.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if is_sharded(student):
+        raise ValueError(
+            "the student's weights are sharded already, and this trainer shards them itself: give the student's name, "
+            "or load it before the TrainingArguments, which have DeepSpeed shard whatever is loaded after them"
+        )
+
+
+def uses_fsdp(args: Any) -> bool:
+    """Do the arguments, or the environment that `accelerate launch` has set, ask for FSDP?"""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -1,0 +1,192 @@
+"""Two processes with FSDP2, ZeRO-2 or ZeRO-3 end with the weights of one process; a killed run resumes to the bit.
+
+One start of torchrun (gloo, on the CPU) trains every case of `sharded_runs` and is then killed; a second one resumes.
+"""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sharded_runs
+import torch
+from fakes import ragged_examples, tiny, words
+from loop import arguments, difference, student, weights
+from sharded_runs import CASES, KINDS
+
+from understudy.methods.sft import SFT
+from understudy.models.sharding import shard_layers
+from understudy.teachers.local import LocalTeacher
+from understudy.teachers.routed import RoutedTeacher
+from understudy.training.sharding import check_sharding
+from understudy.training.trainer import StudentTrainer
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+NEEDS_DEEPSPEED = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: pip install .[deepspeed]")
+SHARDED = [pytest.param(k, marks=[NEEDS_DEEPSPEED] if "zero" in k else []) for k in KINDS if k != "one"]
+TOLERANCE = 1e-6  # of weights of size 0.3 after four steps of size 1e-2; measured: 3e-7
+
+
+def command(kind: str, action: str, folder: Path, address: str, *options: str, port: int) -> list[str]:
+    script = str(Path(sharded_runs.__file__))
+    meeting = ["--master_addr", address, "--master_port", str(port), *options]
+    return [sys.executable, "-m", "torch.distributed.run", *meeting, script, kind, action, str(folder)]
+
+
+def environment(interface: str) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sharded_runs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own}
+
+
+def start(kind: str, action: str, folder: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.run(
+        command(kind, action, folder, "127.0.0.1", "--nproc_per_node", str(processes), port=port),
+        env=environment("lo"),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return {case: sharded_runs.train(folder, "one", case, 1) for case in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharded_processes_train_as_one_does_and_a_killed_run_resumes_to_the_bit(kind, one_process, tmp_path):
+    killed = start(kind, "train", tmp_path)
+    assert "SIGKILL" in killed.stderr, killed.stderr[-4000:]
+    sharded = {case: torch.load(tmp_path / f"{kind}, {case}.pt") for case in CASES}
+    for case, single in one_process.items():
+        assert difference(single["weights"], sharded[case]["weights"]) < TOLERANCE, case
+        for name, values in single["numbers"].items():
+            assert sharded[case]["numbers"][name] == pytest.approx(values, rel=1e-5), (case, name)
+        if kind != "zero2":  # which shards gradients and optimizer state alone
+            assert sharded[case]["kept"] < 0.65 * single["kept"], "every process holds about half of the weights"
+    assert difference(sharded["sft"]["weights"], weights(student())) > 1e-3
+    resumed = start(kind, "resume", tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    again = torch.load(tmp_path / f"{kind}, resumed.pt")["weights"]
+    assert difference(sharded["promptkd"]["weights"], again) == 0
+    if kind == "fsdp":
+        elsewhere = start(kind, "resume-elsewhere", tmp_path, processes=4)
+        assert elsewhere.returncode == 0, elsewhere.stderr[-4000:]
+        again = torch.load(tmp_path / "fsdp, resumed elsewhere.pt")["weights"]
+        assert difference(sharded["promptkd"]["weights"], again) < TOLERANCE
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces that are connected, by name and interface."""
+    names = [f"understudy-{os.getpid()}-{host}" for host in "ab"]
+    interfaces = [f"us{os.getpid() % 100000}{host}" for host in "ab"]
+    link = ["link", "add", interfaces[0], "netns", names[0], "type", "veth", "peer", "name", interfaces[1]]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip(*link, "netns", names[1])
+        for host, (name, interface) in enumerate(zip(names, interfaces, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{host}/24", "dev", interface)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", interface, "up")
+        yield list(zip(names, interfaces, strict=True))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need root and ip: {error}")
+    finally:
+        for name in names:
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hosts_train_as_one_host_does(two_hosts, tmp_path):
+    """Two network namespaces with a process each, and one host with two processes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    alone = start("fsdp", "gkd", one)
+    assert alone.returncode == 0, alone.stderr[-4000:]
+    nodes = []
+    for rank, (name, interface) in enumerate(two_hosts):
+        options = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+        line = ["ip", "netns", "exec", name, *command("fsdp", "gkd", two, "10.77.0.1", *options, port=29500)]
+        nodes.append(subprocess.Popen(line, env=environment(interface), stderr=subprocess.PIPE, text=True))
+    try:
+        for node in nodes:
+            _, errors = node.communicate(timeout=280)
+            assert node.returncode == 0, errors[-4000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    results = [torch.load(folder / "fsdp, gkd.pt")["weights"] for folder in (one, two)]
+    assert difference(*results) == 0
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and each would train alone"):
+        check_sharding(SimpleNamespace(world_size=1))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"version": 1}, "which is FSDP2"), ({"cpu_ram_efficient_loading": True}, "without weights in all processes")],
+)
+def test_settings_of_fsdp_that_would_break_are_refused(config, message):
+    args = SimpleNamespace(world_size=1, fsdp=True, fsdp_config=config, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        check_sharding(args)
+
+
+def test_what_a_deepspeed_configuration_leaves_out_is_as_the_arguments_say():
+    def checked(**config):
+        plugin = SimpleNamespace(deepspeed_config=config)
+        values = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_grad_norm": 0.5}
+        args = SimpleNamespace(fsdp=False, deepspeed_plugin=plugin, device=torch.device("cuda"), bf16=True, fp16=False)
+        check_sharding(SimpleNamespace(world_size=1, **vars(args), **values))
+        return config
+
+    config = checked(zero_optimization={"stage": 3})
+    assert config["gradient_clipping"] == 0.5
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 4)
+    assert config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    with pytest.raises(ValueError, match="set optim"):
+        checked(optimizer={"type": "AdamW"})
+
+
+def test_a_teacher_is_sharded_over_several_processes_only():
+    with pytest.raises(ValueError, match="there is one process, and nothing to shard over"):
+        shard_layers(tiny("llama"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="leave device and quantization out"):
+        LocalTeacher(tiny("llama"), shard=True, device="cuda:1")
+    with pytest.raises(ValueError, match="would block the others: leave shard out"):
+        RoutedTeacher({"a": LocalTeacher(tiny("llama"), shard=True)}, by="kind")
+
+
+def test_a_student_that_is_sharded_already_is_refused(tmp_path):
+    model = student()
+    model.lm_head.weight.ds_id = 0  # as DeepSpeed marks a parameter that it has sharded
+    with pytest.raises(ValueError, match="the student's weights are sharded already"):
+        StudentTrainer(
+            model, None, SFT(), processing_class=words(), args=arguments(tmp_path), train_dataset=ragged_examples(4)
+        )
