@@ -55,8 +55,7 @@ def test_wider_heads_change_no_logit(model, tokenizer):
     ids = torch.tensor([tokens_of_stories(tokenizer, 200)])
     with torch.no_grad():
         own, wider = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
-            for path in (TINYSTORIES, model)
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (TINYSTORIES, model)
         )
     torch.testing.assert_close(wider, own, rtol=0, atol=1e-4)
 
