@@ -111,6 +111,8 @@ def case(folder: Path, logs: Path) -> dict[str, dict[str, Any]]:
         if (ROOT / ".venv-engines" / ".ready").is_file():
             vllm = stack.enter_context(vllm_server(folder, logs / "vllm.log", enforce_eager=True))
             urls[f"vLLM, top {TOP_K}"] = (vllm.url, {"protocol": "vllm", "top_k": TOP_K})
+        else:
+            print("vLLM is not installed: `make engines` installs it")
         counters = {name: Counting() for name in urls}
         teachers: dict[str, Teacher] = {"local": LocalTeacher(str(folder))}
         for name, (url, options) in urls.items():

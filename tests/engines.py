@@ -100,7 +100,7 @@ def tokens_of_stories(tokenizer: Any, count: int) -> list[int]:
 
 
 class TopKOfLocal(Teacher):
-    """A local teacher of which only the K likeliest tokens and the chosen one are known, as a server of top K tokens."""
+    """A local teacher that reports the K likeliest tokens and the chosen one, as a server of top K tokens does."""
 
     provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN, Capability.TOP_K})
 
