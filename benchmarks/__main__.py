@@ -2,10 +2,10 @@
 
 import time
 
-from . import loss, quality_per_second, rollouts, step
+from . import loss, quality_per_second, rollouts, servers, step
 
 if __name__ == "__main__":
-    for part in (loss, rollouts, step, quality_per_second):
+    for part in (loss, rollouts, step, servers, quality_per_second):
         start = time.perf_counter()
         part.main()
         print(f"\n({part.__name__}: {(time.perf_counter() - start) / 60:.1f} minutes)")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,14 +33,14 @@ def engine_python() -> str:
     folder = Path(os.environ.get("UNDERSTUDY_ENGINES") or ROOT / ".venv-engines")
     python = folder / "bin" / "python"
     if not (folder / ".ready").is_file():
-        pytest.skip(f"there is no vLLM in {folder}: run `make engines`, or set UNDERSTUDY_ENGINES to its environment")
+        _skip(f"there is no vLLM in {folder}: run `make engines`, or set UNDERSTUDY_ENGINES to its environment")
     return str(python)
 
 
 def tinystories(folder: Path) -> Path:
     """TinyStories-656K with heads of 32 instead of 16 dimensions; skips the test where the model is absent."""
     if not TINYSTORIES.is_dir():
-        pytest.skip(f"there is no {TINYSTORIES.name} in the data beside the repository")
+        _skip(f"there is no {TINYSTORIES.name} in the data beside the repository")
     return with_wider_heads(TINYSTORIES, folder)
 
 
@@ -75,6 +74,12 @@ def with_wider_heads(source: Path, folder: Path, head_dim: int = HEAD_DIM) -> Pa
     return folder
 
 
+def _skip(reason: str) -> None:
+    import pytest  # not needed by the benchmarks, which use these servers too
+
+    pytest.skip(reason)
+
+
 @contextmanager
 def vllm_server(model: Path, log: Path, **options: Any) -> Iterator[VLLMProcess]:
     """A vLLM server in float32 that is ready; `options` are vLLM's own."""
@@ -95,7 +100,7 @@ def tokens_of_stories(tokenizer: Any, count: int) -> list[int]:
 
 
 class TopKOfLocal(Teacher):
-    """A local teacher of which only the K likeliest tokens and the chosen one are known, as of a server."""
+    """A local teacher that reports the K likeliest tokens and the chosen one, as a server of top K tokens does."""
 
     provides: ClassVar[frozenset[Capability]] = frozenset({Capability.CHOSEN, Capability.TOP_K})
 

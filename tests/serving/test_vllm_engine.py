@@ -73,12 +73,13 @@ def schema(value):
 def missing(fake, real, path="reply"):
     """What the fake server's reply has and the real one's has not, or has with another type."""
     if isinstance(fake, dict) and isinstance(real, dict):
-        parts = [missing(fake[name], real[name], f"{path}.{name}") for name in fake.keys() & real.keys()]
-        return [f"{path}.{name}" for name in fake.keys() - real.keys()] + list(chain(*parts))
-    if isinstance(fake, list) and isinstance(real, list) and len(fake) == len(real):
-        pairs = enumerate(zip(fake, real, strict=True))
-        return list(chain(*(missing(f, r, f"{path}[{i}]") for i, (f, r) in pairs)))
-    return [] if fake == real else [f"{path}: {fake} is {real}"]
+        absent = [f"{path}.{name}" for name in fake.keys() - real.keys()]
+        pairs = [(f"{path}.{name}", fake[name], real[name]) for name in fake.keys() & real.keys()]
+    elif isinstance(fake, list) and isinstance(real, list) and len(fake) == len(real):
+        absent, pairs = [], [(f"{path}[{i}]", f, r) for i, (f, r) in enumerate(zip(fake, real, strict=True))]
+    else:
+        return [] if fake == real else [f"{path}: {fake} is {real}"]
+    return [*absent, *chain.from_iterable(missing(f, r, place) for place, f, r in pairs)]
 
 
 def in_order(reply):

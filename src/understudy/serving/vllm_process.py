@@ -111,11 +111,10 @@ class VLLMProcess:
             self._process.wait()
 
     def _reason(self) -> str:
-        """The last error in the log, after a comma."""
-        lines = (
-            self.log.read_text(encoding="utf-8", errors="replace")[-_LAST:].splitlines() if self.log.exists() else []
-        )
-        errors = [line.partition("] ")[2] or line for line in lines if "Error: " in line or "error: " in line]
+        """The last error in the log, in parentheses."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        lines = [line.partition("] ")[2] or line for line in text[-_LAST:].splitlines()]
+        errors = [line for line in lines if "rror: " in line]
         return f" ({errors[-1].strip()[:200].rstrip('.')})" if errors else ""
 
 
