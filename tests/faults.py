@@ -4,8 +4,8 @@
 
 runs the recipe, or with an author writes a cache of scores of that author's responses: once without a fault, then COUNT
 times with a SIGKILL, at operations spread over the whole run, each of which is then resumed. It prints a line of JSON
-for each: the operation, exit codes, whether the results are the same, and the names of the files that the killed
-process left. Runs are forks of this process, which has loaded all modules, because loading takes longer than one.
+for each: the operation, exit codes, whether the results are the same, and the names of the files that were left. Runs
+are forks of this process, which has loaded all modules, because loading takes longer than such a run.
 """
 
 import json

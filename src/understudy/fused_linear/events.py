@@ -161,8 +161,8 @@ class OtherVocabulary:
             ValueError: always, with the remedy.
         """
         raise ValueError(
-            "a teacher with another tokenizer does not know the log-probability of each of the student's tokens: "
-            "choose a method that compares distributions by a divergence"
+            "this teacher has another tokenizer, and not the log-probability of the chosen token: choose a method that "
+            "compares distributions by a divergence"
         )
 
     def merge(self, log_q: Tensor, rows: slice = slice(None)) -> Tensor:
