@@ -32,9 +32,7 @@ def current_tiling() -> Tiling:
 
 
 @contextmanager
-def tiling(
-    memory_mb: float | None = None, compiled: bool | None = None, blocks: bool | None = None
-) -> Iterator[None]:
+def tiling(memory_mb: float | None = None, compiled: bool | None = None, blocks: bool | None = None) -> Iterator[None]:
     """Set fields of the tiling, within this block; None: unchanged."""
     changes = {"memory_mb": memory_mb, "compiled": compiled, "blocks": blocks}
     token = _tiling.set(replace(current_tiling(), **{name: x for name, x in changes.items() if x is not None}))
