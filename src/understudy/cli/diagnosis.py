@@ -40,11 +40,13 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None
 
 def _show_rows(section: Section, console: Console) -> None:
     rows = [section.heads, *section.rows] if section.heads else section.rows
-    if not console.is_terminal:
-        for row in rows:
-            show("  ".join(f"{cell:15}" for cell in row).rstrip(), console)
-        return
     columns = max(map(len, rows), default=0)
+    if not console.is_terminal:
+        widths = [max(len(row[index]) for row in rows if index < len(row)) for index in range(columns)]
+        for row in rows:
+            cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=False))
+            show("  ".join(cells).rstrip(), console)
+        return
     table = Table.grid(padding=(0, 2, 0, 0))
     for index in range(columns):
         table.add_column(overflow="fold", no_wrap=index == 0)

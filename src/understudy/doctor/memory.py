@@ -67,7 +67,8 @@ class Estimate:
         except RecipeError:
             raise
         except Exception as error:  # models raise anything
-            self.notes.append(yellow(f"{what} is not estimated, so the sum is too small: {reason(error)}"))
+            message = f"{what} is not estimated ({reason(error)}), so the sum is too small"
+            self.notes.append(yellow(f"{message}: try the run with training.max_steps=2"))
 
 
 def estimate(

@@ -148,7 +148,7 @@ def _teacher_configs(teacher: Teacher, tokenizer: Any) -> list[Any]:
         except TeacherError as error:
             raise ValueError(str(error)) from None
         if part.context_length is not None:
-            configs.append(PreTrainedConfig(max_position_embeddings=part.context_length))
+            configs.append(PreTrainedConfig(**{"max_position_embeddings": part.context_length}))
     return configs
 
 
