@@ -129,6 +129,8 @@ def _teacher(block: str | Mapping[str, Any]) -> Teacher:
     """
     name, fields = ("local", {"model": block}) if isinstance(block, str) else name_and_fields(dict(block))
     teacher: Teacher = construct(TEACHERS.get(name), fields, f"teacher.{name}", registry=TEACHERS)
+    if teacher.needs_student:
+        raise ValueError("an evaluation has no student in training that could be the teacher: name a model")
     check_provides(teacher, frozenset({Capability.TOP_K}), "the distance to a teacher")
     check_scores_responses(teacher, {"student"}, "an evaluation")
     return teacher
