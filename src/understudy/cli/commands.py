@@ -82,7 +82,7 @@ def doctor(
 
     loaded = load(recipe, overrides or [])
     quiet()
-    from ..doctor.diagnose import diagnose
+    from ..run.doctor.diagnose import diagnose
     from ..terminal import working
     from .diagnosis import show_diagnosis
 

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..doctor.findings import Diagnosis, Finding, Level, Section
+from ..run.doctor.findings import Diagnosis, Finding, Level, Section
 from ..run.first_example import show_first_example
 from ..terminal import escape, show
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ..data.chat import ResponseEnd
-from ..generation.stop_tokens import stop_ids
-from ..models.context_window import context_window
-from ..models.load import load_config, load_generation_config, load_tokenizer
-from ..models.vocabulary import vocabulary_size
-from ..recipe import Recipe
-from ..run.prepare import Prepared, teacher_parts
+from ...data.chat import ResponseEnd
+from ...generation.stop_tokens import stop_ids
+from ...models.context_window import context_window
+from ...models.load import load_config, load_generation_config, load_tokenizer
+from ...models.vocabulary import vocabulary_size
+from ...recipe import Recipe
+from ..prepare import Prepared, teacher_parts
 from .findings import Section, green, yellow
 
 _ROWS = ("tokenizer", "tokens", "embeddings", "context window", "BOS", "EOS", "PAD", "chat template")

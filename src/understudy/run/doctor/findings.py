@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ..data.examples import Examples
+from ...data.examples import Examples
 
 
 class Level(Enum):

@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..models.skeleton import weights_dtype
-from ..recipe import Recipe
-from ..run.folder import RunFolder
-from ..run.overview import planned_steps
-from ..run.prepare import Prepared
-from ..training.checkpoint import step_of
+from ...models.skeleton import weights_dtype
+from ...recipe import Recipe
+from ...training.checkpoint import step_of
+from ..folder import RunFolder
+from ..overview import planned_steps
+from ..prepare import Prepared
 from .findings import Section, green, red, size, yellow
 
 

@@ -9,9 +9,9 @@ from folders import VOCABULARY, characters, described, jsonl, llama, sums, write
 from rich.console import Console
 
 from understudy.cli.diagnosis import show_diagnosis
-from understudy.doctor.diagnose import diagnose
-from understudy.doctor.findings import Level, Section
 from understudy.recipe import load
+from understudy.run.doctor.diagnose import diagnose
+from understudy.run.doctor.findings import Level, Section
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
 GENERATION = "{% if add_generation_prompt %}<|im_start|>{% endif %}"
@@ -123,7 +123,7 @@ def test_teachers_elsewhere_and_quantised(home, tmp_path):
 
 
 def test_what_does_not_fit_is_red_with_a_remedy(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("understudy.doctor.diagnose._free_memory", lambda device: 20_000)
+    monkeypatch.setattr("understudy.run.doctor.diagnose._free_memory", lambda device: 20_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     reds = said(examined(home, tmp_path, student={"model": str(home / "teacher")}), Level.RED)
     assert re.search(r"the CPU needs about .* of which .* is exact, and 19.5 kB are free: ", reds)

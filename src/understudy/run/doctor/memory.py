@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from ..models.load import ModelSource, load_config, reason, resolve
-from ..models.skeleton import quantization_of, skeleton, weight_bytes, without_memory
-from ..models.student import student_skeleton
-from ..models.vocabulary import vocabulary_size
-from ..recipe import Recipe, RecipeError
-from ..run.prepare import Prepared, teacher_parts, uses_teacher
-from ..run.refusals import Refusals
-from ..teachers.routed import RoutedTeacher
+from ...models.load import ModelSource, load_config, reason, resolve
+from ...models.skeleton import quantization_of, skeleton, weight_bytes, without_memory
+from ...models.student import student_skeleton
+from ...models.vocabulary import vocabulary_size
+from ...recipe import Recipe, RecipeError
+from ...teachers.routed import RoutedTeacher
+from ..prepare import Prepared, teacher_parts, uses_teacher
+from ..refusals import Refusals
 from .findings import Finding, yellow
 from .one_step import Lengths, kv_cache, micro_batch
 

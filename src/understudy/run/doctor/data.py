@@ -2,9 +2,9 @@
 
 from transformers import TrainingArguments
 
-from ..recipe import Recipe
-from ..run.overview import lengths
-from ..run.prepare import Prepared
+from ...recipe import Recipe
+from ..overview import lengths
+from ..prepare import Prepared
 from .findings import FirstExample, Section, green, yellow
 from .one_step import Lengths
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..models.load import load_config
-from ..models.skeleton import missing_package
-from ..recipe import Recipe
-from ..run.prepare import Prepared, teacher_parts, uses_teacher
-from ..run.refusals import Refusals
-from ..teacher import Teacher
-from ..teachers.cached import CachedTeacher
-from ..teachers.server import ServerTeacher
+from ...models.load import load_config
+from ...models.skeleton import missing_package
+from ...recipe import Recipe
+from ...teacher import Teacher
+from ...teachers.cached import CachedTeacher
+from ...teachers.server import ServerTeacher
+from ..prepare import Prepared, teacher_parts, uses_teacher
+from ..refusals import Refusals
 from .findings import Finding, Section, green, red, size, yellow
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -13,16 +13,16 @@ from typing import Any
 import psutil
 import torch
 
-from ..models.load import reason
-from ..recipe import Recipe
-from ..run.arguments import training_arguments
-from ..run.build import check_processes
-from ..run.folder import RunFolder
-from ..run.lock import check_unlocked
-from ..run.overview import planned_steps
-from ..run.prepare import Prepared, prepare
-from ..run.refusals import Refusals
-from ..terminal import counted, sentence
+from ...models.load import reason
+from ...recipe import Recipe
+from ...terminal import counted, sentence
+from ..arguments import training_arguments
+from ..build import check_processes
+from ..folder import RunFolder
+from ..lock import check_unlocked
+from ..overview import planned_steps
+from ..prepare import Prepared, prepare
+from ..refusals import Refusals
 from .data import data, first_example, step_lengths
 from .disk import disk
 from .findings import Diagnosis, Section, green, red, size, yellow

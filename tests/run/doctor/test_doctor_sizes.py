@@ -11,11 +11,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from understudy.batch import Batch, Example
 from understudy.divergences import ForwardKL
-from understudy.doctor.data import step_lengths
-from understudy.doctor.disk import student_bytes
-from understudy.doctor.memory import Estimate, estimate
-from understudy.doctor.one_step import Lengths, kv_cache, micro_batch
-from understudy.doctor.peak import PeakMemory
 from understudy.generation.decoder import Decoder
 from understudy.models.forward import score, score_no_grad
 from understudy.models.skeleton import skeleton, weight_bytes, without_memory
@@ -23,6 +18,11 @@ from understudy.recipe import Recipe, load
 from understudy.run.arguments import training_arguments
 from understudy.run.build import build
 from understudy.run.distill import distill
+from understudy.run.doctor.data import step_lengths
+from understudy.run.doctor.disk import student_bytes
+from understudy.run.doctor.memory import Estimate, estimate
+from understudy.run.doctor.one_step import Lengths, kv_cache, micro_batch
+from understudy.run.doctor.peak import PeakMemory
 from understudy.run.prepare import prepare
 from understudy.run.refusals import Refusals
 

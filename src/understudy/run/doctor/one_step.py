@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from ..divergences import ForwardKL
-from ..fused_linear.distributions import Projected
-from ..fused_linear.head import Head, softmax_dtype
-from ..fused_linear.loss import chosen_log_prob, divergence_loss, row_values
-from ..fused_linear.tiles import rows_per_tile, tiling
-from ..generation.decoder import Decoder
-from ..models.forward import replaced_forward
-from ..models.logits import is_linear_head, without_logit_transform
+from ...divergences import ForwardKL
+from ...fused_linear.distributions import Projected
+from ...fused_linear.head import Head, softmax_dtype
+from ...fused_linear.loss import chosen_log_prob, divergence_loss, row_values
+from ...fused_linear.tiles import rows_per_tile, tiling
+from ...generation.decoder import Decoder
+from ...models.forward import replaced_forward
+from ...models.logits import is_linear_head, without_logit_transform
 from .peak import PeakMemory
 
 _TILES = (1, 2)  # numbers of tiles at which the loss is measured
