@@ -150,7 +150,9 @@ def _teacher_configs(teacher: Teacher, tokenizer: Any) -> list[Any]:
         except TeacherError as error:
             raise ValueError(str(error)) from None
         if part.context_length is not None:
-            configs.append(PreTrainedConfig(**{"max_position_embeddings": part.context_length}))
+            served: Any = PreTrainedConfig()
+            served.max_position_embeddings = part.context_length
+            configs.append(served)
     return configs
 
 

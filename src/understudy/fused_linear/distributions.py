@@ -217,9 +217,8 @@ def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
             raise ValueError(f"this teacher gives {known} tokens, and {k} are to be saved: lower --top-k")
         values, places = distribution.values.topk(k)
         rest = TopK(values, places).merge(distribution.log_probs())[:, -1]
-        known = distribution.chosen_values
-        support = distribution.support.gather(-1, places)
-        return TopK(values.cpu(), support.cpu(), None if known is None else known.cpu(), rest.cpu())
+        chosen = None if distribution.chosen_values is None else distribution.chosen_values.cpu()
+        return TopK(values.cpu(), distribution.support.gather(-1, places).cpu(), chosen, rest.cpu())
     parts = distribution.parts.values() if isinstance(distribution, Routed) else [distribution]
     if any(isinstance(part, Merged) for part in parts):
         raise ValueError("this teacher does not give the log-probability of every token, or of the likeliest ones")

@@ -27,6 +27,9 @@ class TokenEvents:
     student: Tensor  # (V,) … and of the student's; padding of the vocabulary belongs to the last event
     count: int  # E
 
+    def to(self, device: torch.device) -> "TokenEvents":
+        return TokenEvents(self.teacher.to(device), self.student.to(device), self.count)
+
     def of_teacher(self, log_p: Tensor) -> Tensor:
         """Log-probabilities (C, E) of the events from those of the teacher's tokens (C, V')."""
         return _log_sums(log_p, self.teacher, self.count)
@@ -56,6 +59,9 @@ class RankEvents:
     @property
     def count(self) -> int:
         return self.shared + 1
+
+    def to(self, device: torch.device) -> "RankEvents":
+        return self
 
     def of_teacher(self, log_p: Tensor) -> Tensor:
         """(C, E): the sorted log-probabilities, and the sum of the rest."""

@@ -132,7 +132,7 @@ class CrossTokenizerTeacher(Teacher):
         scores = self.teacher.score(own).cut(self._vocabulary)
         distribution = _rows(scores.distribution, index.clamp(min=0))
         spans = self._span_scores(places, scores) if self._spans else None
-        return Scores(batch.tokens, OtherVocabulary(distribution, self._events, index >= 0, spans))
+        return Scores(batch.tokens, OtherVocabulary(distribution, self._events.to(index.device), index >= 0, spans))
 
     def _span_scores(self, places: "_Places", scores: Scores) -> Spans:
         assert isinstance(self._events, TokenEvents)

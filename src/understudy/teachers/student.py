@@ -15,7 +15,7 @@ from ..batch import Batch
 from ..models.forward import score_constant
 from ..models.parity import can_fuse_after_forward
 from ..models.saved import shared_copy
-from ..models.sharding import is_sharded
+from ..models.sharding import is_shard
 from ..scores import Scores
 from ..step import Step
 from ..teacher import Capability, Teacher
@@ -55,8 +55,6 @@ class StudentTeacher(Teacher):
         return self.weights in ("average", "current")
 
     def set_student(self, student: nn.Module) -> None:
-        if is_sharded(student):
-            raise ValueError("teacher.student needs the student's whole weights, and they are sharded: use DDP")
         model = shared_copy(student)
         if self.weights == "base":
             if not hasattr(model, "peft_config"):
@@ -82,8 +80,18 @@ class StudentTeacher(Teacher):
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        if self.weights == "average":
-            for _, own, trained in self._pairs():
+        """See `Teacher`.
+
+        Raises:
+            ValueError: if the student's weights have been sharded or moved since, so that they cannot be followed.
+        """
+        for _, own, trained in self._pairs() if self.follows_student else ():
+            if is_shard(trained) or (self.weights == "current" and own.data_ptr() != trained.data_ptr()):
+                raise ValueError(
+                    f"weights: {self.weights} follows the student's whole weights, and FSDP2 and DeepSpeed shard or move "
+                    "them: use weights: start, or DDP"
+                )
+            if self.weights == "average":
                 own.lerp_(trained.detach(), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
