@@ -88,8 +88,8 @@ class StudentTeacher(Teacher):
         for _, own, trained in self._pairs() if self.follows_student else ():
             if is_shard(trained) or (self.weights == "current" and own.data_ptr() != trained.data_ptr()):
                 raise ValueError(
-                    f"weights: {self.weights} follows the student's whole weights, and FSDP2 and DeepSpeed shard or move "
-                    "them: use weights: start, or DDP"
+                    f"weights: {self.weights} follows the student's whole weights, and FSDP2 and DeepSpeed shard or "
+                    "move them: use weights: start, or DDP"
                 )
             if self.weights == "average":
                 own.lerp_(trained.detach(), 1 - self.decay)
