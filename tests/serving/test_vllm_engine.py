@@ -100,7 +100,7 @@ def test_the_fake_server_answers_in_vllm_s_schema_and_with_its_numbers(server, m
     ]
     for path, content in requests:
         method, body = ("GET", {}) if content is None else ("POST", {"json": content})
-        real = httpx2.request(method, server.url + path, **body)
+        real = httpx2.request(method, server.url + path, timeout=60, **body)
         answer = fake(httpx2.Request(method, server.url + path, **body))
         assert answer.status_code == real.status_code, real.text
         real, answer = in_order(real.json()), in_order(json.loads(answer.content))
