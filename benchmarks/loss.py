@@ -102,7 +102,7 @@ def implementation(name: str, which: str) -> Callable[[Task], Tensor]:
 def floor(task: Task) -> None:
     """The four products alone."""
     rows = len(task.hidden)
-    size = -(-rows // -(-rows // rows_per_tile(len(task.weight))))
+    size = -(-rows // -(-rows // rows_per_tile(len(task.weight), task.weight.device)))
     student, teacher = torch.empty(2, size, len(task.weight))
     grad_hidden, grad_weight = torch.empty_like(task.hidden), torch.zeros_like(task.weight)
     for start in range(0, rows, size):

@@ -58,7 +58,7 @@ class Projected:
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of `tokens` (N,), differentiable by autograd; computed tile by tile."""
-        index, size = tokens.to(self.hidden.device)[:, None], rows_per_tile(self.vocabulary)
+        index, size = tokens.to(self.hidden.device)[:, None], rows_per_tile(self.vocabulary, self.hidden.device)
         tiles = [slice(start, start + size) for start in range(0, len(index), size)]
         return torch.cat([self.log_probs(rows).gather(-1, index[rows])[:, 0] for rows in tiles])
 

@@ -80,7 +80,7 @@ def saved_rows(scores: Scores, manifest: Manifest) -> dict[str, Tensor]:
         known = distribution.values.shape[-1]
         raise ValueError(f"this teacher gives {known} tokens, and {manifest.top_k} are to be saved: lower --top-k")
     parts: list[tuple[Tensor, Tensor]] = []
-    size = rows_per_tile(manifest.vocabulary)
+    size = rows_per_tile(manifest.vocabulary, scores.tokens.device)
     for start in range(0, len(scores.tokens), size):
         rows = slice(start, start + size)
         events = distribution.log_probs(rows)  # (C, V), or (C, K'+1) of a top-K' teacher

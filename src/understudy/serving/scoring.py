@@ -138,7 +138,7 @@ def _likeliest(distribution: Distribution, tokens: Tensor, k: int) -> dict[str, 
     """The K likeliest tokens (N, K) and the chosen ones (N,), a few rows at a time."""
     assert isinstance(distribution, Projected | Dense)
     columns: dict[str, list[Tensor]] = {"values": [], "support": [], "chosen": []}
-    size = max(1, rows_per_tile(distribution.vocabulary) // 4)
+    size = max(1, rows_per_tile(distribution.vocabulary, tokens.device) // 4)
     for start in range(0, len(tokens), size):
         log_probs = distribution.log_probs(slice(start, start + size)).float()
         chosen = tokens[start : start + size, None].to(log_probs.device)
