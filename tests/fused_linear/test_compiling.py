@@ -1,4 +1,4 @@
-"""Compiled code: when it pays off, when a caller's own loop switches to it, that it equals the plain one, and what happens where nothing can be compiled."""
+"""Compiled code: when it pays off, when a caller's own loop switches to it, its results, and where nothing compiles."""
 
 import pytest
 import torch
@@ -39,7 +39,10 @@ def kinds(monkeypatch):
     return used
 
 
-def call(divergence=JensenShannon(0.5), dtype=torch.float32, rows=40):
+JSD = JensenShannon(0.5)
+
+
+def call(divergence=JSD, dtype=torch.float32, rows=40):
     tensors = [torch.randn(n, 4, dtype=dtype, generator=generator()) for n in (rows, 8, rows, 8)]
     fused_divergence(divergence, *tensors[:2], *(x.requires_grad_() for x in tensors[2:])).backward()
 
