@@ -17,7 +17,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo teacher student instructions-teacher instructions-student contexts-student both-student test fuzz test-oldest bench lint check format clean
+.PHONY: help env demo teacher student instructions-teacher instructions-student contexts-student both-student test fuzz test-oldest bench bench-gpu lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +68,10 @@ test-oldest: $(OLDEST)/.ready ## run the tests of the core with the oldest suppo
 # In an environment of its own, because the tools to compare with have demands of their own (and bring a gigabyte).
 bench: $(BENCH)/.ready ## measure speed and memory beside other tools (half an hour, on a quiet machine)
 	$(BENCH)/bin/python -m benchmarks
+
+# As above; `make bench-gpu ARGS=--tiny` is a dry run on tiny shapes, on a CPU too.
+bench-gpu: $(BENCH)/.ready ## measure loss, decoding, steps and memory on a CUDA device, beside other tools
+	$(BENCH)/bin/python -m benchmarks.gpu $(ARGS)
 
 lint: $(READY) ## style, types, import direction, spelling
 	$(BIN)/ruff check .
