@@ -124,12 +124,7 @@ def fused_divergence(
     student = Projected(hidden, Head(weight, bias)).cut(vocabulary)
     teacher_head = Head(_autocast(teacher_weight.detach()), _autocast(teacher_bias))
     teacher = Projected(teacher_hidden.detach(), teacher_head).cut(vocabulary)
-    compiled = current_tiling().compiled
-    if compiled is None:
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        work = (repr(divergence), vocabulary, hidden.device, weight.dtype, teacher_weight.dtype, autocast)
-        compiled = called_often(work, len(hidden), vocabulary, hidden.device.type)
-    with tiling(memory_mb, compiled):
+    with tiling(memory_mb, _compiled(divergence, student, teacher)):
         return _project(student, divergence_loss(divergence, teacher), row_weights, divergence.temperature, summed=True)
 
 
@@ -147,6 +142,15 @@ def _check_shapes(
             f"the student has {len(hidden)} hidden rows and the teacher {len(teacher_hidden)}{weights}: give all of "
             "them for the same rows"
         )
+
+
+def _compiled(divergence: Divergence, student: Projected, teacher: Projected) -> bool:
+    """Should this call of `fused_divergence` be compiled? What `tiling` says, or else whether there were many."""
+    if (compiled := current_tiling().compiled) is not None:
+        return compiled
+    device, vocabulary = student.hidden.device, student.vocabulary
+    dtypes = (student.head.weight.dtype, teacher.head.weight.dtype, torch.is_autocast_enabled(device.type))
+    return called_often((repr(divergence), vocabulary, device, dtypes), len(student.hidden), vocabulary, device.type)
 
 
 def _with_temperature(divergence: Divergence, temperature: float) -> Divergence:

@@ -111,15 +111,16 @@ def _load_logits(row, columns, vocabulary, SCALE: tl.constexpr, SOFTCAP: tl.cons
 
 
 @triton.jit
-def _add_to_softmax(logits, peak, total):
-    """Each lane's maximum, and its sum of exp(logits − maximum), with one more block."""
-    highest = tl.maximum(peak, logits)
-    return highest, total * tl.exp(peak - highest) + tl.exp(logits - highest)
-
-
-@triton.jit
-def _normalizer(peak, total):
-    """log Σ exp of all lanes."""
+def _normalizer(row, vocabulary, temperature, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """log Σ exp(logits / temperature) of a row: the maximum and the sum of each lane, brought together at the end."""
+    lanes = tl.arange(0, BLOCK)
+    peak = tl.full([BLOCK], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        logits = _load_logits(row, start + lanes, vocabulary, SCALE, SOFTCAP) / temperature
+        highest = tl.maximum(peak, logits)
+        total = total * tl.exp(peak - highest) + tl.exp(logits - highest)
+        peak = highest
     highest = tl.max(peak, axis=0)
     return highest + tl.log(tl.sum(total * tl.exp(peak - highest), axis=0))
 
@@ -195,18 +196,8 @@ def _kernel(
     gradient += row * gradient_stride
     lanes = tl.arange(0, BLOCK)
 
-    p_peak = tl.full([BLOCK], -3.0e38, tl.float32)
-    q_peak = tl.full([BLOCK], -3.0e38, tl.float32)
-    p_total = tl.zeros([BLOCK], tl.float32)
-    q_total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        z_p = _load_logits(teacher, start + lanes, vocabulary, TEACHER_SCALE, TEACHER_SOFTCAP)
-        z_q = _load_logits(student, start + lanes, vocabulary, STUDENT_SCALE, STUDENT_SOFTCAP)
-        p_peak, p_total = _add_to_softmax(z_p / temperature, p_peak, p_total)
-        q_peak, q_total = _add_to_softmax(z_q / temperature, q_peak, q_total)
-    p_normalizer = _normalizer(p_peak, p_total)
-    q_normalizer = _normalizer(q_peak, q_total)
-
+    p_normalizer = _normalizer(teacher, vocabulary, temperature, TEACHER_SCALE, TEACHER_SOFTCAP, BLOCK)
+    q_normalizer = _normalizer(student, vocabulary, temperature, STUDENT_SCALE, STUDENT_SOFTCAP, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     grad_sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
