@@ -146,10 +146,12 @@ def test_impossible_tokens_and_steep_distributions(divergence):
     with torch.no_grad():
         for head, impossible in ((student.head, [3]), (teacher.head, [3, 7])):
             head.tensors()["bias"][impossible] = -torch.inf
-    for kernel, eager in zip(
-        results(divergence, student, teacher, triton=True), results(divergence, student, teacher), strict=True
-    ):
-        torch.testing.assert_close(kernel, eager, rtol=1e-3, atol=5e-4)
+    kernel, eager = results(divergence, student, teacher, triton=True), results(divergence, student, teacher)
+    torch.testing.assert_close(kernel[0], eager[0], rtol=1e-4, atol=1e-4)
+    assert eager[0].isinf().any() == isinstance(divergence, ReverseKL), "where the student can choose it"
+    for found, expected in zip(kernel[1:], eager[1:], strict=True):  # large where a token is impossible, and cancelling
+        assert found.isfinite().all()
+        assert (found - expected).norm() < 1e-4 * expected.norm() + 1e-5
 
 
 @needs_triton

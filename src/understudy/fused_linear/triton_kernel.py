@@ -112,7 +112,10 @@ def _load_logits(row, columns, vocabulary, SCALE: tl.constexpr, SOFTCAP: tl.cons
 
 @triton.jit
 def _normalizer(row, vocabulary, temperature, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """log Σ exp(logits / temperature) of a row: the maximum and the sum of each lane, brought together at the end."""
+    """The largest logit of a row over the temperature, and log Σ exp of the differences to it.
+
+    They are not added, because that would round what is subtracted from large logits.
+    """
     lanes = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -122,7 +125,7 @@ def _normalizer(row, vocabulary, temperature, SCALE: tl.constexpr, SOFTCAP: tl.c
         total = total * tl.exp(peak - highest) + tl.exp(logits - highest)
         peak = highest
     highest = tl.max(peak, axis=0)
-    return highest + tl.log(tl.sum(total * tl.exp(peak - highest), axis=0))
+    return highest, tl.log(tl.sum(total * tl.exp(peak - highest), axis=0))
 
 
 @triton.jit
@@ -196,14 +199,14 @@ def _kernel(
     gradient += row * gradient_stride
     lanes = tl.arange(0, BLOCK)
 
-    p_normalizer = _normalizer(teacher, vocabulary, temperature, TEACHER_SCALE, TEACHER_SOFTCAP, BLOCK)
-    q_normalizer = _normalizer(student, vocabulary, temperature, STUDENT_SCALE, STUDENT_SOFTCAP, BLOCK)
+    p_peak, p_rest = _normalizer(teacher, vocabulary, temperature, TEACHER_SCALE, TEACHER_SOFTCAP, BLOCK)
+    q_peak, q_rest = _normalizer(student, vocabulary, temperature, STUDENT_SCALE, STUDENT_SOFTCAP, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     grad_sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         z_p = _load_logits(teacher, start + lanes, vocabulary, TEACHER_SCALE, TEACHER_SOFTCAP)
         z_q = _load_logits(student, start + lanes, vocabulary, STUDENT_SCALE, STUDENT_SOFTCAP)
-        log_p, log_q = z_p / temperature - p_normalizer, z_q / temperature - q_normalizer
+        log_p, log_q = z_p / temperature - p_peak - p_rest, z_q / temperature - q_peak - q_rest
         value, grad = _divergence(log_p, log_q, beta, scale, KIND, BETA_IS_SMALL, STEEPEST)
         sums += value
         grad_sums += grad
@@ -216,7 +219,7 @@ def _kernel(
             columns = start + lanes
             z_p = _load_logits(teacher, columns, vocabulary, TEACHER_SCALE, TEACHER_SOFTCAP)
             z_q = _load_logits(student, columns, vocabulary, STUDENT_SCALE, STUDENT_SOFTCAP)
-            log_p, log_q = z_p / temperature - p_normalizer, z_q / temperature - q_normalizer
+            log_p, log_q = z_p / temperature - p_peak - p_rest, z_q / temperature - q_peak - q_rest
             _, grad = _divergence(log_p, log_q, beta, scale, KIND, BETA_IS_SMALL, STEEPEST)
             grad = weight * (grad - tl.exp(log_q) * grad_sum)
             if STUDENT_SOFTCAP > 0:
