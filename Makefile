@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo teacher student instructions-teacher instructions-student contexts-student both-student test fuzz \
-	test-oldest bench engines lint check format clean
+	test-oldest bench bench-gpu engines lint check format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -70,6 +70,10 @@ test-oldest: $(OLDEST)/.ready ## run the tests of the core with the oldest suppo
 # In an environment of its own, because the tools to compare with have demands of their own (and bring a gigabyte).
 bench: $(BENCH)/.ready ## measure speed and memory beside other tools (half an hour, on a quiet machine)
 	$(BENCH)/bin/python -m benchmarks
+
+# As above; `make bench-gpu ARGS=--tiny` is a dry run on tiny shapes, on a CPU too.
+bench-gpu: $(BENCH)/.ready ## measure loss, decoding, steps and memory on a CUDA device, beside other tools
+	$(BENCH)/bin/python -m benchmarks.gpu $(ARGS)
 
 # In an environment of its own: vLLM pins its PyTorch. The package never imports it; tests find it here, or skip.
 engines: $(ENGINES)/.ready ## install vLLM for the CPU, to test against (3.5 GB, two minutes)

@@ -32,14 +32,16 @@ ALSO = ["understudy, bf16 products", "Liger", "TRL plain"]  # with one of the di
 
 
 class Task:
-    """Random hidden rows and heads, the same for everybody."""
+    """Random hidden rows and heads, the same for everybody; `options` are the dtype and the device."""
 
-    def __init__(self, rows: int, vocabulary: int = V) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(rows, WIDTH, generator=generator).requires_grad_()
-        self.weight = (torch.randn(vocabulary, WIDTH, generator=generator) * 0.05).requires_grad_()
-        self.teacher_hidden = torch.randn(rows, TEACHER_WIDTH, generator=generator)
-        self.teacher_weight = torch.randn(vocabulary, TEACHER_WIDTH, generator=generator) * 0.05
+    def __init__(
+        self, rows: int, vocabulary: int = V, width: int = WIDTH, teacher_width: int = TEACHER_WIDTH, **options: Any
+    ) -> None:
+        options["generator"] = torch.Generator(options.get("device", "cpu")).manual_seed(0)
+        self.hidden = torch.randn(rows, width, **options).requires_grad_()
+        self.weight = (torch.randn(vocabulary, width, **options) * 0.05).requires_grad_()
+        self.teacher_hidden = torch.randn(rows, teacher_width, **options)
+        self.teacher_weight = torch.randn(vocabulary, teacher_width, **options) * 0.05
 
     def run(self, loss: Callable[["Task"], Tensor]) -> float:
         self.hidden.grad = self.weight.grad = None
@@ -48,8 +50,8 @@ class Task:
         return float(value.detach())
 
 
-def understudy_loss(divergence: Divergence, compiled: bool, task: Task) -> Tensor:
-    with tiling(compiled=compiled):
+def understudy_loss(divergence: Divergence, compiled: bool, task: Task, triton: bool = False) -> Tensor:
+    with tiling(compiled=compiled, triton=triton):
         return fused_divergence(divergence, task.teacher_hidden, task.teacher_weight, task.hidden, task.weight)
 
 
@@ -62,7 +64,7 @@ def liger(beta: float, compiled: bool, task: Task) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
-    labels = torch.zeros(len(task.hidden), dtype=torch.long)
+    labels = torch.zeros(len(task.hidden), dtype=torch.long, device=task.hidden.device)
     mean = loss(task.hidden, task.weight, task.teacher_hidden, task.teacher_weight, labels)
     return mean * len(task.hidden)
 
@@ -90,6 +92,7 @@ def implementation(name: str, which: str) -> Callable[[Task], Tensor]:
     return {
         "understudy, compiled": partial(understudy_loss, divergence, True),
         "understudy": partial(understudy_loss, divergence, False),
+        "understudy, Triton": partial(understudy_loss, divergence, False, triton=True),
         "understudy, bf16 products": partial(understudy_bf16, divergence),
         "Liger, compiled": partial(liger, beta, True),
         "Liger": partial(liger, beta, False),
@@ -102,8 +105,8 @@ def implementation(name: str, which: str) -> Callable[[Task], Tensor]:
 def floor(task: Task) -> None:
     """The four products alone."""
     rows = len(task.hidden)
-    size = -(-rows // -(-rows // rows_per_tile(len(task.weight))))
-    student, teacher = torch.empty(2, size, len(task.weight))
+    size = -(-rows // -(-rows // rows_per_tile(len(task.weight), task.weight.device)))
+    student, teacher = torch.empty(2, size, len(task.weight), dtype=task.weight.dtype, device=task.weight.device)
     grad_hidden, grad_weight = torch.empty_like(task.hidden), torch.zeros_like(task.weight)
     for start in range(0, rows, size):
         tile = slice(start, start + size)

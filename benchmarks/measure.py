@@ -1,4 +1,4 @@
-"""Time implementations side by side, and save the results.
+"""Time implementations side by side, and save the results; where there is a GPU, times and memory are the GPU's.
 
 A machine's speed changes from minute to minute, so implementations take turns in one process, and what is
 reported first is the ratio of each one's median to the first one's. Memory is what the operating system counts for a
@@ -35,8 +35,10 @@ class Stopwatch:
         self.cpu: list[float] = []
 
     def time(self, call: Callable[[], T]) -> T:
+        wait_for_gpu()
         wall, cpu = time.perf_counter(), time.process_time()
         result = call()
+        wait_for_gpu()
         self.wall.append(time.perf_counter() - wall)
         self.cpu.append(time.process_time() - cpu)
         return result
@@ -75,11 +77,17 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     sys.stdout.flush()
 
 
-def save(name: str, content: dict[str, Any]) -> None:
+def wait_for_gpu() -> None:
+    """A GPU works after the call that asked for it has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def save(name: str, content: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write results/NAME.json with the versions and the machine they were measured on."""
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine(), "versions": versions(), **content}, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -108,7 +116,13 @@ def versions() -> dict[str, str]:
 
 
 def peak_mb(work: Callable[[], Any]) -> float:
-    """How much the process's resident memory grew at its highest while `work` ran, in MB (Linux)."""
+    """How much the memory of the GPU, or else of the process (Linux), grew at its highest while `work` ran, in MB."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = _memory("VmRSS")
     work()

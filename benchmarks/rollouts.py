@@ -28,11 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
 ROWS, PROMPT = 64, 32
 
 
-def implementations(vocabulary: int, mean: int | None, most: int) -> dict[str, Callable[[], int]]:
-    """Implementations, each of which generates 64 responses and returns their number of tokens."""
-    model, examples = llama(vocabulary, 128, 2), prompts(ROWS, PROMPT, vocabulary)
+def implementations(
+    vocabulary: int, mean: int | None, most: int, model: Any = None, rows: int = ROWS
+) -> dict[str, Callable[[], int]]:
+    """Implementations, each of which generates `rows` responses and returns their number of tokens."""
+    model, examples = model or llama(vocabulary, 128, 2), prompts(rows, PROMPT, vocabulary)
     stop = stop_tokens(mean, vocabulary)
-    ids = torch.tensor([example.prompt for example in examples])
+    ids = torch.tensor([example.prompt for example in examples], device=model.device)
     steps, tokenizer = count(), words(vocabulary)
 
     def understudy(compiled: bool) -> int:
@@ -44,16 +46,16 @@ def implementations(vocabulary: int, mean: int | None, most: int) -> dict[str, C
         max_new_tokens=most, do_sample=True, top_k=0, top_p=1.0, eos_token_id=stop or None, pad_token_id=0
     )
 
-    def useful(rows: list[list[int]]) -> int:
-        ends = ((i + 1 for i, token in enumerate(row) if token in stop) for row in rows)
-        return sum(next(end, len(row)) for end, row in zip(ends, rows, strict=True))
+    def useful(responses: list[list[int]]) -> int:
+        ends = ((i + 1 for i, token in enumerate(row) if token in stop) for row in responses)
+        return sum(next(end, len(row)) for end, row in zip(ends, responses, strict=True))
 
     def generate() -> int:
         sequences = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return useful(sequences[:, PROMPT:].tolist())
 
     def continuous() -> int:
-        batching = _batching_config(most)
+        batching = _batching_config(most, rows)
         outputs = model.generate_batch(ids.tolist(), generation_config=config, continuous_batching_config=batching)
         return useful([output.generated_tokens for output in outputs.values()])
 
@@ -65,13 +67,13 @@ def implementations(vocabulary: int, mean: int | None, most: int) -> dict[str, C
     }
 
 
-def _batching_config(most: int) -> Any:
+def _batching_config(most: int, rows: int) -> Any:
     """Room for all rows at once; half of the machine's memory, its default, would be taken and zeroed first."""
     from transformers import ContinuousBatchingConfig
 
     page = 32
     return ContinuousBatchingConfig(
-        page_size=page, num_blocks=2 * ROWS * ((PROMPT + most) // page + 1), max_batch_tokens=ROWS * PROMPT
+        page_size=page, num_blocks=2 * rows * ((PROMPT + most) // page + 1), max_batch_tokens=rows * PROMPT
     )
 
 

@@ -10,15 +10,17 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from understudy import GKD, Example, GenerateRollout, JensenShannon, LocalTeacher, Sampling, StudentTrainer
+from understudy import GKD, Example, GenerateRollout, JensenShannon, LocalTeacher, Method, Sampling, StudentTrainer
 from understudy.training import trainer as training
 
-from .measure import Stopwatch, in_child, peak_mb, save, table
+from .measure import Stopwatch, in_child, peak_mb, save, table, wait_for_gpu
 from .models import llama, prompts, words
 
 CASES = {"V = 50,257, 8 × 256 tokens": (50_257, 256, 2), "V = 4,096, 8 × 64 tokens": (4096, 64, 20)}
@@ -33,16 +35,34 @@ class Clock(TrainerCallback):
         self.times: list[tuple[float, float]] = []
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        wait_for_gpu()
         self.times.append((time.perf_counter(), time.process_time()))
 
 
-def settings(folder: str, steps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """What a step is measured with."""
+
+    vocabulary: int
+    tokens: int
+    method: Method = field(default_factory=lambda: GKD(divergence=JensenShannon(0.5), reduction="token"))
+    batch: int = BATCH
+    models: Callable[[], tuple[Any, Any]] | None = None  # student and teacher; default: the Llamas above
+    cpu: bool = True
+
+    def pair(self) -> tuple[Any, Any]:
+        if self.models is not None:
+            return self.models()
+        return llama(self.vocabulary, 128, 2), llama(self.vocabulary, 256, 6, seed=1)
+
+
+def arguments(folder: str, steps: int, setting: Setting) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": setting.batch,
         "max_steps": steps,
         "learning_rate": 1e-4,
-        "use_cpu": True,
+        "use_cpu": setting.cpu,
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -52,18 +72,20 @@ def settings(folder: str, steps: int) -> dict[str, Any]:
     }
 
 
-def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) -> Any:
-    student, teacher, tokenizer = llama(vocabulary, 128, 2), llama(vocabulary, 256, 6, seed=1), words(vocabulary)
-    examples = prompts(BATCH * steps, PROMPT, vocabulary)
+def trainer(name: str, setting: Setting, steps: int, folder: str) -> Any:
+    vocabulary, tokens = setting.vocabulary, setting.tokens
+    (student, teacher), tokenizer = setting.pair(), words(vocabulary)
+    examples = prompts(setting.batch * steps, PROMPT, vocabulary)
     student.generation_config.eos_token_id = None
     clock = Clock()
     if name.startswith("understudy"):
-        args = TrainingArguments(**settings(folder, steps), torch_compile=False)
+        args = TrainingArguments(**arguments(folder, steps, setting), torch_compile=False)
         sampling = Sampling(max_new_tokens=tokens, stop_ids=(vocabulary,))
         data: Any = [Example(e.prompt, [4], row=e.row) for e in examples]
-        method = GKD(divergence=JensenShannon(0.5), reduction="token")
         options = {"processing_class": tokenizer, "train_dataset": data, "args": args, "callbacks": [clock]}
-        student_trainer = StudentTrainer(student, LocalTeacher(teacher), method, GenerateRollout(), sampling, **options)
+        student_trainer = StudentTrainer(
+            student, LocalTeacher(teacher), setting.method, GenerateRollout(), sampling, **options
+        )
         training.compiles = lambda *_: "compiled" in name  # not decided by the length of these short runs
         return student_trainer, clock
     from datasets import Dataset
@@ -75,7 +97,12 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
 
         messages = [[{"role": "user", "content": t}, {"role": "assistant", "content": "w4"}] for t in texts]
         config = GKDConfig(
-            **settings(folder, steps), lmbda=1.0, beta=0.5, temperature=1.0, max_new_tokens=tokens, max_length=1024
+            **arguments(folder, steps, setting),
+            lmbda=1.0,
+            beta=0.5,
+            temperature=1.0,
+            max_new_tokens=tokens,
+            max_length=1024,
         )
         data = Dataset.from_dict({"messages": messages})
         student_trainer = GKDTrainer(
@@ -86,7 +113,7 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
     from trl import DistillationConfig, DistillationTrainer
 
     config = DistillationConfig(
-        **settings(folder, steps),
+        **arguments(folder, steps, setting),
         beta=0.5,
         temperature=1.0,
         top_p=1.0,
@@ -99,11 +126,11 @@ def trainer(name: str, vocabulary: int, tokens: int, steps: int, folder: str) ->
     ), clock
 
 
-def run(name: str, vocabulary: int, tokens: int, steps: int) -> dict[str, Any]:
+def run(name: str, setting: Setting, steps: int) -> dict[str, Any]:
     """Seconds of `steps` steps (from one optimizer step to the next) after those that warm up, and the memory."""
     warm = 2 if "compiled" in name else 1
     with tempfile.TemporaryDirectory() as folder:
-        student_trainer, clock = trainer(name, vocabulary, tokens, steps + warm, folder)
+        student_trainer, clock = trainer(name, setting, steps + warm, folder)
         grown = peak_mb(student_trainer.train)
     wall, cpu = zip(*clock.times[warm - 1 :], strict=True)
     return {"wall": _gaps(wall), "cpu": _gaps(cpu), "peak_mb": grown}
@@ -119,7 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         name, vocabulary, tokens, steps = args.run
-        print(json.dumps(run(name, int(vocabulary), int(tokens), int(steps))))
+        print(json.dumps(run(name, Setting(int(vocabulary), int(tokens)), int(steps))))
         return
     results: dict[str, Any] = {}
     for title, (vocabulary, tokens, steps) in CASES.items():

@@ -22,7 +22,7 @@ f64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(scores, "rows_per_tile", lambda vocabulary: 4)
+    monkeypatch.setattr(scores, "rows_per_tile", lambda vocabulary, device: 4)
 
 
 # Divergences and chosen tokens

@@ -111,7 +111,7 @@ def divergence_metrics(teacher: Scores, student: Scores) -> dict[str, Tensor]:
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
     assert not isinstance(q, Merged), "the student is a live model"
     chunks: dict[str, list[Tensor]] = {name: [] for name in DIVERGENCE_METRICS}
-    size = max(1, rows_per_tile(q.vocabulary) // 4)  # nothing here is done in place
+    size = max(1, rows_per_tile(q.vocabulary, student.tokens.device) // 4)  # nothing here is done in place
     for start in range(0, len(student.tokens), size):
         rows = slice(start, start + size)
         log_q = q.log_probs(rows)

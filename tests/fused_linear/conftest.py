@@ -20,4 +20,4 @@ def no_fallback():
 
 @pytest.fixture(params=[1, 4, 100], ids=lambda rows: f"{rows} rows a tile")
 def tile_rows(request, monkeypatch):
-    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: request.param)
+    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary, device: request.param)

@@ -1,4 +1,4 @@
-"""Compiled code: when it pays off, that it equals the plain one, and what happens where nothing can be compiled."""
+"""Compiled code: when it pays off, when a caller's own loop switches to it, its results, and where nothing compiles."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from projected import COMPILES, N, V, generator, leaves, random_projected, top_k
 from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
 
 from understudy.divergences import ForwardKL, JensenShannon
-from understudy.fused_linear import head, kernel
+from understudy.fused_linear import compiling, head, kernel
 from understudy.fused_linear.compiling import compiling_pays_off
 from understudy.fused_linear.distributions import Dense
-from understudy.fused_linear.loss import chosen_log_prob, divergence_loss, row_values
+from understudy.fused_linear.loss import chosen_log_prob, divergence_loss, fused_divergence, row_values
 from understudy.fused_linear.tiles import tiling
 
 
@@ -22,6 +22,63 @@ def test_only_long_runs_on_machines_with_a_compiler_are_compiled(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     assert not compiling_pays_off(1e6, 50_000)
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    """Which calls of `fused_divergence` were compiled, in a process where 100 rows of 8 tokens are a long run."""
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(compiling, "_LONG_RUN", 100 * 8)
+    monkeypatch.setattr(compiling, "_computed", type(compiling._computed)())
+    used = []
+    for name, compiled in (("_block_by_block", False), ("_compiled_kernel", True)):
+        monkeypatch.setattr(
+            kernel, name, lambda *args, compiled=compiled: used.append(compiled) or kernel._kernel(*args)
+        )
+    monkeypatch.setattr(head, "_compiled_sum_exp", head._sum_exp)
+    return used
+
+
+JSD = JensenShannon(0.5)
+
+
+def call(divergence=JSD, dtype=torch.float32, rows=40):
+    tensors = [torch.randn(n, 4, dtype=dtype, generator=generator()) for n in (rows, 8, rows, 8)]
+    fused_divergence(divergence, *tensors[:2], *(x.requires_grad_() for x in tensors[2:])).backward()
+
+
+def test_a_loop_of_the_callers_own_is_compiled_once_it_has_computed_as_much_as_a_long_run(kinds, caplog):
+    caplog.set_level("INFO")
+    for _ in range(5):
+        call()
+    assert kinds == [False, False, False, True, True], "100 rows are exceeded by the third call"
+    assert caplog.text.count("its kernel is compiled from the next call on") == 1
+    assert "tiling(compiled=False)" in caplog.text
+
+
+def test_each_divergence_and_dtype_is_counted_for_itself(kinds):
+    for _ in range(3):
+        call()
+    call(JensenShannon(0.4))
+    call(dtype=torch.float64)
+    assert kinds == [False] * 5
+    call(rows=3)
+    assert kinds[-1], "the number of rows does not matter: one kernel is compiled for all of them"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_that_says_whether_it_is_compiled_is_never_switched(compiled, kinds):
+    with tiling(compiled=compiled):
+        for _ in range(5):
+            call()
+    assert kinds == [compiled] * 5
+
+
+def test_nothing_is_switched_where_torch_compile_is_disabled(kinds, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    for _ in range(5):
+        call()
+    assert not any(kinds)
 
 
 @COMPILES

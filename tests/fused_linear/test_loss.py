@@ -128,7 +128,7 @@ def test_matrix_products_over_the_vocabulary(kind, chosen_products, divergence_p
     """Per tile. With late weights the forward pass projects and the backward pass projects again and differentiates:
     no gradient is computed that is not used.
     """
-    monkeypatch.setattr(fused_loss, "rows_per_tile", lambda vocabulary: rows)
+    monkeypatch.setattr(fused_loss, "rows_per_tile", lambda vocabulary, device: rows)
     student, teacher = random_projected(seed=1, bias=False), random_projected(width=5, seed=2, bias=False)
     announced, true = upstream(kind)
     chosen = chosen_log_prob(torch.randint(V, (N,), generator=generator()))
@@ -145,7 +145,7 @@ def test_matrix_products_over_the_vocabulary(kind, chosen_products, divergence_p
 @pytest.mark.parametrize("top", [False, True], ids=["full", "top k"])
 def test_no_tensor_has_the_vocabulary_for_all_rows(kind, top, monkeypatch):
     rows, vocabulary, width, size = 300, 500, 4, 8
-    monkeypatch.setattr(fused_loss, "rows_per_tile", lambda vocabulary: size)
+    monkeypatch.setattr(fused_loss, "rows_per_tile", lambda vocabulary, device: size)
     student, teacher = (
         Projected(
             torch.randn(rows, width, requires_grad=True), Head(torch.randn(vocabulary, width, requires_grad=True))

@@ -23,7 +23,7 @@ f64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: 4)
+    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary, device: 4)
 
 
 # The two paths
@@ -74,7 +74,7 @@ def test_the_loss_equals_one_computed_from_the_models_own_logits(kind):
 def test_tile_size_changes_nothing(rows, monkeypatch):
     student, teacher = tiny("llama").to(f64), score_no_grad(tiny("gpt2", seed=1).to(f64), BATCH)
     expected = loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH)
-    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: rows)
+    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary, device: rows)
     assert_same(loss_and_gradients(student, teacher, JensenShannon(0.5), BATCH), expected, rtol=1e-12, atol=1e-14)
 
 

@@ -35,7 +35,7 @@ f64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary: 4)
+    monkeypatch.setattr("understudy.fused_linear.loss.rows_per_tile", lambda vocabulary, device: 4)
 
 
 # Further inputs

@@ -419,8 +419,10 @@ def test_models_without_a_cache_or_one_that_keeps_its_rows_are_trained(family, m
 def test_a_distribution_that_is_not_a_number_is_refused_with_a_sentence(value, temperature):
     logits = torch.zeros(2, VOCABULARY)
     logits[1, slice(None) if value < 0 else 7] = value
+    tokens = sampling.draw(logits, torch.tensor([0.5, 0.5]), Sampling(temperature=temperature, top_p=0.9))
+    assert tokens[0] >= 0, "only the second row is undefined"
     with pytest.raises(FloatingPointError, match=r"is not a number, so no token can be drawn: .* use an earlier check"):
-        sampling.draw(logits, torch.tensor([0.5, 0.5]), Sampling(temperature=temperature, top_p=0.9))
+        sampling.check_tokens(int(tokens.min()))
 
 
 def test_a_rollout_without_a_model_is_refused_with_a_remedy():

@@ -123,7 +123,7 @@ def differences(teacher: Scores, student: Scores) -> dict[str, Tensor]:
     p, q = over_shared_vocabulary(teacher.distribution, student.distribution)
     assert not isinstance(q, Merged)
     vocabulary = q.vocabulary
-    size = rows_per_tile(vocabulary)
+    size = rows_per_tile(vocabulary, student.tokens.device)
     chunks = []
     for start in range(0, len(student.tokens), size):
         rows = slice(start, start + size)

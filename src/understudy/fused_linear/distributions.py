@@ -58,7 +58,7 @@ class Projected:
 
     def chosen(self, tokens: Tensor) -> Tensor:
         """(N,) log-probabilities of `tokens` (N,), differentiable by autograd; computed tile by tile."""
-        index, size = tokens.to(self.hidden.device)[:, None], rows_per_tile(self.vocabulary)
+        index, size = tokens.to(self.hidden.device)[:, None], rows_per_tile(self.vocabulary, self.hidden.device)
         tiles = [slice(start, start + size) for start in range(0, len(index), size)]
         return torch.cat([self.log_probs(rows).gather(-1, index[rows])[:, 0] for rows in tiles])
 
@@ -223,7 +223,7 @@ def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
     if any(isinstance(part, Merged) for part in parts):
         raise ValueError("this teacher does not give the log-probability of every token, or of the likeliest ones")
     assert not isinstance(distribution, Merged)
-    columns, size = [], max(1, rows_per_tile(distribution.vocabulary) // 4)  # nothing here is done in place
+    columns, size = [], max(1, rows_per_tile(distribution.vocabulary, tokens.device) // 4)  # nothing here is done in place
     for start in range(0, len(tokens), size):
         log_probs = distribution.log_probs(slice(start, start + size)).float()
         chosen = tokens[start : start + size, None].to(log_probs.device)

@@ -7,7 +7,7 @@ the products.
 Shapes: C rows of a tile, V vocabulary.
 """
 
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ def tile_loss(
     The gradient of Σ weights · values with respect to the student's product is written to `grad_product` (C, V), if
     that is given; it may be the product's own memory, but not in compiled code.
     """
+    if current_tiling().triton:
+        from .triton_kernel import supports, triton_loss  # imported here because Triton is optional
+
+        if supports(student, row_loss):
+            return triton_loss(student, cast(Any, row_loss), weights, grad_product)
     if not current_tiling().compiled:
         return _block_by_block(student, row_loss, weights, temperature, grad_product)
     weights = weights.clone()  # not a view: code compiled for all of a tensor's memory is compiled again for a part

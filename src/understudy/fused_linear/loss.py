@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
+from .compiling import called_often
 from .distributions import Distribution, Projected
 from .events import TokenEvents
 from .head import Head, TileLogits, Transform, softmax_dtype
@@ -85,7 +86,7 @@ def fused_divergence(
     bias: Tensor | None = None,
     row_weights: Tensor | None = None,
     temperature: float = 1.0,
-    memory_mb: float = 256.0,
+    memory_mb: float | None = None,
 ) -> Tensor:
     """Σ_n w_n D(p_n, q_n) of a teacher p and a student q given by hidden rows and heads; never stores (N, V).
 
@@ -100,7 +101,9 @@ def fused_divergence(
 
     Gradients of `hidden`, `weight` and `bias` come from the same pass, in closed form: four matrix products over the
     vocabulary, three where the head is frozen. Under autocast the products are in its dtype; softmax and divergence are
-    always in float32 or float64. Within `tiles.tiling(compiled=True)` the kernel between the products is compiled.
+    always in float32 or float64. Within `tiles.tiling(compiled=True)` the kernel between the products is compiled, and
+    within `tiling(compiled=False)` it is not. Otherwise it is compiled after 10¹⁰ elements (rows × V) of one
+    divergence, vocabulary, device and pair of dtypes in this process, if there is a compiler; that changes rounding.
 
     Args:
         divergence: its own temperature must be 1 if `temperature` is not.
@@ -109,7 +112,8 @@ def fused_divergence(
         hidden, weight, bias: the student's (N, D), (V, D) and (V,).
         row_weights: (N,) default 1. Rows of weight 0 are left out, whatever they hold.
         temperature: of both softmaxes.
-        memory_mb: for (C, V)-shaped tiles, from which the number of rows C of a tile follows.
+        memory_mb: for (C, V)-shaped tiles, from which the number of rows C of a tile follows; default: 256, or what
+            `tiling` says, and more on a GPU (`tiles.default_memory_mb`).
 
     Raises:
         ValueError: for shapes that do not match, and for two temperatures.
@@ -126,7 +130,7 @@ def fused_divergence(
     student = Projected(hidden, Head(weight, bias)).cut(vocabulary)
     teacher_head = Head(_autocast(teacher_weight.detach()), _autocast(teacher_bias))
     teacher = Projected(teacher_hidden.detach(), teacher_head).cut(vocabulary)
-    with tiling(memory_mb):
+    with tiling(memory_mb, _compiled(divergence, student, teacher)):
         return _project(student, divergence_loss(divergence, teacher), row_weights, divergence.temperature, summed=True)
 
 
@@ -144,6 +148,15 @@ def _check_shapes(
             f"the student has {len(hidden)} hidden rows and the teacher {len(teacher_hidden)}{weights}: give all of "
             "them for the same rows"
         )
+
+
+def _compiled(divergence: Divergence, student: Projected, teacher: Projected) -> bool:
+    """Should this call of `fused_divergence` be compiled? What `tiling` says, or else whether there were many."""
+    if (compiled := current_tiling().compiled) is not None:
+        return compiled
+    device, vocabulary = student.hidden.device, student.vocabulary
+    dtypes = (student.head.weight.dtype, teacher.head.weight.dtype, torch.is_autocast_enabled(device.type))
+    return called_often((repr(divergence), vocabulary, device, dtypes), len(student.hidden), vocabulary, device.type)
 
 
 def _with_temperature(divergence: Divergence, temperature: float) -> Divergence:
@@ -239,7 +252,8 @@ def _run_tiles(
     grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=values.dtype) if needs_grad[1] else None
     grad_bias = torch.zeros_like(bias, dtype=values.dtype) if bias is not None and needs_grad[2] else None
-    size = math.ceil(count / max(1, math.ceil(count / rows_per_tile(head.vocabulary))))  # tiles of similar size
+    most = rows_per_tile(head.vocabulary, hidden.device)
+    size = math.ceil(count / max(1, math.ceil(count / most)))  # tiles of similar size
     loss_of_rows = row_losses(size)
     products, gradients = product_and_gradient_tiles(size, head.vocabulary, like=weight)
     for start in range(0, count, max(1, size)):

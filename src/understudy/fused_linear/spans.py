@@ -81,7 +81,7 @@ def _of_events(student: Distribution, rows: Tensor, event: Tensor, events: Token
 def _teacher_events(teacher: OtherVocabulary, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """(2, G) the teacher's log-probabilities of two events in each of some rows, computed tile by tile."""
     index, parts = torch.stack([a, b], dim=-1), []
-    for tile in rows.split(rows_per_tile(teacher.distribution.vocabulary)):
+    for tile in rows.split(rows_per_tile(teacher.distribution.vocabulary, rows.device)):
         values = teacher.rows(tile.to(teacher.known.device)).log_probs()
         parts.append(values.gather(-1, index[: len(tile)].to(values.device)))
         index = index[len(tile) :]

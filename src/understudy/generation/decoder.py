@@ -34,6 +34,7 @@ class Decoder:
         room = longest + _STEP
         self._mask = torch.tensor([pad + [1] * (width - len(pad) + room) for pad in padding], device=device)
         self._positions = (self._mask[:, :width].cumsum(-1) - 1).clamp(min=0)  # position ids, padding not counted
+        self._padded = any(padding)
         self._read = 0  # T
         self._cache: Any = preallocated_cache(without_adapters(model))
         self._can_drop: bool | None = None if drops_rows else False
@@ -53,7 +54,24 @@ class Decoder:
     def tokens(self, tokens: Tensor) -> Tensor:
         """(R, V) the logits after one more token of every row, (R,)."""
         self._positions = self._positions[:, -1:] + 1
-        return self._next(tokens[:, None])
+        return self._next(tokens[:, None], **self._mask_of_token(self._read + 1))
+
+    def _mask_of_token(self, length: int) -> dict[str, Any]:
+        """The mask of one more token, where a model can read it in a form that needs no look at its values.
+
+        With scaled dot product attention transformers reads a mask (R, T) back from the device at every forward, to
+        see whether there is any padding. That is known here: without padding there is no mask, and otherwise it is the
+        (R, 1, 1, T) that every layer uses, where no layer has a window.
+        """
+        model: Any = without_adapters(self._model)
+        sdpa = model.config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False)
+        if not sdpa or not self._positional_layers():
+            return {}
+        return {"attention_mask": self._mask[:, None, None, :length].bool() if self._padded else None}
+
+    def _positional_layers(self) -> bool:
+        """Does every layer store keys and values by position? Sliding windows and recurrent states do not."""
+        return all(type(layer) is PreallocatedLayer for layer in getattr(self._cache, "layers", [None]))
 
     def drop(self, keep: Tensor) -> bool:
         """Continue with the rows `keep` only, if the cache can drop the others; returns whether it can."""
@@ -64,9 +82,10 @@ class Decoder:
             self._mask, self._positions = self._mask[keep], self._positions[keep]
         return self._can_drop
 
-    def _next(self, ids: Tensor) -> Tensor:
+    def _next(self, ids: Tensor, **inputs: Any) -> Tensor:
         self._read += ids.shape[1]
-        output = self._model(**self._inputs(ids, self._read), **{self._cache_name: self._cache}, use_cache=True)
+        inputs = self._inputs(ids, self._read) | inputs
+        output = self._model(**inputs, **{self._cache_name: self._cache}, use_cache=True)
         self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:
             raise ValueError(f"it returns no {self._cache_name}")
@@ -82,14 +101,15 @@ class RecomputingDecoder:
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], longest: int) -> None:
         device = model.get_input_embeddings().weight.device
-        width = max(map(len, prompts)) + longest
+        self._longest = max(map(len, prompts))  # of all rows' lengths, known without waiting for the device
+        width = self._longest + longest
         self._model = model
         self._ids = torch.tensor([[*prompt] + [0] * (width - len(prompt)) for prompt in prompts], device=device)
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
 
     def prompts(self) -> Tensor:
         """(R, V) the logits after the prompts."""
-        ids = self._ids[:, : int(self._lengths.max())]
+        ids = self._ids[:, : self._longest]
         mask = (torch.arange(ids.shape[1], device=ids.device) < self._lengths[:, None]).long()
         logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[torch.arange(len(ids), device=ids.device), self._lengths - 1]
@@ -97,7 +117,7 @@ class RecomputingDecoder:
     def tokens(self, tokens: Tensor) -> Tensor:
         """(R, V) the logits after one more token of every row, (R,)."""
         self._ids[torch.arange(len(tokens), device=tokens.device), self._lengths] = tokens
-        self._lengths = self._lengths + 1
+        self._lengths, self._longest = self._lengths + 1, self._longest + 1
         return self.prompts()
 
     def drop(self, keep: Tensor) -> bool:
@@ -110,9 +130,9 @@ class CompiledDecoder(Decoder):
     """A Decoder with a compiled forward for the tokens after the prompts, one for all numbers of rows and positions."""
 
     def tokens(self, tokens: Tensor) -> Tensor:
-        if not all(type(layer) is PreallocatedLayer for layer in getattr(self._cache, "layers", [None])):
-            return super().tokens(tokens)  # sliding windows and recurrent states are not stored by position
-        position = torch.tensor([self._read], device=tokens.device)
+        if not self._positional_layers():
+            return super().tokens(tokens)
+        position = tokens.new_full((1,), self._read)  # torch.tensor would wait for the device
         self._read, self._positions = self._read + 1, self._positions[:, -1:] + 1
         visible = -(-self._read // _STEP) * _STEP
         inputs = self._inputs(tokens[:, None], visible)

@@ -29,6 +29,7 @@ from ..step import Step
 from .stop_tokens import stop_ids
 
 _COLUMN_MAJOR_LIMIT = 2**28  # weights, 1 GiB in float32; larger models are not copied
+UNDEFINED = -1  # in place of a token, where the largest logit or the sum of probabilities is infinite or NaN
 _GROUP = 128  # tokens per group; probabilities are summed by group, then within one group
 
 
@@ -147,13 +148,12 @@ def _check_context_window(model: Any, longest: int, max_new_tokens: int) -> None
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """(R,) tokens from logits (R, V) of the real vocabulary and one number in [0, 1) each.
 
-    Raises:
-        FloatingPointError: for logits that are no distribution.
+    Logits that are no distribution give `UNDEFINED`. Tokens must be checked with `check_tokens` before they are used as
+    indices; not here, because the caller can read all that it needs from a GPU at once.
     """
     if sampling.temperature == 0:
         largest = logits.max(-1)
-        _check_finite(largest.values)
-        return largest.indices
+        return largest.indices.where(largest.values.isfinite(), UNDEFINED)
     logits = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     return inverse_cdf(restrict(logits, sampling.top_k, sampling.top_p), uniforms)
 
@@ -184,10 +184,8 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse transform sampling: (R,) tokens, the first v with Σ_{u<=v} softmax(logits)_u > uniform, (R,) in [0, 1).
 
     Probabilities are summed over groups of tokens first, and then within the group of the sampled token; sixteen at a
-    time in float32, whose rounding is no larger than that of the probabilities, and beyond that in float64.
-
-    Raises:
-        FloatingPointError: for logits that are no distribution.
+    time in float32, whose rounding is no larger than that of the probabilities, and beyond that in float64. Logits that
+    are no distribution give `UNDEFINED`.
     """
     rows, vocabulary = logits.shape
     groups = -(-vocabulary // _GROUP)
@@ -196,17 +194,22 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     torch.sub(logits, logits.amax(-1, keepdim=True), out=weights[:, :vocabulary]).exp_()
     weights = weights.view(rows, groups, _GROUP)
     ends = weights.unflatten(-1, (-1, 16)).sum(-1).sum(-1, dtype=torch.float64).cumsum(-1)
-    _check_finite(ends[:, -1])
+    defined = ends[:, -1:].isfinite()
+    ends = ends.where(defined, 1)  # NaN has no place in a search
     target = uniforms[:, None] * ends[:, -1:]
     group = _first_above(ends, target)
     before = F.pad(ends, (1, 0)).gather(-1, group)
     inside = weights[torch.arange(rows, device=logits.device), group[:, 0]].cumsum(-1, dtype=torch.float64)
-    return (group * _GROUP + _first_above(inside, target - before))[:, 0]
+    return (group * _GROUP + _first_above(inside, target - before)).where(defined, UNDEFINED)[:, 0]
 
 
-def _check_finite(numbers: Tensor) -> None:
-    """Refuse rows (R,) whose largest logit, or sum of probabilities, is infinite or not a number."""
-    if not numbers.isfinite().all():
+def check_tokens(smallest: int) -> None:
+    """Refuse tokens of which one is `UNDEFINED`, given the smallest of them.
+
+    Raises:
+        FloatingPointError: because the model's logits are no distribution.
+    """
+    if smallest == UNDEFINED:
         raise FloatingPointError(
             "the model's next-token distribution is not a number, so no token can be drawn: its weights are damaged or "
             "its activations overflow; use an earlier checkpoint, or a dtype with a wider range such as float32"

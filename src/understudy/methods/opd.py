@@ -166,7 +166,7 @@ def _prefix_weights(advantage: Tensor, gamma: float, batch: Batch) -> Tensor:
 def _at_student_top_k(teacher: Distribution, student: Distribution, tokens: Tensor, k: int) -> Scores:
     """The teacher's log-probabilities of the K tokens that are likeliest to the student, computed tile by tile."""
     assert not isinstance(student, Merged), "the student is a live model"
-    values, support, size = [], [], rows_per_tile(student.vocabulary)
+    values, support, size = [], [], rows_per_tile(student.vocabulary, tokens.device)
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
         likeliest = student.log_probs(rows).topk(min(k, student.vocabulary)).indices

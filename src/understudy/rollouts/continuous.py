@@ -22,7 +22,7 @@ from transformers import __version__ as transformers_version
 from transformers.generation.continuous_batching import cb_logits_processors as processors
 
 from ..batch import Author
-from ..generation.sampling import Response, SamplingRollout, draw, generation_mode, log_probs_of
+from ..generation.sampling import Response, SamplingRollout, check_tokens, draw, generation_mode, log_probs_of
 from ..models.adapters import without_adapters
 from ..models.sharding import is_sharded
 from ..sampling import Sampling
@@ -193,6 +193,7 @@ class _Sampler(processors.ContinuousBatchingLogitsProcessor):
             self.logits |= dict(zip(places.tolist(), scores.clone(), strict=True))
         logits = scores[:, : self.vocabulary]
         tokens = draw(logits, self.uniforms.flatten()[places], self.sampling)
+        check_tokens(int(tokens.min()))
         if self.log_probs is not None:
             self.log_probs[places] = log_probs_of(logits, tokens)
         return torch.zeros_like(scores).scatter_(-1, tokens[:, None], 1)

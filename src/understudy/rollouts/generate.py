@@ -13,7 +13,7 @@ from torch import Tensor
 from ..fused_linear.tiles import current_tiling
 from ..generation.cache_support import cache_support
 from ..generation.decoder import CompiledDecoder, Decoder, RecomputingDecoder
-from ..generation.sampling import Response, SamplingRollout, draw, generation_mode, log_probs_of
+from ..generation.sampling import Response, SamplingRollout, check_tokens, draw, generation_mode, log_probs_of
 from ..models.twin import is_twin, twin_of
 from ..sampling import Sampling
 
@@ -77,10 +77,12 @@ class GenerateRollout(SamplingRollout):
                 raise RuntimeError("generating was cancelled")
             tokens = draw(logits, uniforms[:, position], sampling)
             responses[rows, position] = tokens
+            unfinished &= ~is_stop[tokens]
+            # the only wait for the device in this loop: a GPU is idle from here until the next forward is launched
+            smallest, count = torch.stack([tokens.min(), unfinished.sum()]).tolist()
+            check_tokens(smallest)
             if log_probs is not None:
                 log_probs[rows, position] = log_probs_of(logits, tokens)
-            unfinished &= ~is_stop[tokens]
-            count = int(unfinished.sum())
             if count == 0 or position == longest - 1:
                 break
             if count < _MIN_UNFINISHED * len(rows) and len(rows) > 2:
@@ -98,7 +100,7 @@ class GenerateRollout(SamplingRollout):
         return (CompiledDecoder if self._compiles() else Decoder)(model, prompts, longest, support.drops_rows)
 
     def _compiles(self) -> bool:
-        return current_tiling().compiled if self.compiled is None else self.compiled
+        return bool(current_tiling().compiled) if self.compiled is None else self.compiled
 
 
 def _until_stop(tokens: Tensor, log_probs: Tensor | None, sampling: Sampling) -> list[Response]:

@@ -63,7 +63,7 @@ def micro_batch(
 
 def _loss_of_rows(rows: Tensor, head: Head, teachers: Sequence[Any]) -> int:
     """Bytes of the loss of N rows (N, D). From one tile on it is linear in N, and is not run for all of them."""
-    tile, peaks = rows_per_tile(head.vocabulary), []
+    tile, peaks = rows_per_tile(head.vocabulary, rows.device), []
     counts = [len(rows)] if len(rows) <= _TILES[-1] * tile else [tiles * tile for tiles in _TILES]
     for count in counts:
         with PeakMemory() as loss:
