@@ -223,7 +223,8 @@ def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
     if any(isinstance(part, Merged) for part in parts):
         raise ValueError("this teacher does not give the log-probability of every token, or of the likeliest ones")
     assert not isinstance(distribution, Merged)
-    columns, size = [], max(1, rows_per_tile(distribution.vocabulary, tokens.device) // 4)  # nothing here is done in place
+    size = max(1, rows_per_tile(distribution.vocabulary, tokens.device) // 4)  # nothing here is done in place
+    columns = []
     for start in range(0, len(tokens), size):
         log_probs = distribution.log_probs(slice(start, start + size)).float()
         chosen = tokens[start : start + size, None].to(log_probs.device)
