@@ -14,7 +14,8 @@ def data(recipe: Recipe, prepared: Prepared) -> Section:
     section, train = Section("data"), prepared.train
     add = section.findings.append
     window = prepared.configs.context_length
-    section.rows.append(("context", "no limit" if window is None else f"{window:,} tokens of prompt and response"))
+    unknown = "unknown" if prepared.configs.student is None else "no limit"
+    section.rows.append(("context", unknown if window is None else f"{window:,} tokens of prompt and response"))
     section.rows.append(("max_length", f"{_max_length(recipe, window):,} tokens"))
     if prepared.sampling is not None and _generates(prepared):
         section.rows.append(("max_new_tokens", f"{prepared.sampling.max_new_tokens:,} tokens, reserved"))

@@ -84,8 +84,9 @@ def diagnose(recipe: Recipe, restart: bool = False, processes: int | None = None
         level = yellow if record.levelno >= logging.WARNING else green
         by_title[topic].findings.append(level(record.getMessage()))
     for topic, error in refusals.collected:
-        title = _SECTIONS.get(topic, topic)
-        by_title.setdefault(title, Section(title)).findings.insert(0, red(sentence(error)))
+        section, finding = by_title.setdefault(_SECTIONS.get(topic, topic), Section(topic)), red(sentence(error))
+        if finding not in section.findings:  # several checks may load the same
+            section.findings.append(finding)
     return Diagnosis(list(by_title.values()), first_example(prepared))
 
 
@@ -150,6 +151,8 @@ def _memory(
         place = "" if part.device == str(arguments.device) else f"on {part.device}: "
         section.rows.append((part.name, size(part.bytes), kind, f"{place}{part.about}"))
     section.findings += result.notes
+    if result.student is None:
+        section.findings.append(yellow("memory and disk are not estimated without a student: correct what is red"))
     for device in dict.fromkeys(part.device for part in result.parts):
         section.findings.append(_fits(device, result, processes))
     return section

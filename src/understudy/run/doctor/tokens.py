@@ -83,13 +83,16 @@ def _cell(side: _Side, label: str) -> str:
     if label in ("embeddings", "context window"):
         value = None if config is None else config.vocab_size if label == "embeddings" else context_window(config)
         return "unknown" if config is None else "no limit" if value is None else f"{value:,}"
+    if label == "tokenizer":
+        return side.origin or "unknown"
+    if label == "generation config" and side.generation is None:
+        return "unknown" if side.config is None else "none"
     if label == "generation config":
         return ", ".join(_token(tokenizer, i) for i in side.generation_ids) or "names no end"
     if tokenizer is None:
         return "unknown"
     template = tokenizer.chat_template
     values = {
-        "tokenizer": side.origin,
         "tokens": f"{vocabulary_size(tokenizer):,}",
         "chat template": "none" if not template else hashlib.sha256(str(template).encode()).hexdigest()[:8],
         "ends a message": (side.end or "unknown token") if template else "no template",
