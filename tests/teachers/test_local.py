@@ -64,7 +64,7 @@ def test_reading_in_parts_gives_the_same_scores_in_the_same_order(monkeypatch):
     expected = score_no_grad(teacher.model, batch)
     calls = []
     teacher.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr("understudy.teachers.local._PART", 20)
+    monkeypatch.setattr("understudy.models.forward._PART", 20)
     scores = teacher.score(batch)
     assert len(calls) > 2
     torch.testing.assert_close(scores.log_probs, expected.log_probs, rtol=0, atol=1e-12)
@@ -143,7 +143,7 @@ def test_a_model_with_an_unknown_transformation_of_its_logits_takes_the_plain_pa
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_reads_the_teachers_prompts(masked, part, monkeypatch):
     """The scores of N rows are those of the same responses after other prompts, in the order of the batch."""
-    monkeypatch.setattr("understudy.teachers.local._PART", part)
+    monkeypatch.setattr("understudy.models.forward._PART", part)
     teacher = LocalTeacher(tiny("llama").double())
     prompts = [[5, 6, 7, 8, 9, 10], None, [11], [4, 4], None, [12, 5, 6]]
     examples = [
@@ -186,5 +186,5 @@ def test_further_inputs_are_read_in_parts_as_well(monkeypatch):
     examples = [replace(e, inputs={"shift": [float(e.row)]}) for e in ragged_examples(6)]
     batch = Batch.from_examples(examples, pad=0)
     expected = score_no_grad(teacher.model, batch).log_probs
-    monkeypatch.setattr("understudy.teachers.local._PART", 1)
+    monkeypatch.setattr("understudy.models.forward._PART", 1)
     torch.testing.assert_close(teacher.score(batch).log_probs, expected, rtol=0, atol=1e-6)

@@ -208,14 +208,14 @@ def test_a_student_that_cannot_generate_is_trained_without_samples(tmp_path, cap
 
 def test_the_cursor_is_restored_when_training_fails(tmp_path, monkeypatch):
     out = io.StringIO()
-    run = trainer(tmp_path, KD())
+    options = {"console": Console(file=out, force_terminal=True)}
+    run = trainer(tmp_path, KD(), options=options, disable_tqdm=False)
 
     def fail(*_, **__):
         raise ValueError("a loss that fails")
 
     monkeypatch.setattr(run, "compute_loss", fail)
-    bar = ShowProgress(Console(file=out, force_terminal=True))
-    run.add_callback(bar)
+    [bar] = [callback for callback in run.callback_handler.callbacks if isinstance(callback, ShowProgress)]
     with pytest.raises(ValueError, match="a loss that fails"):
         run.train()
     assert not bar.progress.live.is_started
