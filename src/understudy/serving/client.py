@@ -8,6 +8,7 @@ has lasted for `wait` seconds; an answer that is wrong ends the run at once.
 import asyncio
 import json
 import logging
+import os
 import random
 import threading
 import weakref
@@ -202,6 +203,19 @@ class Client:
         others = f", nor do the {len(self.replicas) - 1} others" if len(self.replicas) > 1 else ""
         waited = f" for {wait:g} s" if wait else ""
         return f"the server at {replica.url} does not answer{waited} ({failure}){others}: start it, or correct its url"
+
+
+def bearer_token(variable: str | None) -> str | None:
+    """The token in an environment variable, which a recipe names as token_env.
+
+    Raises:
+        ValueError: if it is not set.
+    """
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(f"the environment variable {variable}, which token_env names, is not set: set it to the token")
+    return os.environ[variable]
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -1,7 +1,7 @@
 """A student's weights in a folder that vLLM reads: the whole model with an untied head, or LoRA adapters alone.
 
-vLLM (0.32, on a CPU) keeps a copy of a tied head that it does not renew when weights are reloaded. So the head is written
-beside the embeddings, and the configuration says that the two are not tied.
+vLLM (0.32, on a CPU) keeps a copy of a tied head that it does not renew when weights are reloaded. So the head is
+written beside the embeddings, and the configuration says that the two are not tied.
 """
 
 import json
@@ -38,9 +38,7 @@ class WeightFolder:
         check_whole(model)
         bare, folder = without_adapters(model), self.path / "model"
         weights = {
-            name.replace(_BASE_LAYER, "."): weight
-            for name, weight in bare.state_dict().items()
-            if ".lora_" not in name
+            name.replace(_BASE_LAYER, "."): weight for name, weight in bare.state_dict().items() if ".lora_" not in name
         }
         config = json.loads(bare.config.to_json_string(use_diff=False))
         bare.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # else an index names the files
@@ -53,12 +51,10 @@ class WeightFolder:
             (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         return folder
 
-    def write_adapters(self, model: Any, name: str) -> Path:
-        """Write the adapters to a folder of that name, and remove those written before."""
+    def write_adapters(self, model: Any) -> Path:
+        """Write the adapters alone, over those written before."""
         check_whole(model)
-        for earlier in self.path.glob("adapters-*"):
-            shutil.rmtree(earlier)
-        folder = self.path / f"adapters-{name}"
+        folder = self.path / "adapters"
         model.save_pretrained(folder)
         return folder
 
@@ -71,7 +67,9 @@ def has_adapters(model: Any) -> bool:
     """
     kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in getattr(model, "peft_config", {}).values()}
     if kinds - {"LORA"}:
-        raise ValueError(f"vllm serves LoRA adapters, and none of the kind {min(kinds - {'LORA'})}: use rollout generate")
+        raise ValueError(
+            f"vllm serves LoRA adapters, and none of the kind {min(kinds - {'LORA'})}: use rollout generate"
+        )
     return bool(kinds)
 
 

@@ -1,8 +1,7 @@
-"""vLLM that generates with a student's weights: behind HTTP (one server or replicas), or in this process.
+"""vLLM's server that generates with a student's weights: token ids in, token ids and log-probabilities out.
 
-Both read weights from a folder, and both are asked with token ids and answer with token ids. A server tells which
-weights it has by a version that is set after they were loaded; one that was started again meanwhile has none, so that
-responses of other weights are never taken for the student's.
+A server tells which weights it has by a version that is set after they were loaded. One that was started again
+meanwhile has another, so that responses of other weights are never taken for the student's.
 """
 
 import secrets
@@ -20,9 +19,8 @@ from .client import Client, Reply, Request, Unavailable
 from .handshake import START
 
 _DEADLINES = 10  # generating and loading take longer than scoring: in units of the client's timeout
-_BANNED = -100.0  # the bias of a token that is never to be drawn
 _POLL = 1.0  # seconds between looks at whether the server is still there
-_ADAPTERS = "student-"
+_BANNED = -100.0  # the bias of a token that is never to be drawn
 _ROUNDING = 1e-3  # of the logarithm of a probability of 1
 
 
@@ -51,40 +49,95 @@ class Engine(Protocol):
     """Generates with weights that are loaded from folders."""
 
     def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
-        """A response to each job; ends where `is_alive` says that the server has ended."""
+        """A response to each job; raises TeacherError when `is_alive` says that the server has ended."""
         ...
+
+    def load_model(self, folder: Path) -> None: ...
+
+    def load_adapters(self, folder: Path) -> None: ...
+
+    def has_loaded_weights(self) -> bool:
+        """Are the weights still those that were loaded last?"""
+        ...
+
+
+class ServedEngine:
+    """vLLM's server, started with VLLM_SERVER_DEV_MODE=1; or replicas of it.
+
+    Attributes:
+        loaded: the model's name in requests, the server's own or that of adapters, and the version of the weights;
+            processes that share a server take it from the one that loads.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.loaded: tuple[str, str] | None = None
+
+    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
+        """See `Engine`; all requests are under way at once.
+
+        Raises:
+            TeacherError: for a server that does not answer, or not with responses.
+        """
+        futures = [
+            self._client.submit(
+                Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES)
+            )
+            for job in jobs
+        ]
+        try:
+            while wait(futures, _POLL, FIRST_EXCEPTION).not_done:
+                if failed := [future for future in futures if future.done() and future.exception() is not None]:
+                    failed[0].result()
+                if not is_alive():
+                    raise TeacherError(f"the server at {self._client.replicas[0].url} has ended")
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def load_model(self, folder: Path) -> None:
         """Reload the weights of every replica from a folder that it can read."""
         name = self._client.submit(Request("/v1/models", _first_model), self._client.replicas[0]).result()
         self._on_every_replica("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        self.mark(name)
+        self._mark(name)
 
     def load_adapters(self, folder: Path) -> None:
         """Load LoRA adapters in every replica, under a new name, and remove the ones before."""
-        before, name = self.loaded, f"{_ADAPTERS}{secrets.token_hex(4)}"
+        before, name = self.loaded, f"student-{secrets.token_hex(4)}"
         self._on_every_replica("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         if before is not None:
             self._on_every_replica("/v1/unload_lora_adapter", {"lora_name": before[0]}, optional=True)
-        self.mark(name)
+        self._mark(name)
 
     def has_loaded_weights(self) -> bool:
         """See `Engine`; also false where the server is away."""
+        versions = self._versions()
+        return versions is not None and self.loaded is not None and set(versions) == {self.loaded[1]}
+
+    def was_restarted(self) -> bool:
+        """Does every replica answer, and one of them with other weights?"""
+        return self._versions() is not None and not self.has_loaded_weights()
+
+    def _versions(self) -> list[Any] | None:
+        """The versions of the weights of all replicas; None where one does not answer."""
         request = Request("/weight_info", lambda reply: reply.json().get("weight_version"))
         asked = [self._client.submit(request, replica, START) for replica in self._client.replicas]
         try:
-            return self.loaded is not None and all(answer.result() == self.loaded[1] for answer in asked)
+            return [answer.result() for answer in asked]
         except TeacherError:
-            return False
+            return None
 
-    def mark(self, name: str) -> None:
+    def _mark(self, name: str) -> None:
         """Forget keys and values of earlier weights, and give the weights a new version."""
-        self._on_every_replica("/reset_prefix_cache", {}, read=_succeeded)
+        self._on_every_replica("/reset_prefix_cache", {}, _succeeded)
         version = secrets.token_hex(8)
         self._on_every_replica("/update_weight_version", {"new_version": version})
         self.loaded = name, version
 
-    def _on_every_replica(self, path: str, content: Any, read: Any = None, optional: bool = False) -> None:
+    def _on_every_replica(
+        self, path: str, content: Any, read: Callable[[Reply], None] | None = None, optional: bool = False
+    ) -> None:
         request = Request(path, read or (lambda reply: None), content, deadlines=_DEADLINES, optional=optional)
         for future in [self._client.submit(request, replica) for replica in self._client.replicas]:
             try:

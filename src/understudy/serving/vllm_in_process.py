@@ -1,4 +1,4 @@
-"""vLLM in this process, on the GPU of the trainer: it sleeps, with its weights in main memory, while the student learns."""
+"""vLLM in this process, on the trainer's GPU: while the student learns it sleeps, its weights in main memory."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class InProcessEngine:
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         try:
-            import vllm
+            import vllm  # type: ignore[import-not-found]
         except ImportError:
             raise ValueError(
                 "rollout vllm with colocate needs vLLM in this environment: pip install 'understudy[vllm]', or start a "

@@ -52,7 +52,7 @@ from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
-from .teacher_failure import NoteLastStep, checkpoint_on_failure
+from .teacher_failure import NoteLastStep, can_fail, checkpoint_on_failure
 from .writers import bind_writers
 
 
@@ -108,8 +108,7 @@ class StudentTrainer(ResumableTrainer):
         method.check_sampling(sampling)
         check_provides(teacher, method.requires, type(method).__name__)
         check_scores_responses(teacher if method.requires else None, method.authors, type(method).__name__)
-        processing_class = as_tokenizer(processing_class, student)
-        student = as_student(student, peft_config, args.seed)
+        processing_class, student = as_tokenizer(processing_class, student), as_student(student, peft_config, args.seed)
         check_models(student, teacher, processing_class)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
         limit, args = args.save_total_limit, adapted(args)
@@ -136,19 +135,20 @@ class StudentTrainer(ResumableTrainer):
             teacher.to(self.accelerator.device)
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
         self.teacher = method.setup(context) or teacher
-        self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
-        self._arrange_callbacks(limit, console, sync=rollout is not None)
+        models = (student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
+        self.writers = bind_writers(*models, Path(str(args.output_dir)))
+        self._arrange_callbacks(limit, console, rollout)
         parts = {"method": method, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
         describe_to_loggers(self.callback_handler.callbacks, parts, str(args.output_dir))
 
-    def _arrange_callbacks(self, save_total_limit: int | None, console: Console | None, sync: bool) -> None:
+    def _arrange_callbacks(self, limit: int | None, console: Console | None, rollout: Rollout | None) -> None:
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(SaveCheckpoints(save_total_limit))
-        if self.teacher is not None and not self.teacher.can(Capability.MODEL):
+        self.add_callback(SaveCheckpoints(limit))
+        if can_fail(self.teacher, rollout):
             self.add_callback(NoteLastStep(self.method, self.spending))
         self.add_callback(ShowProgress(console, self.spending, bar=not self.args.disable_tqdm))
-        if sync:
+        if rollout is not None:
             self.add_callback(SyncRollout(self.writers.student.rollout))
 
     @property
