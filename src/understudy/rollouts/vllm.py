@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..batch import Author, Example
 from ..generation.sampling import Binding, Response, SamplingRollout, generation_mode
 from ..method import is_distributed
+from ..models.vocabulary import vocabulary_size
 from ..rollout import WEIGHT_VERSION
 from ..sampling import Sampling
 from ..serving.client import Client, bearer_token
@@ -99,7 +100,7 @@ class VLLMRollout(SamplingRollout):
             raise ValueError("vllm with colocate runs in one process: use start: true with several")
         bound = super().bind(model, tokenizer, author)
         if id(model) not in self._engines:
-            self._engines[id(model)] = self._engine_for(model)
+            self._engines[id(model)] = self._engine_for(model, vocabulary_size(tokenizer))
         return bound
 
     def _bound_to(self, binding: Binding | None, **changes: Any) -> SamplingRollout:
@@ -131,6 +132,9 @@ class VLLMRollout(SamplingRollout):
 
     @property
     def _banned(self) -> range:
+        """Ids beyond the tokenizer's in a server that is not started here; another has none."""
+        if self.url is None:
+            return range(0)
         size = self._bound.model.get_input_embeddings().weight.shape[0]
         return range(self._bound.vocabulary, size)
 
@@ -161,7 +165,7 @@ class VLLMRollout(SamplingRollout):
         token = bearer_token(self.token_env)
         return Client(urls, self.timeout, self.wait, token, self._transport, self.batch_size)
 
-    def _engine_for(self, model: Any) -> StudentEngine:
+    def _engine_for(self, model: Any, vocabulary: int) -> StudentEngine:
         options = {"dtype": str(model.dtype).removeprefix("torch.")}
         if has_adapters(model):
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_rank(model)}
@@ -178,6 +182,7 @@ class VLLMRollout(SamplingRollout):
         return StudentEngine(
             model,
             self.weights,
+            vocabulary=vocabulary,
             process_for=process_for if self.start else None,
             client_for=self._client,
             engine_for=engine_for if self.colocate else None,

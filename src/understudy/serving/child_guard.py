@@ -33,7 +33,8 @@ def _default_signals() -> None:
 
 
 def _end_with_input(child: "subprocess.Popen[bytes]") -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the program ends
+        pass
     child.terminate()  # it ends what it has started, and frees shared memory
     with suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE)

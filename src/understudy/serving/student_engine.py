@@ -28,6 +28,7 @@ class StudentEngine:
     Args:
         model: the student, with or without LoRA adapters.
         weights_folder: where weights are written for vLLM to read; None: in memory.
+        vocabulary: tokens to which a padded vocabulary is cut in a vLLM that is started here; that of others stays.
         process_for: the server to start for the model in a folder; None: none is started.
         client_for: a client of the servers at some URLs.
         engine_for: an engine in this process for the model in a folder, in place of a server.
@@ -39,6 +40,7 @@ class StudentEngine:
         model: Any,
         weights_folder: str | None,
         *,
+        vocabulary: int,
         process_for: Callable[[Path], VLLMProcess] | None = None,
         client_for: Callable[[Sequence[str]], Client] | None = None,
         engine_for: Callable[[Path], Engine] | None = None,
@@ -47,6 +49,7 @@ class StudentEngine:
         self.version = 0  # of the weights: how many optimizer steps they have behind them
         self.checked: set[int] = set()  # the versions at which the engine was compared with the student
         self._model, self._parent, self._urls = model, weights_folder, list(urls)
+        self._vocabulary = None if urls else vocabulary
         self._process_for, self._client_for, self._engine_for = process_for, client_for, engine_for
         self._folder: WeightFolder | None = None
         self._process: VLLMProcess | None = None
@@ -120,14 +123,14 @@ class StudentEngine:
         """Start the server or the engine, unless it is there."""
         self._folder = self._folder or WeightFolder(self._parent)
         if self._process_for is not None and not (self._process and self._process.is_running):
-            folder = self._folder.write_model(self._model)
+            folder = self._folder.write_model(self._model, self._vocabulary)
             if self._process is None:
                 self._process = self._process_for(folder)
                 self._urls = [self._process.url]
             self._process.start()
             self._process.wait_until_ready()
         if self._engine is None and self._engine_for is not None:
-            self._engine = self._engine_for(self._folder.write_model(self._model))
+            self._engine = self._engine_for(self._folder.write_model(self._model, self._vocabulary))
         elif self._engine is None:
             self._engine = self._served()
 
@@ -137,7 +140,7 @@ class StudentEngine:
         if has_adapters(self._model):
             self._engine.load_adapters(self._folder.write_adapters(self._model))
         else:
-            self._engine.load_model(self._folder.write_model(self._model))
+            self._engine.load_model(self._folder.write_model(self._model, self._vocabulary))
 
     def _served(self) -> ServedEngine:
         assert self._client_for is not None

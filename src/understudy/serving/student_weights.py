@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..models.adapters import without_adapters
@@ -33,22 +34,28 @@ class WeightFolder:
         self.path = Path(tempfile.mkdtemp(prefix="understudy-weights-", dir=place))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)  # also when Python ends
 
-    def write_model(self, model: Any) -> Path:
-        """Write the model, without its adapters if it has such, over what was written before."""
+    def write_model(self, model: Any, vocabulary: int | None = None) -> Path:
+        """Write the model, without its adapters if it has such, over what was written before.
+
+        Args:
+            vocabulary: tokens of the tokenizer, to which a padded vocabulary is cut; None: all are written.
+        """
         check_whole(model)
         bare, folder = without_adapters(model), self.path / "model"
         weights = {
             name.replace(_BASE_LAYER, "."): weight for name, weight in bare.state_dict().items() if ".lora_" not in name
         }
-        config = json.loads(bare.config.to_json_string(use_diff=False))
-        bare.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # else an index names the files
-        head = bare.get_output_embeddings()
-        name = next((name for name, module in bare.named_modules() if module is head), None)
-        if name is not None and _is_tied(bare):
-            tensors = {key: value.detach().contiguous().clone() for key, value in head.named_parameters()}
-            save_file({f"{name}.{key}": value for key, value in tensors.items()}, folder / "head.safetensors")
-            config["tie_word_embeddings"] = False
-            (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        embeddings, head = (_name(bare, layer()) for layer in (bare.get_input_embeddings, bare.get_output_embeddings))
+        for name in [name for name in weights if name.rpartition(".")[0] in (embeddings, head)]:
+            weights[name] = weights[name][:vocabulary]
+        shared = weights[f"{embeddings}.weight"].detach().contiguous()
+        bare.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # one file
+        files = {"weights.safetensors": (folder / "model.safetensors").rename(folder / "weights.safetensors")}
+        if _is_tied(bare):
+            files["head.safetensors"] = folder / "head.safetensors"
+            save_file({f"{head}.weight": shared}, folder / "head.safetensors")
+        _write_index(folder, files)
+        _change_config(folder, bare, vocabulary)
         return folder
 
     def write_adapters(self, model: Any) -> Path:
@@ -95,3 +102,29 @@ def check_whole(model: torch.nn.Module) -> None:
 def _is_tied(model: Any) -> bool:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and head.weight is embeddings.weight
+
+
+def _name(model: Any, layer: Any) -> str:
+    """The name of a layer of the model, without PEFT's wrapper."""
+    names = [name for name, module in model.named_modules() if module is layer]
+    return f"{names[0]}.".replace(_BASE_LAYER, ".").removesuffix(".") if names else ""
+
+
+def _write_index(folder: Path, files: dict[str, Path]) -> None:
+    places: dict[str, str] = {}
+    for file, path in files.items():
+        with safe_open(path, framework="pt") as content:
+            places |= dict.fromkeys(content.keys(), file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _change_config(folder: Path, model: Any, vocabulary: int | None) -> None:
+    """Let the configuration say that the head is not tied, and how many tokens there are."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    size = model.get_input_embeddings().weight.shape[0]
+    changes = {"tie_word_embeddings": False, "vocab_size": min(size, vocabulary or size)}
+    for part in (config, config.get("text_config", {})):
+        part.update({key: value for key, value in changes.items() if key in part or part is config})
+    path.write_text(json.dumps(config, indent=1), encoding="utf-8")
