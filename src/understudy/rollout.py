@@ -4,12 +4,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .batch import Author, Example
 from .sampling import Sampling
 from .step import Step
 
+WEIGHT_VERSION = "weight_version"  # the column of a response with the optimizer steps behind its weights
 SAMPLED_LOGPROB = "sampled_logprob"  # the stream of `Sampling.logprobs`
 
 
@@ -19,6 +21,7 @@ class Rollout(ABC):
     Constructor arguments are the engine's options; sampling parameters are passed to each call as a `Sampling`.
     """
 
+    is_remote: ClassVar[bool] = False  # does another process generate, which may fail?
     batch_size: int | None = None  # sequences generated at once; None: as many as there are
     runs_ahead: ClassVar[bool] = False  # may it generate in a thread while the model is trained? See `for_thread`
 
@@ -26,6 +29,9 @@ class Rollout(ABC):
     def is_bound(self) -> bool:
         """Does this rollout have a model to generate with? Default: it has, as an engine with a model of its own."""
         return True
+
+    def setup(self, folder: Path) -> None:
+        """Called with the run's folder before `bind`; nothing may be written there before responses are generated."""
 
     @abstractmethod
     def bind(self, model: Any, tokenizer: Any, author: Author = "student") -> "Rollout":

@@ -30,7 +30,7 @@ class Capability(Enum):
 
 
 class TeacherError(Exception):
-    """A teacher outside this process does not answer, or its answer is wrong; the message is one sentence.
+    """A teacher or a rollout outside this process does not answer, or wrongly; the message is one sentence.
 
     In training it ends the run with a checkpoint, from which the same command resumes.
 

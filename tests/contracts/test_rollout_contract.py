@@ -3,8 +3,10 @@
 import gc
 from dataclasses import replace
 
+import httpx2
 import pytest
 import torch
+from fake_engine import FakeVLLMEngine
 from fakes import VOCABULARY, ScriptedRollout, ragged_examples, tiny, words, writer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
@@ -13,9 +15,11 @@ from understudy.generation.response_cache import CachedRollout
 from understudy.rollout import Writer
 from understudy.rollouts.continuous import ContinuousRollout, is_available
 from understudy.rollouts.generate import GenerateRollout
+from understudy.rollouts.vllm import VLLMRollout
 from understudy.step import Step
 
 STOP, LONGEST = 2, 6
+URL = "http://vllm:8000"
 
 
 def scripted(model, author="student", **options):
@@ -32,6 +36,16 @@ def continuous(model, author="student", **options):
     return writer(ContinuousRollout, model, author, **{"max_new_tokens": LONGEST, "batch_size": 3, **options})
 
 
+def vllm(model, author="student", **options):
+    """Of the fake server; the real one is tested in tests/rollouts/test_vllm_engine.py."""
+    if author != "student":
+        pytest.skip("vllm generates the student's responses only")
+    transport = httpx2.MockTransport(FakeVLLMEngine())
+    return writer(
+        VLLMRollout, model, author, **{"max_new_tokens": LONGEST, "url": URL, "_transport": transport, **options}
+    )
+
+
 def cached(folder, model, **options):
     below = generate(model, "teacher", **options)
     return Writer(CachedRollout(below.rollout, folder / "responses.jsonl", "abc"), below.sampling)
@@ -45,9 +59,12 @@ MAKE = {
     "generate, restricted": lambda folder, model, **options: generate(model, **RESTRICTED, **options),
     "continuous": lambda folder, model, **options: continuous(model, **options),
     "continuous, restricted": lambda folder, model, **options: continuous(model, **RESTRICTED, **options),
+    "vllm": lambda folder, model, **options: vllm(model, **options),
+    "vllm, restricted": lambda folder, model, **options: vllm(model, **RESTRICTED, **options),
     "cached": cached,
 }
 BOUND = {"scripted": scripted, "generate": generate, "continuous": continuous}
+SERVED = {"vllm": vllm}
 SAMPLED = {"generate": generate, "continuous": continuous}
 
 
@@ -122,7 +139,7 @@ def test_prompts_are_not_changed(rollout):
     assert before == PROMPTS
 
 
-@pytest.mark.parametrize("name", [*BOUND, "cached"])
+@pytest.mark.parametrize("name", [*BOUND, *SERVED, "cached"])
 def test_several_responses_to_a_prompt_are_consecutive_and_different(name, tmp_path):
     several = MAKE[name](tmp_path, likely_to_stop(), n=3)
     responses = several(PROMPTS, Step(0))
@@ -159,8 +176,11 @@ def test_without_logprobs_there_is_no_stream(rollout):
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "scripted"])
 def test_log_probabilities_are_the_model_s_own_at_temperature_one(name, tmp_path):
-    """Whatever the temperature and the restriction to top-k and top-p; a padded vocabulary has no share in them."""
-    model = tiny("phi", vocabulary=VOCABULARY + 11)
+    """Whatever the temperature and the restriction to top-k and top-p; a padded vocabulary has no share in them.
+
+    A server that others have started has the padded vocabulary, and is refused where that has a share.
+    """
+    model = tiny("phi", vocabulary=VOCABULARY + (0 if "vllm" in name else 11))
     with torch.no_grad():
         model.lm_head.bias[STOP] = 2.5
     plain = MAKE[name](tmp_path / "plain", model)
@@ -191,22 +211,23 @@ def gemma3():
     return model.eval()
 
 
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", [*SAMPLED, *SERVED])
 def test_responses_are_generated_with_the_current_weights(name):
     model = tiny("llama")
-    write = SAMPLED[name](model)
+    write = {**SAMPLED, **SERVED}[name](model)
     before = write(PROMPTS, Step(0))
     with torch.no_grad():
         model.lm_head.weight.neg_()
+    write.rollout.sync(Step(1))
     assert write(PROMPTS, Step(0)) != before
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", [*SAMPLED, *SERVED])
 def test_greedy_responses_equal_those_of_transformers_generate(name, kind):
     model = gemma3() if kind == "gemma3" else tiny(kind)
     stop = [2, *range(5, 12)]
-    greedy = SAMPLED[name](model, max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4)
+    greedy = {**SAMPLED, **SERVED}[name](model, max_new_tokens=12, temperature=0, stop_ids=stop, batch_size=4)
     own = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0)
     responses = greedy(PROMPTS, Step(0))
     for example in responses:

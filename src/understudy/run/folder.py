@@ -61,6 +61,7 @@ class RunFolder:
     report = _Entry("report")
     evaluation = _Entry("evaluation.json")  # of the student, by `compare`
     failed = _Entry("failed.txt")  # the error of a failed run of a comparison
+    vllm_log = _Entry("vllm.log")  # the output of the vLLM that the rollout has started
     log = _Entry("log.txt")  # the output of a run of a comparison
 
     def read_run_json(self) -> dict[str, Any] | None:
@@ -264,6 +265,7 @@ EVALUATION = _kind("evaluation", RunFolder.evaluation, RunFolder.failed, RunFold
 RUN = _kind(
     *("run", RunFolder.recipe, checkpoint.PATTERN, RunFolder.student, RunFolder.teacher_responses, RunFolder.inputs),
     *(RunFolder.soft_prompt, RunFolder.metrics, RunFolder.samples, RunFolder.before, RunFolder.run_json),
+    RunFolder.vllm_log,
     RunFolder.report,
     nested={str(RunFolder.report): REPORT},
 )

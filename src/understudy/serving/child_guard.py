@@ -33,8 +33,9 @@ def _default_signals() -> None:
 
 
 def _end_with_input(child: "subprocess.Popen[bytes]") -> None:
-    sys.stdin.buffer.read()
-    _signal(child, signal.SIGTERM)
+    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the program ends
+        pass
+    child.terminate()  # it ends what it has started, and frees shared memory
     with suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE)
     _signal(child, signal.SIGKILL)

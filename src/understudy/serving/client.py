@@ -8,6 +8,7 @@ has lasted for `wait` seconds; an answer that is wrong ends the run at once.
 import asyncio
 import json
 import logging
+import os
 import random
 import threading
 import weakref
@@ -24,7 +25,6 @@ from ..teacher import TeacherError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_REQUESTS_PER_REPLICA = 16  # at once
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0  # seconds between attempts, which double
 _PASSING = (408, 425, 429)  # besides 5xx
 _JITTER = random.Random()  # not the generator that training saves in checkpoints
@@ -91,13 +91,20 @@ class Client:
         wait: seconds for which a failure may last.
         token: sent as `Authorization: Bearer …`.
         transport: of httpx, for tests.
+        concurrent: requests to one replica at once; further ones wait.
 
     Raises:
         ValueError: for what is no URL, and for one with a password, which recipes and logs would show.
     """
 
     def __init__(
-        self, urls: Sequence[str], timeout: float, wait: float, token: str | None = None, transport: Any = None
+        self,
+        urls: Sequence[str],
+        timeout: float,
+        wait: float,
+        token: str | None = None,
+        transport: Any = None,
+        concurrent: int = 16,
     ) -> None:
         if not urls:
             raise ValueError("url names no server: write http://host:port")
@@ -105,7 +112,7 @@ class Client:
         self.timeout, self.wait, self._token, self._transport = timeout, wait, token, transport
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: Any = None
-        self._slots = asyncio.Semaphore(_REQUESTS_PER_REPLICA * len(urls))
+        self._slots = asyncio.Semaphore(concurrent * len(urls))
 
     def submit(self, request: Request[T], replica: Replica | None = None, wait: float | None = None) -> Future[T]:
         """Send a request, by default to any replica; the future's result is what `request.read` returns.
@@ -196,6 +203,19 @@ class Client:
         others = f", nor do the {len(self.replicas) - 1} others" if len(self.replicas) > 1 else ""
         waited = f" for {wait:g} s" if wait else ""
         return f"the server at {replica.url} does not answer{waited} ({failure}){others}: start it, or correct its url"
+
+
+def bearer_token(variable: str | None) -> str | None:
+    """The token in an environment variable, which a recipe names as token_env.
+
+    Raises:
+        ValueError: if it is not set.
+    """
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(f"the environment variable {variable}, which token_env names, is not set: set it to the token")
+    return os.environ[variable]
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic, sleep
@@ -84,6 +85,7 @@ class VLLMProcess:
                 env=environment,
                 start_new_session=True,
             )
+        weakref.finalize(self, _end, self._process)  # when nobody needs the server, and when Python ends
 
     def wait_until_ready(self) -> None:
         """Wait until the server answers.
@@ -106,9 +108,7 @@ class VLLMProcess:
     def stop(self) -> None:
         """End the server and wait until it is gone."""
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()  # which the guard waits for
-            self._process.wait()
+            _end(self._process)
 
     def _reason(self) -> str:
         """The last error in the log, in parentheses."""
@@ -116,6 +116,12 @@ class VLLMProcess:
         lines = [line.partition("] ")[2] or line for line in text[-_LAST:].splitlines()]
         errors = [line for line in lines if "rror: " in line]
         return f" ({errors[-1].strip()[:200].rstrip('.')})" if errors else ""
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    process.stdin.close()  # which the guard waits for
+    process.wait()
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """A teacher behind HTTP: `understudy serve`, which sends hidden rows, or vLLM, which sends the top K tokens."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,7 +14,7 @@ from ..fused_linear.merged import TopK
 from ..method import from_all_processes, is_distributed
 from ..rollout import Rollout
 from ..scores import Scores
-from ..serving.client import Client
+from ..serving.client import Client, bearer_token
 from ..serving.responses import ServedRollout
 from ..serving.understudy_protocol import UnderstudyProtocol
 from ..serving.vllm_protocol import DEFAULT_TOP_K, VLLMProtocol
@@ -59,7 +58,7 @@ class ServerTeacher(Teacher):
         if model is not None and protocol != "vllm":
             raise ValueError("model is for the protocol vllm; `understudy serve` has one model: leave it out")
         urls = [url] if isinstance(url, str) else url
-        self._client = Client(urls, timeout, wait, _token(token_env), _transport)
+        self._client = Client(urls, timeout, wait, bearer_token(token_env), _transport)
         if protocol == "vllm":
             self._protocol = VLLMProtocol(top_k or DEFAULT_TOP_K, model, compared=tokenizer is not None)
         else:
@@ -122,14 +121,6 @@ class ServerTeacher(Teacher):
         size = -(-len(examples) // len(self._client.replicas))
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
         return [self._client.submit(self._protocol.request(part)) for part in parts]
-
-
-def _token(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise ValueError(f"the environment variable {variable}, which token_env names, is not set: set it to the token")
-    return os.environ[variable]
 
 
 def _key(examples: Sequence[Example]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..batch import Batch
+from ..rollout import WEIGHT_VERSION
 
 _ACTIVITIES = ("generate", "score", "learn")
 
@@ -43,6 +44,10 @@ class StepMetrics:
         self._counts["responses"] += len(batch.examples)
         self._counts["tokens"] += len(batch.tokens)
         self._counts["truncated"] += sum(e.truncated for e in batch.examples)
+        generated = [e.columns for e in batch.examples if e.author == "student"]
+        versions = [columns[WEIGHT_VERSION] for columns in generated if WEIGHT_VERSION in columns]
+        if versions:
+            self.record({WEIGHT_VERSION: torch.tensor(versions)})
 
     def record(self, values: Mapping[str, torch.Tensor]) -> None:
         """Record values of any shape, whose means will be logged. Processes may record different names."""

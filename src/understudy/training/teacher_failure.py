@@ -1,4 +1,4 @@
-"""A teacher outside the process that fails ends a run with a checkpoint of the last complete step.
+"""A teacher or a rollout outside the process that fails ends a run with a checkpoint of the last complete step.
 
 The step in which it fails has changed more than its step number says: random numbers were drawn, tokens were counted,
 and the method may have collected examples. So what a checkpoint saves of these is noted after every step, and restored.
@@ -13,12 +13,18 @@ import torch
 from transformers import TrainerCallback
 
 from ..method import Method
-from ..teacher import TeacherError
+from ..rollout import Rollout
+from ..teacher import Capability, Teacher, TeacherError
 from .checkpoint import last_checkpoint, step_of
 from .spending import Spending
 
 if TYPE_CHECKING:
     from .trainer import StudentTrainer
+
+
+def can_fail(teacher: Teacher | None, rollout: Rollout | None) -> bool:
+    """Is the teacher or the rollout outside this process?"""
+    return (teacher is not None and not teacher.can(Capability.MODEL)) or (rollout is not None and rollout.is_remote)
 
 
 class NoteLastStep(TrainerCallback):

@@ -53,7 +53,7 @@ from .saving import SaveCheckpoints
 from .spending import Spending, first_process_s, follow_budget
 from .state import load_state, save_state
 from .step_metrics import StepMetrics
-from .teacher_failure import NoteLastStep, checkpoint_on_failure
+from .teacher_failure import NoteLastStep, can_fail, checkpoint_on_failure
 from .writers import bind_writers
 
 
@@ -138,22 +138,23 @@ class StudentTrainer(ResumableTrainer):
             teacher.to(self.accelerator.device)
         context = MethodContext(teacher, processing_class, self.vocabulary, args.learning_rate, corpus)
         self.teacher = method.setup(context) or teacher
-        self.writers = bind_writers(student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
+        models = (student, self.teacher, method, processing_class, rollout, sampling, teacher_rollout)
+        self.writers = bind_writers(*models, Path(str(args.output_dir)))
         self.collector = Collector(method, self.writers, schedule, self.accelerator)
-        self._arrange_callbacks(limit, console, sync=rollout is not None)
+        self._arrange_callbacks(limit, console, rollout)
         described = {**parts, "teacher": teacher, "rollout": rollout, "sampling": sampling, "budget": budget}
         describe_to_loggers(self.callback_handler.callbacks, described, str(args.output_dir))
 
-    def _arrange_callbacks(self, save_total_limit: int | None, console: Console | None, sync: bool) -> None:
+    def _arrange_callbacks(self, limit: int | None, console: Console | None, rollout: Rollout | None) -> None:
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(FinishAhead(self))
-        self.add_callback(SaveCheckpoints(save_total_limit))
-        if self.teacher is not None and not self.teacher.can(Capability.MODEL):
+        self.add_callback(SaveCheckpoints(limit))
+        if can_fail(self.teacher, rollout):
             self.add_callback(NoteLastStep(self.method, self.spending))
         self._progress = ShowProgress(console, self.spending, bar=not self.args.disable_tqdm)
         self.add_callback(self._progress)
-        if sync:
+        if rollout is not None:
             self.add_callback(SyncRollout(self.writers.student.rollout))
 
     @property

@@ -1,5 +1,6 @@
 """The rollouts of a run, bound to the models that generate with them."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,12 +19,16 @@ def bind_writers(
     rollout: Rollout | None,
     sampling: Sampling,
     teacher_rollout: Rollout | None,
+    folder: Path,
 ) -> Writers:
     """The models that generate responses: the student by `rollout`, the teacher by its own rollout or the same one.
 
     Raises:
         ValueError: if one that the method trains on is missing.
     """
+    for each in (rollout, teacher_rollout):
+        if each is not None:
+            each.setup(folder)
     if teacher is not None and "teacher" in method.authors and teacher_rollout is None:
         teacher_rollout = teacher.rollout()
     if teacher is not None and "teacher" in method.authors and teacher.can(Capability.MODEL):
