@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .load import reason
+from .sharding import whole_shape
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def probe_log_probs(model: Any) -> Tensor:
     """Log-probabilities (2, 12, V) after fixed random tokens, float32 on the CPU, without dropout."""
     embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, embeddings.shape[0], (2, 12), generator=generator).to(embeddings.device)
+    ids = torch.randint(0, whole_shape(embeddings)[0], (2, 12), generator=generator).to(embeddings.device)
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids[ids == (-1 if pad is None else pad)] = 1  # padding is masked, and some families reset its row
     was_training = model.training
@@ -96,7 +97,7 @@ def check_saved(folder: Path, expected: Tensor, model: Any, rounding: bool = Fal
 
 def has_memory(model: nn.Module) -> bool:
     """Is there free memory for a second copy of this model? A process that takes more is killed without an error."""
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    needed = sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in model.parameters())
     return psutil.virtual_memory().available > 1.2 * needed
 
 

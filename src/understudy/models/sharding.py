@@ -23,6 +23,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(is_shard, model.parameters()))
 
 
+def whole_shape(weight: Any) -> torch.Size:
+    """The shape of a weight, also where ZeRO-3 keeps none of it in this process."""
+    return torch.Size(getattr(weight, "ds_shape", weight.shape))
+
+
 def shard_layers(model: Any, device: torch.device) -> None:
     """Shard a frozen model's layers over all processes with FSDP2, on `device`; once, if it is called again.
 

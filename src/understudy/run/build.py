@@ -1,7 +1,8 @@
 """Build data, models and trainer from a recipe; cheap checks come before expensive ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Run:
     inputs: list[Input]
     origin: Origin  # of the student
     context_length: int | None  # of prompt and response
+    load_student: Callable[[], Any]  # the student once more, as it was before training, whole in this process
     samples: ShowSamples | None = None
 
     def prompts(self, count: int) -> list[Example]:
@@ -70,7 +72,8 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
     set_seed(arguments.seed)  # right before random weights of a fresh student and of adapters are drawn
     with recipe.locating("student"):
         dtype = configs.student.dtype  # of the weights on disk
-        student = load_student(recipe, configs.student, None if teacher is None else teacher.model_name)
+        load = partial(load_student, recipe, configs.student, None if teacher is None else teacher.model_name)
+        student = load()
     check_optimizer(recipe, arguments, student)
     origin = Origin.of(dtype, student)
     generator = teacher  # exposure bias is measured with it even if the method does not use it
@@ -110,7 +113,7 @@ def build(recipe: Recipe, arguments: TrainingArguments, console: Console | None 
         console=console,
     )
     parts = (recipe, trainer, teacher, configs.tokenizer, folder, train, held_out, inputs, origin)
-    run = Run(*parts, configs.context_length)
+    run = Run(*parts, configs.context_length, load)
     check_best_metric(run)
     _add_callbacks(run, console)
     return run

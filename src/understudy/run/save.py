@@ -1,6 +1,5 @@
 """Save the trained student in student/, as it was evaluated, and compare what was saved with the model in memory."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from ..models.sharding import is_sharded
 if TYPE_CHECKING:
     from .build import Run
 
-logger = logging.getLogger(__name__)
 _MERGED = "merged"  # a folder inside student.partial
 
 
@@ -57,15 +55,20 @@ def _save(run: "Run", model: Any, partial: Path) -> None:
     trainer, student = run.trainer, run.recipe.student
     sampling = trainer.writers.student.sampling
     stops = (sampling.stop_ids, run.tokenizer.pad_token_id)
-    whole = not is_sharded(model)
+    sharded = is_sharded(model)
+    expected = probe_log_probs(model) if sharded else None  # by all processes together
+    if sharded and student.merge:
+        model = _whole(run)
+        if model is None:
+            return
     run.origin.restore_settings(without_adapters(model), *stops)
     if student.merge:
         if trainer.args.should_save:
             model.save_pretrained(partial)
             name_magnitudes(partial)
             run.tokenizer.save_pretrained(partial)
-        model, partial = merged(model) if whole else model.merge_and_unload(), partial / _MERGED
-    if not hasattr(model, "peft_config") and whole:
+        model, partial = merged(model), partial / _MERGED
+    if not hasattr(model, "peft_config") and not is_sharded(model):
         run.origin.restore(model, student.save_dtype, *stops)
     if student.merge:
         if trainer.args.should_save:
@@ -78,7 +81,16 @@ def _save(run: "Run", model: Any, partial: Path) -> None:
     if hasattr(model, "peft_config"):
         without_adapters(model).generation_config.save_pretrained(partial)
         name_magnitudes(partial)
-    if whole:
-        check_saved(partial, probe_log_probs(model), model, rounding=trainer.args.bf16 or trainer.args.fp16)
-    else:
-        logger.warning("the student's weights are in several processes: what was saved is not compared with them")
+    expected = probe_log_probs(model) if expected is None else expected
+    check_saved(partial, expected, model, rounding=trainer.args.bf16 or trainer.args.fp16)
+
+
+def _whole(run: "Run") -> Any:
+    """A whole student with the trained weights of a sharded one, in the process that saves; None in the others."""
+    trainer = run.trainer
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return None
+    model = run.load_student()
+    model.load_state_dict(state)
+    return model

@@ -13,18 +13,19 @@ from ..models.load import load_tokenizer, refuse_other_tokens
 from ..teacher import Teacher
 from ..teachers.local import LocalTeacher
 from .fields import check_arguments
-from .sharding import check_sharding, check_whole
+from .sharding import check_followed, check_sharding, check_whole
 
 _TOKENS_PER_RESPONSE = 64  # assumed, since responses are not generated yet
 
 
-def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any) -> None:
-    """Refuse a student that cannot be trained, and a teacher that cannot score its tokens or be reached.
+def check_models(student: nn.Module, teacher: Teacher | None, tokenizer: Any, args: TrainingArguments) -> None:
+    """Refuse a student that cannot be trained, and a teacher that cannot score its tokens, follow it or be reached.
 
     Raises:
         ValueError, TeacherError: with the cause and the remedy.
     """
     check_whole(student)
+    check_followed(teacher, args)
     check_trainable(student, teacher)
     check_same_tokenizer(tokenizer, teacher)
     if teacher is not None:

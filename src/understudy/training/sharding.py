@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..models.sharding import is_sharded
+from ..teacher import Teacher
 
 
 class ShardedTrainer(Trainer):
@@ -125,6 +126,20 @@ def check_whole(student: nn.Module) -> None:
         raise ValueError(
             "the student's weights are sharded already, and this trainer shards them itself: give the student's name, "
             "or load it before the TrainingArguments, which have DeepSpeed shard whatever is loaded after them"
+        )
+
+
+def check_followed(teacher: Teacher | None, args: TrainingArguments) -> None:
+    """Refuse a teacher whose weights follow those of a student that FSDP2 or DeepSpeed will shard or move.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    follows = teacher is not None and any(part.follows_student for part in teacher.parts().values())
+    if follows and (uses_fsdp(args) or args.deepspeed_plugin is not None):
+        raise ValueError(
+            "the teacher student follows the student's whole weights with weights: average and current, and FSDP2 and "
+            "DeepSpeed shard or move them: use weights: start, or leave fsdp and deepspeed out"
         )
 
 

@@ -113,7 +113,7 @@ class StudentTrainer(ResumableTrainer):
         check_provides(teacher, method.requires, type(method).__name__)
         check_scores_responses(teacher if method.requires else None, method.authors, type(method).__name__)
         processing_class, student = as_tokenizer(processing_class, student), as_student(student, peft_config, args.seed)
-        check_models(student, teacher, processing_class)
+        check_models(student, teacher, processing_class, args)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
         self.spending = Spending(budget)
         self.parts = parts = {"method": method} if teacher is None else {"method": method, "teacher": teacher}
