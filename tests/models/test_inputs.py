@@ -1,6 +1,5 @@
 """Model inputs of a batch: padded, packed into one row, after a soft prompt, with further inputs."""
 
-import math
 import os
 from dataclasses import replace
 
@@ -8,18 +7,10 @@ import pytest
 import torch
 from fakes import KINDS, VOCABULARY, Tabular, ragged_examples, tiny
 from gradients import BATCH, assert_same, loss_and_gradients
+from packed_attention import ATTENTION
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    BloomConfig,
-    Lfm2Config,
-    MambaConfig,
-    PreTrainedModel,
-)
-from transformers.masking_utils import flash_attention_mask
+from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config, MambaConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 from understudy.batch import Batch, Example
@@ -116,25 +107,6 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # attention that transformers writes out t
 PACKS = [kind for kind in KINDS if kind != "opt"]  # whose masks do not look at position ids
 
 
-def flash_attention_by_hand(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **options
-):
-    """What FlashAttention does with a packed row: a position id that does not follow the last begins a sequence."""
-    assert attention_mask is None
-    position = options["position_ids"][0]
-    sequence = (position.diff(prepend=position[:1] - 1) != 1).cumsum(0)
-    distance = position[:, None] - position
-    visible = (sequence[:, None] == sequence) & (distance >= 0) & (distance < (sliding_window or math.inf))
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = query @ key.mT * (scaling or query.shape[-1] ** -0.5)
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("flash_by_hand", flash_attention_by_hand)
-AttentionMaskInterface.register("flash_by_hand", flash_attention_mask)
-
-
 def two_layers(family: str) -> PreTrainedModel:
     """A model of two layers in float64, with windows of three tokens where the family has windows."""
     shape = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -164,7 +136,7 @@ def packed_and_padded(model, monkeypatch, force: bool, batch=RAGGED, **options):
         with monkeypatch.context() as patch:
             if force or not pack:
                 patch.setattr("understudy.models.inputs.can_pack", lambda _, pack=pack: pack)
-            inner.config._attn_implementation = "flash_by_hand" if pack and not force else attention
+            inner.config._attn_implementation = ATTENTION if pack and not force else attention
             results.append(loss_and_gradients(model, teacher, JensenShannon(0.3), batch, **options))
     handle.remove()
     return results[1], results[0], shapes[-1]
@@ -213,7 +185,7 @@ def test_a_soft_prompt_stands_before_every_packed_sequence(kind, force, fused, m
     assert (gradients[0].abs() > 1e-6).all()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flash_by_hand"])
+@pytest.mark.parametrize("attention", ["sdpa", ATTENTION])
 def test_packed_sequences_do_not_see_each_other_because_positions_begin_anew(attention, monkeypatch):
     monkeypatch.setattr("understudy.models.inputs.can_pack", lambda _: True)
     model = tiny("llama").to(f64)
