@@ -1,10 +1,13 @@
 """Two processes with FSDP2, ZeRO-2 or ZeRO-3 end with the weights of one process; a killed run resumes to the bit.
 
-One start of torchrun (gloo, on the CPU) trains every case of `sharded_runs` and is then killed; a second one resumes.
+One start of torchrun (gloo, on the CPU) trains every case of `sharded_runs`, runs a recipe to its end, and is killed in
+the same recipe's third step; the command line then resumes.
 """
 
 import importlib.util
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,11 +19,15 @@ import pytest
 import sharded_runs
 import torch
 from fakes import ragged_examples, tiny, words
+from folders import write
 from loop import arguments, difference, student, weights
+from safetensors.torch import load_file
 from sharded_runs import CASES, KINDS
 
 from understudy.methods.sft import SFT
 from understudy.models.sharding import shard_layers
+from understudy.recipe import parse
+from understudy.run.distill import distill
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.routed import RoutedTeacher
 from understudy.training.sharding import check_sharding
@@ -32,24 +39,23 @@ SHARDED = [pytest.param(k, marks=[NEEDS_DEEPSPEED] if "zero" in k else []) for k
 TOLERANCE = 1e-6  # of weights of size 0.3 after four steps of size 1e-2; measured: 3e-7
 
 
-def command(kind: str, action: str, folder: Path, address: str, *options: str, port: int) -> list[str]:
-    script = str(Path(sharded_runs.__file__))
+def command(program: list[str], address: str, port: int, *options: str) -> list[str]:
     meeting = ["--master_addr", address, "--master_port", str(port), *options]
-    return [sys.executable, "-m", "torch.distributed.run", *meeting, script, kind, action, str(folder)]
+    return [sys.executable, "-m", "torch.distributed.run", *meeting, *program]
 
 
 def environment(interface: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sharded_runs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu"}
-    return {**os.environ, **own}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": interface}
+    return {**os.environ, **own, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
 
 
-def start(kind: str, action: str, folder: Path, processes: int = 2) -> subprocess.CompletedProcess:
+def start(*program: str, processes: int = 2) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return subprocess.run(
-        command(kind, action, folder, "127.0.0.1", "--nproc_per_node", str(processes), port=port),
+        command(list(program), "127.0.0.1", port, "--nproc_per_node", str(processes)),
         env=environment("lo"),
         capture_output=True,
         text=True,
@@ -58,35 +64,67 @@ def start(kind: str, action: str, folder: Path, processes: int = 2) -> subproces
     )
 
 
+def start_cases(kind: str, action: str, folder: Path, processes: int = 2, **options) -> subprocess.CompletedProcess:
+    return start(sharded_runs.__file__, kind, action, str(folder), json.dumps(options), processes=processes)
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return {case: sharded_runs.train(folder, "one", case, 1) for case in CASES}
+    sharded_runs.prepare(folder)
+    distill(parse(sharded_runs.merging(folder, "one", 1)))
+    results = {case: sharded_runs.train(folder, "one", case, 1) for case in CASES}
+    return SimpleNamespace(cases=results, merged=load_file(folder / "one, merged" / "student" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module", params=SHARDED)
+def two_processes(request, tmp_path_factory):
+    """The folder of the runs of one kind with two processes, of which the last was killed."""
+    folder = tmp_path_factory.mktemp("two")
+    sharded_runs.prepare(folder)
+    killed = start_cases(request.param, "train, merge and be killed", folder)
+    assert "SIGKILL" in killed.stderr, killed.stderr[-4000:]
+    return request.param, folder
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", SHARDED)
-def test_sharded_processes_train_as_one_does_and_a_killed_run_resumes_to_the_bit(kind, one_process, tmp_path):
-    killed = start(kind, "train", tmp_path)
-    assert "SIGKILL" in killed.stderr, killed.stderr[-4000:]
-    sharded = {case: torch.load(tmp_path / f"{kind}, {case}.pt") for case in CASES}
-    for case, single in one_process.items():
-        assert difference(single["weights"], sharded[case]["weights"]) < TOLERANCE, case
+def test_sharded_processes_train_as_one_does(two_processes, one_process):
+    kind, folder = two_processes
+    sharded = {case: torch.load(folder / f"{kind}, {case}.pt") for case in sharded_runs.cases_of(kind)}
+    for case, result in sharded.items():
+        single = one_process.cases[case]
+        assert difference(single["weights"], result["weights"]) < TOLERANCE, case
         for name, values in single["numbers"].items():
-            assert sharded[case]["numbers"][name] == pytest.approx(values, rel=1e-5), (case, name)
+            assert result["numbers"][name] == pytest.approx(values, rel=1e-5), (case, name)
         if kind != "zero2":  # which shards gradients and optimizer state alone
-            assert sharded[case]["kept"] < 0.65 * single["kept"], "every process holds about half of the weights"
+            assert result["kept"] < 0.65 * single["kept"], "every process holds about half of the weights"
     assert difference(sharded["sft"]["weights"], weights(student())) > 1e-3
-    resumed = start(kind, "resume", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
-    again = torch.load(tmp_path / f"{kind}, resumed.pt")["weights"]
-    assert difference(sharded["promptkd"]["weights"], again) == 0
+    merged = load_file(folder / f"{kind}, merged" / "student" / "model.safetensors")
+    assert difference(one_process.merged, merged) < TOLERANCE
+    assert difference(merged, load_file(folder / "student" / "model.safetensors")) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_sharded_run_resumes_to_the_bit(two_processes):
+    """By the command line; and under FSDP2 with another number of processes, up to rounding."""
+    kind, folder = two_processes
+    assert (folder / "killed" / "checkpoint-2").is_dir()
+    assert not (folder / "killed" / "run.json").exists()
+    shutil.copytree(folder / "killed", folder / "elsewhere")
+    expected = load_file(folder / "whole" / "student" / "model.safetensors")
+
+    def resumed(run: str, processes: int, *options: str) -> dict[str, torch.Tensor]:
+        recipe = write(folder / f"{run}.yaml", sharded_runs.recipe_of(folder, kind, run))
+        done = start("-m", "understudy", "distill", str(recipe), *options, processes=processes)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return load_file(folder / run / "student" / "model.safetensors")
+
+    assert difference(expected, resumed("killed", 2)) == 0
     if kind == "fsdp":
-        elsewhere = start(kind, "resume-elsewhere", tmp_path, processes=4)
-        assert elsewhere.returncode == 0, elsewhere.stderr[-4000:]
-        again = torch.load(tmp_path / "fsdp, resumed elsewhere.pt")["weights"]
-        assert difference(sharded["promptkd"]["weights"], again) < TOLERANCE
+        options = ("--accept-changes", "training.per_device_train_batch_size=1")
+        assert difference(expected, resumed("elsewhere", 4, *options)) < TOLERANCE
 
 
 @pytest.fixture
@@ -118,17 +156,15 @@ def ip(*arguments: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_hosts_train_as_one_host_does(two_hosts, tmp_path):
+@pytest.mark.parametrize("two_processes", ["fsdp"], indirect=True)
+def test_two_hosts_train_as_one_host_does(two_processes, two_hosts, tmp_path):
     """Two network namespaces with a process each, and one host with two processes."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    alone = start("fsdp", "gkd", one)
-    assert alone.returncode == 0, alone.stderr[-4000:]
+    _, one = two_processes
     nodes = []
     for rank, (name, interface) in enumerate(two_hosts):
         options = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-        line = ["ip", "netns", "exec", name, *command("fsdp", "gkd", two, "10.77.0.1", *options, port=29500)]
+        program = [sharded_runs.__file__, "fsdp", "gkd", str(tmp_path)]
+        line = ["ip", "netns", "exec", name, *command(program, "10.77.0.1", 29500, *options)]
         nodes.append(subprocess.Popen(line, env=environment(interface), stderr=subprocess.PIPE, text=True))
     try:
         for node in nodes:
@@ -137,7 +173,7 @@ def test_two_hosts_train_as_one_host_does(two_hosts, tmp_path):
     finally:
         for node in nodes:
             node.kill()
-    results = [torch.load(folder / "fsdp, gkd.pt")["weights"] for folder in (one, two)]
+    results = [torch.load(folder / "fsdp, gkd, tied embeddings.pt")["weights"] for folder in (one, tmp_path)]
     assert difference(*results) == 0
 
 
