@@ -29,8 +29,10 @@ from understudy.models.sharding import shard_layers
 from understudy.recipe import parse
 from understudy.run.distill import distill
 from understudy.teachers.local import LocalTeacher
+from understudy.teachers.mixture import MixtureTeacher
 from understudy.teachers.routed import RoutedTeacher
-from understudy.training.sharding import check_sharding
+from understudy.teachers.student import StudentTeacher
+from understudy.training.sharding import check_followed, check_sharding
 from understudy.training.trainer import StudentTrainer
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -59,7 +61,7 @@ def start(*program: str, processes: int = 2) -> subprocess.CompletedProcess:
         env=environment("lo"),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,  # DeepSpeed compiles its optimizer for the CPU once
         check=False,
     )
 
@@ -185,7 +187,14 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"version": 1}, "which is FSDP2"), ({"cpu_ram_efficient_loading": True}, "without weights in all processes")],
+    [
+        ({"version": 1}, "which is FSDP2"),
+        ({"cpu_ram_efficient_loading": True}, "without weights in all processes"),
+        ({"cpu_offload": True}, "or use deepspeed with zero_optimization.offload_optimizer"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "would save student/ without weights: set it to FULL_STATE_DICT"),
+        ({"offload_params": True}, "FSDP2 does not read fsdp_config.offload_params: leave it out"),
+        ({"reshard_after": True}, 'leave it out; did you mean "reshard_after_forward"'),
+    ],
 )
 def test_settings_of_fsdp_that_would_break_are_refused(config, message):
     args = SimpleNamespace(world_size=1, fsdp=True, fsdp_config=config, device=torch.device("cpu"))
@@ -208,6 +217,16 @@ def test_what_a_deepspeed_configuration_leaves_out_is_as_the_arguments_say():
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     with pytest.raises(ValueError, match="set optim"):
         checked(optimizer={"type": "AdamW"})
+
+
+@pytest.mark.parametrize("sharding", [{"fsdp": True}, {"deepspeed_plugin": True}])
+@pytest.mark.parametrize("weights", ["average", "current"])
+def test_a_teacher_that_follows_a_sharded_student_is_refused_before_training(weights, sharding):
+    args = SimpleNamespace(**{"fsdp": False, "deepspeed_plugin": None, **sharding})
+    with pytest.raises(ValueError, match="use weights: start"):
+        check_followed(MixtureTeacher({"a": StudentTeacher(weights=weights), "b": StudentTeacher()}), args)
+    check_followed(StudentTeacher(weights="start"), args)
+    check_followed(StudentTeacher(weights=weights), SimpleNamespace(fsdp=False, deepspeed_plugin=None))
 
 
 def test_a_teacher_is_sharded_over_several_processes_only():

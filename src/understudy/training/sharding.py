@@ -13,7 +13,21 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..models.sharding import is_sharded
+from ..registry import did_you_mean
 from ..teacher import Teacher
+
+# The keys of fsdp_config that transformers reads for FSDP2.
+_FSDP2 = (
+    "version",
+    "reshard_after_forward",
+    "cpu_offload",
+    "activation_checkpointing",
+    "cpu_ram_efficient_loading",
+    "state_dict_type",
+    "auto_wrap_policy",
+    "transformer_layer_cls_to_wrap",
+    "min_num_params",
+)
 
 
 class ShardedTrainer(Trainer):
@@ -72,18 +86,36 @@ def check_sharding(args: TrainingArguments) -> None:
 
 
 def _check_fsdp(args: TrainingArguments) -> None:
-    config: Any = args.fsdp_config or {}
-    environment = {name.removeprefix("FSDP_").lower(): value for name, value in os.environ.items()}
-    if int(config.get("version", environment.get("version", 2) if not args.fsdp else 2)) != 2:
+    given: dict[str, Any] = dict(cast(Any, args.fsdp_config) or {})
+    for name, value in given.items():
+        if name not in _FSDP2 and value:
+            raise ValueError(f"FSDP2 does not read fsdp_config.{name}: leave it out{did_you_mean(name, _FSDP2)}")
+    launcher = {name.removeprefix("FSDP_").lower(): value for name, value in os.environ.items()}
+    launcher["cpu_offload"] = launcher.get("offload_params", False)
+    config = given if args.fsdp else {**launcher, **given}
+    if int(config.get("version", 2)) != 2:
         raise ValueError("FSDP1 gives no access to single weights: leave fsdp_config.version out, which is FSDP2")
-    efficient = config.get("cpu_ram_efficient_loading", environment.get("cpu_ram_efficient_loading", False))
-    if str(efficient).lower() == "true":
+    if _is_true(config.get("cpu_ram_efficient_loading", launcher.get("cpu_ram_efficient_loading"))):
         raise ValueError(
             "fsdp_config.cpu_ram_efficient_loading would leave student and teacher without weights in all processes "
             "but the first, which check them before they are sharded: set it to false"
         )
+    if _is_true(config.get("cpu_offload")):
+        raise ValueError(
+            "fsdp_config.cpu_offload keeps the student's weights on the CPU, and responses would be generated there: "
+            "leave it out, or use deepspeed with zero_optimization.offload_optimizer"
+        )
+    if "FULL" not in str(config.get("state_dict_type", "FULL_STATE_DICT")).upper():
+        raise ValueError(
+            f"fsdp_config.state_dict_type {config['state_dict_type']} would save student/ without weights: set it to "
+            "FULL_STATE_DICT"
+        )
     if args.device.type == "cpu" and torch.accelerator.is_available():
         raise ValueError("FSDP shards over the accelerators of this machine: leave use_cpu out")
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes", "on", "y", "t")
 
 
 def _complete_deepspeed(args: TrainingArguments, config: dict[str, Any]) -> None:
