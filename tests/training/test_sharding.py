@@ -129,6 +129,28 @@ def test_a_killed_sharded_run_resumes_to_the_bit(two_processes):
         assert difference(expected, resumed("elsewhere", 4, *options)) < TOLERANCE
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("kind", SHARDED)
+def test_two_gpus_train_as_one_does(kind, bf16, tmp_path):
+    """Not run yet. With bf16, whose rounding changes sampled responses, only by the methods without any."""
+    for each, processes in (("one", 1), (kind, 2)):
+        done = start_cases(each, "train", tmp_path, processes, use_cpu=False, bf16=bf16)
+        assert done.returncode == 0, done.stderr[-4000:]
+    start_of = weights(student())
+    for case in sharded_runs.cases_of(kind):
+        if bf16 and not case.startswith(("sft", "kd")):
+            continue
+        one, two = (torch.load(tmp_path / f"{each}, {case}.pt")["weights"] for each in ("one", kind))
+        if not bf16:
+            assert difference(one, two) < 10 * TOLERANCE, case
+        else:
+            moved = sum(float((one[name] - start_of[name]).square().sum()) for name in one)
+            assert sum(float((one[name] - two[name]).square().sum()) for name in one) < 0.01 * moved, case
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces that are connected, by name and interface."""
@@ -191,7 +213,7 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch
         ({"version": 1}, "which is FSDP2"),
         ({"cpu_ram_efficient_loading": True}, "without weights in all processes"),
         ({"cpu_offload": True}, "or use deepspeed with zero_optimization.offload_optimizer"),
-        ({"state_dict_type": "SHARDED_STATE_DICT"}, "would save student/ without weights: set it to FULL_STATE_DICT"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "would save student/ without weights: set FULL_STATE_DICT"),
         ({"offload_params": True}, "FSDP2 does not read fsdp_config.offload_params: leave it out"),
         ({"reshard_after": True}, 'leave it out; did you mean "reshard_after_forward"'),
     ],

@@ -105,11 +105,9 @@ def _check_fsdp(args: TrainingArguments) -> None:
             "fsdp_config.cpu_offload keeps the student's weights on the CPU, and responses would be generated there: "
             "leave it out, or use deepspeed with zero_optimization.offload_optimizer"
         )
-    if "FULL" not in str(config.get("state_dict_type", "FULL_STATE_DICT")).upper():
-        raise ValueError(
-            f"fsdp_config.state_dict_type {config['state_dict_type']} would save student/ without weights: set it to "
-            "FULL_STATE_DICT"
-        )
+    kind = str(config.get("state_dict_type", "FULL_STATE_DICT" if args.fsdp else "SHARDED_STATE_DICT"))
+    if kind.upper() != "FULL_STATE_DICT":
+        raise ValueError(f"state_dict_type {kind} of FSDP would save student/ without weights: set FULL_STATE_DICT")
     if args.device.type == "cpu" and torch.accelerator.is_available():
         raise ValueError("FSDP shards over the accelerators of this machine: leave use_cpu out")
 
