@@ -32,7 +32,7 @@ from understudy.teachers.local import LocalTeacher
 from understudy.teachers.mixture import MixtureTeacher
 from understudy.teachers.routed import RoutedTeacher
 from understudy.teachers.student import StudentTeacher
-from understudy.training.sharding import check_followed, check_sharding
+from understudy.training.sharding import check_followed, check_sharding, converted
 from understudy.training.trainer import StudentTrainer
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -110,7 +110,7 @@ def test_sharded_processes_train_as_one_does(two_processes, one_process):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sharded_run_resumes_to_the_bit(two_processes):
-    """By the command line; and under FSDP2 with another number of processes, up to rounding."""
+    """By the command line; under FSDP2 and ZeRO-2 with another number of processes as well, up to rounding."""
     kind, folder = two_processes
     assert (folder / "killed" / "checkpoint-2").is_dir()
     assert not (folder / "killed" / "run.json").exists()
@@ -124,7 +124,7 @@ def test_a_killed_sharded_run_resumes_to_the_bit(two_processes):
         return load_file(folder / run / "student" / "model.safetensors")
 
     assert difference(expected, resumed("killed", 2)) == 0
-    if kind == "fsdp":
+    if kind != "zero3":
         options = ("--accept-changes", "training.per_device_train_batch_size=1")
         assert difference(expected, resumed("elsewhere", 4, *options)) < TOLERANCE
 
@@ -258,6 +258,19 @@ def test_a_teacher_is_sharded_over_several_processes_only():
         LocalTeacher(tiny("llama"), shard=True, device="cuda:1")
     with pytest.raises(ValueError, match="would block the others: leave shard out"):
         RoutedTeacher({"a": LocalTeacher(tiny("llama"), shard=True)}, by="kind")
+
+
+def test_a_checkpoint_of_zero3_is_resumed_by_as_many_processes_only(tmp_path):
+    (tmp_path / "latest").write_text("global_step3")
+    (tmp_path / "global_step3").mkdir()
+    for rank in range(2):
+        (tmp_path / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    assert not converted(tmp_path, processes=2, stage=3)
+    with pytest.raises(ValueError, match="saved by 2 processes, and ZeRO-3 cannot resume it with 4: start 2 processes"):
+        converted(tmp_path, processes=4, stage=3)
+    (tmp_path / "global_step3" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ValueError, match="start 2 processes"):
+        converted(tmp_path, processes=4, stage=2)
 
 
 def test_a_student_that_is_sharded_already_is_refused(tmp_path):

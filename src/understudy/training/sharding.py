@@ -1,7 +1,10 @@
 """FSDP2 and DeepSpeed ZeRO: the settings under which a student's weights, gradients and optimizer state are sharded."""
 
+import io
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -57,9 +60,18 @@ class ShardedTrainer(Trainer):
         unset_hf_deepspeed_config()  # or further models, such as one that was saved, would be loaded in shards
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint:
-            _check_shares(self.args, str(resume_from_checkpoint))
+        if self.is_deepspeed_enabled and resume_from_checkpoint:
+            config = cast(Any, self.args.deepspeed_plugin).deepspeed_config
+            universal = converted(Path(str(resume_from_checkpoint)), self.args.world_size, _stage(self.args))
+            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": universal}
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            best = Path(str(self.state.best_model_checkpoint))
+            universal = converted(best, self.args.world_size, _stage(self.args))
+            cast(Any, self.deepspeed)._config.load_universal_checkpoint = universal
+        super()._load_best_model()
 
 
 def check_sharding(args: TrainingArguments) -> None:
@@ -132,18 +144,40 @@ def _complete_deepspeed(args: TrainingArguments, config: dict[str, Any]) -> None
         raise ValueError("the student could not be saved: leave stage3_gather_16bit_weights_on_model_save out")
 
 
-def _check_shares(args: Any, checkpoint: str) -> None:
-    """Refuse DeepSpeed's checkpoint of another number of processes, each of which saved its share.
+def converted(checkpoint: Path, processes: int, stage: int) -> bool:
+    """Must DeepSpeed load this checkpoint in its universal form, as it was saved by another number of processes?
+
+    By default DeepSpeed loads as many shares of weights and optimizer state as were saved. The universal form is saved
+    beside them, and has neither the number of processes nor the hyperparameters of all parameter groups, which
+    `hyperparameters.given_hyperparameters` keeps. All processes must call it together.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: for ZeRO-3, which does not restore the universal form exactly (DeepSpeed 0.19.8).
     """
-    shares = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
-    if args.deepspeed_plugin is not None and shares not in (0, args.world_size):
+    tag = checkpoint / "latest"
+    folder = checkpoint / tag.read_text().strip() if tag.is_file() else checkpoint
+    shares = len(list(folder.glob("*_optim_states.pt")))
+    if shares in (0, processes):
+        return False
+    if stage == 3 or any(folder.glob("zero_pp_rank_*_model_states.pt")):
         raise ValueError(
-            f"{checkpoint} was saved by {shares} processes, and DeepSpeed cannot resume it with {args.world_size}: "
-            f"start {shares} processes; checkpoints of FSDP have no such limit"
+            f"{checkpoint} was saved by {shares} processes, and ZeRO-3 cannot resume it with {processes}: start {shares} "
+            "processes; checkpoints of ZeRO-2 and FSDP2 have no such limit"
         )
+    if PartialState().is_main_process:
+        from deepspeed.checkpoint import ds_to_universal  # pyright: ignore[reportMissingImports]
+
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+        checks = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+        folders = {"input_folder": str(folder), "output_folder": f"{folder}_universal"}
+        with redirect_stdout(io.StringIO()):
+            ds_to_universal.main(SimpleNamespace(**folders, **workers, **checks))
+    PartialState().wait_for_everyone()
+    return True
+
+
+def _stage(args: Any) -> int:
+    return args.deepspeed_plugin.deepspeed_config["zero_optimization"].get("stage", 0)
 
 
 def check_whole(student: nn.Module) -> None:
