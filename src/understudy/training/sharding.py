@@ -161,8 +161,8 @@ def converted(checkpoint: Path, processes: int, stage: int) -> bool:
         return False
     if stage == 3 or any(folder.glob("zero_pp_rank_*_model_states.pt")):
         raise ValueError(
-            f"{checkpoint} was saved by {shares} processes, and ZeRO-3 cannot resume it with {processes}: start {shares} "
-            "processes; checkpoints of ZeRO-2 and FSDP2 have no such limit"
+            f"{checkpoint} was saved by {shares} processes, and ZeRO-3 cannot resume it with {processes}: start "
+            f"{shares} processes; checkpoints of ZeRO-2 and FSDP2 have no such limit"
         )
     if PartialState().is_main_process:
         from deepspeed.checkpoint import ds_to_universal  # pyright: ignore[reportMissingImports]
