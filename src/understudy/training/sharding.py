@@ -103,7 +103,7 @@ def _check_fsdp(args: TrainingArguments) -> None:
         if name not in _FSDP2 and value:
             raise ValueError(f"FSDP2 does not read fsdp_config.{name}: leave it out{did_you_mean(name, _FSDP2)}")
     launcher = {name.removeprefix("FSDP_").lower(): value for name, value in os.environ.items()}
-    launcher["cpu_offload"] = launcher.get("offload_params", False)
+    launcher["cpu_offload"] = launcher.get("offload_params", "")
     config = given if args.fsdp else {**launcher, **given}
     if int(config.get("version", 2)) != 2:
         raise ValueError("FSDP1 gives no access to single weights: leave fsdp_config.version out, which is FSDP2")
