@@ -23,7 +23,7 @@ from torch import Tensor
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import ReverseKL
 from ..fused_linear.distributions import Distribution, over_shared_vocabulary, top_k_tiles
-from ..fused_linear.merged import TopK
+from ..fused_linear.merged import Merged, TopK
 from ..method import Method, MethodContext
 from ..reward import Reward
 from ..rollout import SAMPLED_LOGPROB, Writers
@@ -164,6 +164,7 @@ def _prefix_weights(advantage: Tensor, gamma: float, batch: Batch) -> Tensor:
 @torch.no_grad()
 def _at_student_top_k(teacher: Distribution, student: Distribution, tokens: Tensor, k: int) -> Scores:
     """The teacher's log-probabilities of the K tokens that are likeliest to the student, computed tile by tile."""
+    assert not isinstance(student, Merged), "the student is a live model"
     values, support = [], []
     for rows, _, _, likeliest in top_k_tiles(student, len(tokens), min(k, student.vocabulary), tokens.device):
         log_p = teacher.log_probs(rows)
