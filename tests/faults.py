@@ -1,11 +1,11 @@
 """A process that kills itself at a chosen file operation of a run, and then resumes the run.
 
-    python tests/faults.py RECIPE FOLDER COUNT [AUTHOR]
+    python tests/faults.py RECIPE FOLDER COUNT [AUTHOR]…
 
-runs the recipe, or with an author writes a cache of scores of that author's responses: once without a fault, then COUNT
-times with a SIGKILL, at operations spread over the whole run, each of which is then resumed. It prints a line of JSON
-for each: the operation, exit codes, whether the results are the same, and the names of the files that were left. Runs
-are forks of this process, which has loaded all modules, because loading takes longer than such a run.
+runs the recipe, or writes a cache of scores of each author's responses: once without a fault, then COUNT times with a
+SIGKILL, at operations spread over the whole run, each of which is then resumed. It prints a line of JSON for each: the
+operation, exit codes, whether the results are the same, and the names of the files that were left. Runs are forks of
+this process, which has loaded all modules, because loading takes longer than such a run.
 """
 
 import json
@@ -102,6 +102,7 @@ def main(recipe, home, count, author=None):
     work = partial(train, recipe) if author is None else partial(write_cache, recipe, author=author)
     read = contents if author is None else contents_of_cache
     whole = home / "whole"
+    home.mkdir(exist_ok=True)
     assert run(work, whole) == 0
     operations = int((home / "whole.count").read_text())
     expected = read(whole)
@@ -112,9 +113,11 @@ def main(recipe, home, count, author=None):
         killed, left = run(work, folder, at), names_in(folder)
         resumed = run(work, folder)
         same = resumed == 0 and read(folder) == expected
-        codes = {"operation": at, "of": operations, "killed": killed, "resumed": resumed}
+        codes = {"author": author, "operation": at, "of": operations, "killed": killed, "resumed": resumed}
         print(json.dumps({**codes, "same": same, "left": left}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    recipe, home, count, *authors = sys.argv[1:]
+    for author in authors or [None]:
+        main(recipe, Path(home) / (author or "run"), int(count), author)

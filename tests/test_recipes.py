@@ -101,9 +101,10 @@ FILES = {
 }
 
 
-def teacher_model(recipe):
-    """The name of the recipe's teacher, if it has one."""
-    return recipe.build("teacher", TEACHERS).model_name if recipe.teacher is not None else None
+def teacher_models(recipe):
+    """The names of the recipe's teachers, if it has any."""
+    parts = {} if recipe.teacher is None else recipe.build("teacher", TEACHERS).parts()
+    return [part.model_name for part in parts.values()]
 
 
 def bytewise(family: Family) -> PreTrainedTokenizerFast:
@@ -203,7 +204,7 @@ def families(recipe: Recipe) -> dict[str, Family]:
 
     A local folder beside a model of the hub holds a model of the same family.
     """
-    names = [recipe.student.model, teacher_model(recipe), recipe.student.tokenizer]
+    names = [recipe.student.model, *teacher_models(recipe), recipe.student.tokenizer]
     by_name = {name: family_of(name) for name in names if name}
     hub_family = next((family for family in by_name.values() if family != LOCAL), LOCAL)
     return {name: hub_family if family == LOCAL else family for name, family in by_name.items()}
@@ -211,13 +212,13 @@ def families(recipe: Recipe) -> dict[str, Family]:
 
 def create_files(recipe: Recipe) -> None:
     """Create every model and file that the recipe names below the working directory."""
-    by_name, teacher = families(recipe), teacher_model(recipe)
+    by_name, teachers = families(recipe), teacher_models(recipe)
     playground = next((name for name in by_name if is_playground(name)), None)
     layers = max([2, *(layer + 1 for layer in recipe.student.layers or [])])
     for name, family in by_name.items():
         tokenizer = load_tokenizer(playground) if playground else bytewise(family)
         if not is_playground(name):
-            put_model(name, family, tokenizer, *((32, layers) if name == teacher else (16, 2)))
+            put_model(name, family, tokenizer, *((32, layers) if name in teachers else (16, 2)))
     for dataset in filter(None, (recipe.data.dataset, recipe.evaluate.dataset)):
         if dataset not in HUB and not is_playground(dataset):
             put_rows(dataset, row_of(dataset, recipe.data))

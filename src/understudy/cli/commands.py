@@ -73,6 +73,7 @@ def doctor(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that the run will have, such as torchrun's.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for other programs.")] = False,
 ) -> None:
     """Examine a recipe before it is run: tokens, lengths, teachers, memory and disk, without loading weights.
 
@@ -83,14 +84,15 @@ def doctor(
     loaded = load(recipe, overrides or [])
     quiet()
     from ..run.doctor.diagnose import diagnose
+    from ..run.doctor.findings import Level
     from ..terminal import working
-    from .diagnosis import show_diagnosis
+    from .diagnosis import show_diagnosis, show_findings_as_json
 
     with working("examining", get_console()):
         diagnosis = diagnose(loaded, restart, processes)
     if is_first_process():
-        show_diagnosis(diagnosis)
-    if diagnosis.is_red:
+        (show_findings_as_json if as_json else show_diagnosis)(diagnosis)
+    if diagnosis.level is Level.RED:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,6 @@
-"""Print what `understudy doctor` found: tables and findings, in colour on a terminal, elsewhere as plain lines."""
+"""Print what `understudy doctor` found, in colour on a terminal, elsewhere as plain lines; or its findings as JSON."""
+
+import json
 
 from rich import get_console
 from rich.console import Console
@@ -34,8 +36,18 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None
         if section.rows or section.findings:
             console.print()
     counts = ", ".join(f"{diagnosis.count(level)} {level.value}" for level in reversed(Level))
-    level = next(level for level in reversed(Level) if diagnosis.count(level) or level is Level.GREEN)
-    console.print(Text(f"{counts}: {_VERDICTS[level]}", style=_STYLES[level]))
+    console.print(Text(f"{counts}: {_VERDICTS[diagnosis.level]}", style=_STYLES[diagnosis.level]))
+
+
+def show_findings_as_json(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    """Print the worst level, the number of findings of each level, and all findings, as one JSON object in ASCII."""
+    findings = [
+        {"level": finding.level.value, "section": section.title, "message": finding.message}
+        for section in diagnosis.sections
+        for finding in section.findings
+    ]
+    counts = {level.value: diagnosis.count(level) for level in Level}
+    show(json.dumps({"level": diagnosis.level.value, "counts": counts, "findings": findings}, indent=1), console)
 
 
 def _show_rows(section: Section, console: Console) -> None:

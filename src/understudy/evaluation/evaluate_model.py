@@ -13,12 +13,12 @@ from ..data.examples import Examples
 from ..data.load import load_data
 from ..generation.stop_tokens import stop_ids
 from ..models.context_window import context_window
-from ..models.load import check_tokenizers, check_vocabulary, load_config, load_model, load_tokenizer
+from ..models.load import check_vocabulary, load_config, load_model, load_tokenizer
 from ..recipe.arguments import construct, name_and_fields
 from ..rollouts.generate import GenerateRollout
 from ..sampling import Sampling
-from ..teacher import Capability, Teacher, TeacherError
-from ..teachers import TEACHERS, check_provides, check_scores_responses
+from ..teacher import Capability, Teacher
+from ..teachers import TEACHERS, check_provides, check_scores_responses, check_tokens
 from .evaluate import Evaluation, check, evaluate
 from .settings import EvalSettings
 
@@ -137,18 +137,11 @@ def _teacher(block: str | Mapping[str, Any]) -> Teacher:
 
 
 def _teacher_configs(teacher: Teacher, tokenizer: Any) -> list[Any]:
-    """The configurations of a teacher and its parts, which fit the tokenizer."""
+    """The configurations of a teacher and its parts, which fit the tokenizer; of a server its limit alone."""
     configs = []
     for part in teacher.parts().values():
-        if part.tokenizer_name is not None:
-            check_tokenizers(tokenizer, load_tokenizer(part.tokenizer_name))
-        if part.model_name is not None:
-            configs.append(load_config(part.model_name))
-            check_vocabulary(tokenizer, configs[-1], "the teacher has")
-        try:
-            part.setup(tokenizer)
-        except TeacherError as error:
-            raise ValueError(str(error)) from None
+        if (config := check_tokens(part, tokenizer)) is not None:
+            configs.append(config)
         if part.context_length is not None:
             served: Any = PreTrainedConfig()
             served.max_position_embeddings = part.context_length

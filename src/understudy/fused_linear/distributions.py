@@ -7,7 +7,7 @@ Shapes: N rows, C rows of a tile, V vocabulary, K tokens of a top-K distribution
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -203,6 +203,26 @@ def over_shared_vocabulary(teacher: Distribution, student: Distribution) -> tupl
     return teacher.cut(vocabulary), student.cut(vocabulary)
 
 
+def top_k_tiles(
+    distribution: Distribution, count: int, k: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """The K likeliest tokens of each of N rows, a tile of rows at a time, so that (N, V) is never stored.
+
+    Yields a tile's rows, their log-probabilities (C, V), from which a caller computes whatever else it needs, and those
+    (C, K) of the likeliest tokens with their ids (C, K), the likeliest first.
+
+    Args:
+        count: N.
+        device: that of the distribution, whose memory tiles may use.
+    """
+    assert not isinstance(distribution, Merged), "events are no tokens"
+    size = max(1, rows_per_tile(distribution.vocabulary, device) // 4)  # nothing here is done in place
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        log_probs = distribution.log_probs(rows)
+        yield rows, log_probs, *log_probs.topk(k)
+
+
 def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
     """The K likeliest tokens of each row, all others together and the chosen `tokens` (N,), on the CPU.
 
@@ -222,13 +242,9 @@ def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
     parts = distribution.parts.values() if isinstance(distribution, Routed) else [distribution]
     if any(isinstance(part, Merged) for part in parts):
         raise ValueError("this teacher does not give the log-probability of every token, or of the likeliest ones")
-    assert not isinstance(distribution, Merged)
-    size = max(1, rows_per_tile(distribution.vocabulary, tokens.device) // 4)  # nothing here is done in place
     columns = []
-    for start in range(0, len(tokens), size):
-        log_probs = distribution.log_probs(slice(start, start + size)).float()
-        chosen = tokens[start : start + size, None].to(log_probs.device)
-        values, support = log_probs.topk(k)
-        rest = TopK(values, support).merge(log_probs)[:, -1]
-        columns.append([x.cpu() for x in (values, support, log_probs.gather(-1, chosen)[:, 0], rest)])
+    for rows, log_probs, values, support in top_k_tiles(distribution, len(tokens), k, tokens.device):
+        chosen = log_probs.gather(-1, tokens[rows, None].to(log_probs.device))[:, 0]
+        rest = TopK(values, support).merge(log_probs.float())[:, -1]
+        columns.append([x.cpu() for x in (values.float(), support, chosen.float(), rest)])
     return TopK(*map(torch.cat, zip(*columns, strict=True)))

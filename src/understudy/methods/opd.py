@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ..batch import Author, Batch, Example, Reduction
 from ..divergences import ReverseKL
-from ..fused_linear.distributions import Distribution, over_shared_vocabulary
+from ..fused_linear.distributions import Distribution, over_shared_vocabulary, top_k_tiles
 from ..fused_linear.merged import Merged, TopK
-from ..fused_linear.tiles import rows_per_tile
 from ..method import Method, MethodContext
 from ..reward import Reward
 from ..rollout import SAMPLED_LOGPROB, Writers
@@ -166,10 +165,8 @@ def _prefix_weights(advantage: Tensor, gamma: float, batch: Batch) -> Tensor:
 def _at_student_top_k(teacher: Distribution, student: Distribution, tokens: Tensor, k: int) -> Scores:
     """The teacher's log-probabilities of the K tokens that are likeliest to the student, computed tile by tile."""
     assert not isinstance(student, Merged), "the student is a live model"
-    values, support, size = [], [], rows_per_tile(student.vocabulary, tokens.device)
-    for start in range(0, len(tokens), size):
-        rows = slice(start, start + size)
-        likeliest = student.log_probs(rows).topk(min(k, student.vocabulary)).indices
+    values, support = [], []
+    for rows, _, _, likeliest in top_k_tiles(student, len(tokens), min(k, student.vocabulary), tokens.device):
         log_p = teacher.log_probs(rows)
         values.append(log_p.gather(-1, likeliest.to(log_p.device)))
         support.append(likeliest)

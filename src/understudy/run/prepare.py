@@ -1,6 +1,9 @@
 """The parts of a run that need no weights: method, rollout, teacher by name, configurations and data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -9,7 +12,7 @@ from ..data.load import data_settings, load_data
 from ..method import Method
 from ..methods import METHODS
 from ..models.context_window import context_window
-from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer, loading
+from ..models.load import check_vocabulary, load_tokenizer, loading
 from ..models.student import student_config, tokenizer_name
 from ..models.vocabulary import vocabulary_size
 from ..recipe import Data, Recipe, RecipeError
@@ -17,8 +20,8 @@ from ..reward import Reward, RewardModel, function
 from ..rollout import Rollout
 from ..rollouts import ROLLOUTS
 from ..sampling import Sampling, Schedule
-from ..teacher import Capability, Teacher, TeacherError
-from ..teachers import TEACHERS, check_provides, check_scores_responses
+from ..teacher import Capability, Teacher
+from ..teachers import TEACHERS, check_provides, check_scores_responses, check_tokens
 from ..training.collecting import check_rollout
 from .held_out_metrics import check_held_out_metrics
 from .refusals import Refusals
@@ -153,29 +156,24 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method | Non
     """Load tokenizers and configurations, and check that they fit together."""
     parts = {} if teacher is None else teacher_parts(recipe, teacher)
     tokenizer, config = None, None
-    teacher_configs: list[Any] = []
     with refusals.attempt("student"), recipe.locating("student"):
         tokenizer = load_tokenizer(tokenizer_name(recipe, None if teacher is None else teacher.tokenizer_name))
     with refusals.attempt("student"), recipe.locating("student"):
         config = student_config(recipe, None if teacher is None else teacher.model_name)
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "the student has")
-    for key, part in parts.items():
-        if tokenizer is not None and part.tokenizer_name is not None:
-            with refusals.attempt("tokens"), recipe.locating(key):
-                check_tokenizers(tokenizer, load_tokenizer(part.tokenizer_name))
-        if method is not None and uses_teacher(method):
-            if part.model_name is not None:
-                with refusals.attempt("teacher"), recipe.locating(key):
-                    teacher_configs.append(load_config(part.model_name))
-                    if tokenizer is not None:
-                        check_vocabulary(tokenizer, teacher_configs[-1], "the teacher has")
-            if tokenizer is not None:
-                with refusals.attempt("teacher"), recipe.locating(key):
-                    _setup(part, tokenizer)
+
+    @contextmanager
+    def attempt(key: str, topic: str) -> Iterator[None]:
+        with refusals.attempt(topic), recipe.locating(key):
+            yield
+
+    scores = method is not None and uses_teacher(method)
+    configs = [check_tokens(part, tokenizer, scores, partial(attempt, key)) for key, part in parts.items()]
+    teachers = [each for each in configs if each is not None]
     prefix = 0 if method is None else method.teacher_prefix_tokens
     own = [] if config is None else [config]
-    lengths = [context_window(*(teacher_configs or own)), *(part.context_length for part in parts.values())]
+    lengths = [context_window(*(teachers or own)), *(part.context_length for part in parts.values())]
     teacher_window = min(filter(None, lengths), default=None)
     window = min(filter(None, [context_window(*own), teacher_window]), default=None)
     with refusals.attempt("method"):
@@ -184,13 +182,6 @@ def _check_configs(recipe: Recipe, teacher: Teacher | None, method: Method | Non
             raise recipe.error("method", f"{message}: lower method.{recipe.method[0]}.prompt_tokens")
     lengths = [None if length is None else length - prefix for length in (window, teacher_window)]
     return Configs(tokenizer, config, *lengths)
-
-
-def _setup(teacher: Teacher, tokenizer: Any) -> None:
-    try:
-        teacher.setup(tokenizer)
-    except (ValueError, TeacherError) as error:
-        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from None
 
 
 def _reward(recipe: Recipe) -> Reward | None:

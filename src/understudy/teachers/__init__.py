@@ -1,10 +1,14 @@
 """Teachers, one file per kind; the file's name is the teacher's name in a recipe."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from ..batch import Author
+from ..models.load import check_tokenizers, check_vocabulary, load_config, load_tokenizer
+from ..recipe import RecipeError
 from ..registry import Registry
-from ..teacher import Capability, Teacher, covers, describe
+from ..teacher import Capability, Teacher, TeacherError, covers, describe
 
 TEACHERS: Registry[Teacher] = Registry("teacher", __name__, Teacher)
 
@@ -44,3 +48,41 @@ def check_scores_responses(teacher: Teacher | None, authors: Set[Author], method
         f"stored scores: write them before with `understudy cache … --responses {min(new)}` and train on its "
         "responses.jsonl with kd, or use a local teacher"
     )
+
+
+def check_tokens(
+    teacher: Teacher,
+    tokenizer: Any,
+    scores: bool = True,
+    attempt: Callable[[str], AbstractContextManager[object]] = lambda topic: nullcontext(),
+) -> Any:
+    """Refuse a teacher that does not have the student's tokens, and connect with one outside this process.
+
+    Args:
+        teacher: one without parts.
+        tokenizer: the student's; None where it could not be loaded: what does not depend on it is checked.
+        scores: is the teacher asked at all? If not, tokenizers alone are compared.
+        attempt: of the topic "tokens" or "teacher": the context of each check, which may go on after an error.
+
+    Returns:
+        The configuration of the teacher's model, without weights; None for one that is not loaded by name.
+
+    Raises:
+        RecipeError: naming the first difference, or why a teacher outside this process cannot be used.
+    """
+    config = None
+    if tokenizer is not None and teacher.tokenizer_name is not None:
+        with attempt("tokens"):
+            check_tokenizers(tokenizer, load_tokenizer(teacher.tokenizer_name))
+    if scores and teacher.model_name is not None:
+        with attempt("teacher"):
+            config = load_config(teacher.model_name)
+            if tokenizer is not None:
+                check_vocabulary(tokenizer, config, "the teacher has")
+    if scores and tokenizer is not None:
+        with attempt("teacher"):
+            try:
+                teacher.setup(tokenizer)
+            except (ValueError, TeacherError) as error:
+                raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from None
+    return config

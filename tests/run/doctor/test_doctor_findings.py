@@ -1,5 +1,6 @@
 """What doctor says of recipes: red, yellow and green sentences, all of them in one go, on a terminal and in a pipe."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from folders import VOCABULARY, characters, described, jsonl, llama, sums, write
 from rich.console import Console
+from typer.testing import CliRunner
 
+from understudy import cli
 from understudy.cli.diagnosis import show_diagnosis
 from understudy.recipe import load
 from understudy.run.doctor.diagnose import diagnose
@@ -151,3 +154,23 @@ def test_a_diagnosis_is_wrapped_on_a_terminal_and_a_line_per_finding_in_a_pipe(i
         assert all(len(line) <= 80 for line in lines)
     else:
         assert any(line.startswith("red ") and "choose a teacher and a student of one family" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("student", "level", "code"), [("teacher", "green", 0), ("base", "yellow", 0), ("nóne\n", "red", 1)]
+)
+def test_json_has_the_same_findings_and_exit_code(student, level, code, home, tmp_path):
+    changes = {"student": {"model": str(home / student)}, "teacher": {"local": {"model": str(home / "chat")}}}
+    if level == "green":
+        changes["teacher"] = {"local": {"model": str(home / "teacher")}}
+    diagnosis = examined(home, tmp_path, **changes)
+    result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path / "mine.yaml"), "--json"])
+    assert result.exit_code == code
+    assert result.stdout.isascii()
+    printed = json.loads(result.stdout)
+    assert printed["level"] == level
+    assert printed["counts"] == {each.value: diagnosis.count(each) for each in Level}
+    found = [(each["level"], each["section"]) for each in printed["findings"]]
+    assert found == [(f.level.value, each.title) for each in diagnosis.sections for f in each.findings]
+    stable = {f.message for each in diagnosis.sections if each.title in ("tokens", "recipe") for f in each.findings}
+    assert stable <= {each["message"] for each in printed["findings"]}  # other sections say what is free

@@ -66,9 +66,9 @@ class Diagnosis:
         return sum(finding.level is level for section in self.sections for finding in section.findings)
 
     @property
-    def is_red(self) -> bool:
-        """Would the run fail?"""
-        return self.count(Level.RED) > 0
+    def level(self) -> Level:
+        """The worst level of all findings; red: the run would fail."""
+        return next((level for level in reversed(Level) if self.count(level)), Level.GREEN)
 
 
 def size(count: int) -> str:
