@@ -271,10 +271,10 @@ def _log_ratios_to_mixture(
     """log(p/m) and log(q/m) for m = weight · p + (1 − weight) · q.
 
     Through log(m/q) = log1p(weight · (p/q − 1)) or its mirror image, whichever has the smaller weight: exact near p = q
-    and for weights near 0 and 1. Probabilities below e⁻⁸⁰, which add nothing, count as e⁻⁸⁰.
+    and for weights near 0 and 1. Probabilities below e⁻⁶⁴, which add nothing, count as e⁻⁶⁴.
     """
-    ratio = log_p.clamp(min=-80) - log_q.clamp(min=-80)
-    p, q = p.clamp(min=math.exp(-80)), q.clamp(min=math.exp(-80))
+    ratio = log_p.clamp(min=-64) - log_q.clamp(min=-64)
+    p, q = p.clamp(min=math.exp(-64)), q.clamp(min=math.exp(-64))
     if weight <= 0.5:
         m_to_q = torch.log1p(weight * _relative_difference(p, q, ratio))
         return ratio - m_to_q, -m_to_q
