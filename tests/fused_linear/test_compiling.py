@@ -5,7 +5,7 @@ import torch
 from projected import COMPILES, N, V, generator, leaves, random_projected, top_k
 from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
 
-from understudy.divergences import ForwardKL, JensenShannon
+from understudy.divergences import ForwardKL, JensenShannon, ReverseKL
 from understudy.fused_linear import compiling, kernel
 from understudy.fused_linear.compiling import compiling_pays_off
 from understudy.fused_linear.distributions import Dense
@@ -97,6 +97,20 @@ def test_compiled_row_losses_equal_the_plain_ones(weights, kind):
             results.append([values, *torch.autograd.grad(values.sum(), leaves(student))])
     for plain, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-12)
+
+
+@COMPILES
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JensenShannon(0.3), JensenShannon(0.7)], ids=str)
+def test_a_tile_is_compiled_as_one_loop_over_rows_whose_intermediate_results_are_one_row(divergence):
+    from torch._inductor import config, metrics
+
+    metrics.reset()
+    tensors = [torch.randn(n, 4, generator=generator()) for n in (40, 500, 40, 500)]
+    with tiling(compiled=True), config.patch(force_disable_caches=True):
+        fused_divergence(divergence, *tensors[:2], *(x.requires_grad_() for x in tensors[2:])).backward()
+    [loop] = metrics.cpp_outer_loop_fused_inner_counts
+    assert loop.local_buffer_number > 0
+    assert metrics.generated_kernel_count == 1
 
 
 @pytest.mark.parametrize("error", [InternalTorchDynamoError, FailOnRecompileLimitHit])
