@@ -1,4 +1,4 @@
-"""Write the tables of docs from the figures in benchmarks/results: `python -m benchmarks.tables`, the end of `make bench`.
+"""Write the tables of docs from benchmarks/results: `python -m benchmarks.tables`, the end of `make bench`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` in a page; what is between them is replaced. Nothing is
 measured here, and no figure is typed by hand.
@@ -49,7 +49,12 @@ class Aim:
         if value is None:
             return [self.text, f"{sign} {self.limit:g}", "", "not measured: no bf16 instructions here"]
         miss = value / self.limit - 1 if self.most else 1 - value / self.limit
-        return [self.text, f"{sign} {self.limit:g}", f"{value:.2f}", "met" if miss <= 0 else f"**missed by {miss:.0%}**"]
+        return [
+            self.text,
+            f"{sign} {self.limit:g}",
+            f"{value:.2f}",
+            "met" if miss <= 0 else f"**missed by {miss:.0%}**",
+        ]
 
 
 def times(results: Results, divergence: str) -> dict[str, dict[str, float]]:
@@ -104,8 +109,8 @@ def conditions(results: Results) -> str:
         machine, versions = results[part]["machine"], results[part]["versions"]
         bf16 = "with" if machine["bf16_instructions"] else "without"
         line = (
-            f"{machine['cores']} cores of {machine['processor']} ({machine['instructions']}, {bf16} bf16 instructions), "
-            f"{machine['threads']} threads; "
+            f"{machine['cores']} cores of {machine['processor']} ({machine['instructions']}, "
+            f"{bf16} bf16 instructions), {machine['threads']} threads; "
             + ", ".join(f"{package} {version}" for package, version in versions.items() if package != "understudy")
         )
         lines.setdefault(line, []).append(part)

@@ -94,7 +94,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Joint(Divergence):
-    """A divergence defined by `value_and_grad`, because f and h contain the same logarithm."""
+    """A divergence defined by `value_and_grad`, because f and h contain the same terms."""
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return self.value_and_grad(log_p, log_q, log_p.exp(), log_q.exp())[0]
@@ -107,28 +107,16 @@ class _Joint(Divergence):
 
 
 @dataclass(frozen=True)
-class ForwardKL(Divergence):
+class ForwardKL(_Joint):
     """KL(p‖q) = Σ p log(p/q), h = −p. Covers every mode of the teacher (word-level KD; GKD §2)."""
-
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _times_log_ratio(log_p.exp(), log_p, log_q)
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return -log_p.exp()
 
     def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         return _times_log_ratio(p, log_p, log_q), -p
 
 
 @dataclass(frozen=True)
-class ReverseKL(Divergence):
+class ReverseKL(_Joint):
     """KL(q‖p) = Σ q log(q/p), h = q (log(q/p) + 1). Seeks one mode of the teacher (MiniLLM; GKD §2)."""
-
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _times_log_ratio(log_q.exp(), log_q, log_p)
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_q.exp() * (_log_ratio(log_q, log_p).clamp(max=_STEEPEST) + 1)
 
     def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         return _times_log_ratio(q, log_q, log_p), q * (_log_ratio(log_q, log_p).clamp(max=_STEEPEST) + 1)
@@ -265,9 +253,7 @@ def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(a == 0, 0, a * (log_a - log_b))
 
 
-def _log_ratios_to_mixture(
-    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, weight: float
-) -> tuple[Tensor, Tensor]:
+def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m) for m = weight · p + (1 − weight) · q.
 
     Through log(m/q) = log1p(weight · (p/q − 1)) or its mirror image, whichever has the smaller weight: exact near p = q

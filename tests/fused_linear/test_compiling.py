@@ -109,8 +109,7 @@ def test_a_tile_is_compiled_as_one_loop_over_rows_whose_intermediate_results_are
     with tiling(compiled=True), config.patch(force_disable_caches=True):
         fused_divergence(divergence, *tensors[:2], *(x.requires_grad_() for x in tensors[2:])).backward()
     [loop] = metrics.cpp_outer_loop_fused_inner_counts
-    assert loop.local_buffer_number > 0
-    assert metrics.generated_kernel_count == 1
+    assert loop.local_buffer_number >= 2, "the exponentials of student and teacher"
 
 
 @pytest.mark.parametrize("error", [InternalTorchDynamoError, FailOnRecompileLimitHit])

@@ -92,14 +92,22 @@ class TileLogits:
     def logits(self) -> Tensor:
         return self.transform(self.product.to(softmax_dtype(self.product.dtype)))
 
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        """(C, V) log-probabilities."""
+        logits = _soften(self.logits(), temperature)
+        return _softmax_of_a_row_at_a_time(logits)[0] if torch.compiler.is_compiling() else logits.log_softmax(-1)
+
     def softmax(self, temperature: float = 1.0, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(C, V) log-probabilities and probabilities, of `logits()` if the caller has not computed them already."""
-        logits = self.logits() if logits is None else logits
-        logits = logits / temperature if temperature != 1.0 else logits
+        logits = _soften(self.logits() if logits is None else logits, temperature)
         if torch.compiler.is_compiling():
             return _softmax_of_a_row_at_a_time(logits)
         log_probs = logits.log_softmax(-1)
         return log_probs, log_probs.exp()
+
+
+def _soften(logits: Tensor, temperature: float) -> Tensor:
+    return logits / temperature if temperature != 1.0 else logits
 
 
 def _softmax_of_a_row_at_a_time(logits: Tensor) -> tuple[Tensor, Tensor]:

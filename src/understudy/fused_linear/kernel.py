@@ -61,10 +61,12 @@ def _block_by_block(
 def _kernel(
     student: TileLogits, row_loss: RowLoss, weights: Tensor, temperature: float, grad_product: Tensor | None
 ) -> Tensor:
+    if grad_product is None:
+        return row_loss(student.log_probs(temperature), None)[0]
     logits = student.logits()
     log_q, q = student.softmax(temperature, logits)
-    values, grad_log_q = row_loss(log_q, None if grad_product is None else q)
-    if grad_log_q is not None and grad_product is not None:
+    values, grad_log_q = row_loss(log_q, q)
+    if grad_log_q is not None:
         # ∂/∂z_v = h_v − q_v Σ h, then through the temperature and the model's transform of its product
         grad = torch.addcmul(grad_log_q, q, grad_log_q.sum(-1, keepdim=True), value=-1)
         scale = weights[:, None].to(grad.dtype) / temperature

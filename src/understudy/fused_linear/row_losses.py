@@ -24,17 +24,21 @@ class DivergenceLoss:
 
     def __call__(self, log_q: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         divergence, teacher = self.divergence, self.teacher
-        if isinstance(teacher, TileLogits):
-            log_p, p = (x.to(log_q.device, log_q.dtype) for x in teacher.softmax(divergence.temperature))
-        else:
-            log_p, p = teacher.log_probs(temperature=divergence.temperature).to(log_q.device, log_q.dtype), None
         merges = isinstance(teacher, TopK | EventRows)
         events = teacher.merge(log_q) if merges else log_q
         if q is None:
+            log_p = teacher.log_probs(temperature=divergence.temperature).to(log_q.device, log_q.dtype)
             return self._sums(divergence.value(log_p, events)), None
-        both = divergence.value_and_grad(log_p, events, log_p.exp() if p is None else p, events.exp() if merges else q)
-        grad = _scale(both[1], divergence.factor)
-        return self._sums(both[0]), teacher.unmerge_gradient(grad, events, log_q) if merges else grad
+        log_p, p = (x.to(log_q.device, log_q.dtype) for x in self._softmax_of_teacher())
+        value, grad = divergence.value_and_grad(log_p, events, p, events.exp() if merges else q)
+        grad = _scale(grad, divergence.factor)
+        return self._sums(value), teacher.unmerge_gradient(grad, events, log_q) if merges else grad
+
+    def _softmax_of_teacher(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self.teacher, TileLogits):
+            return self.teacher.softmax(self.divergence.temperature)
+        log_p = self.teacher.log_probs(temperature=self.divergence.temperature)
+        return log_p, log_p.exp()
 
     def _sums(self, elements: Tensor) -> Tensor:
         """(C,); scaled before the sum, since a number per row between two passes would split a compiled kernel."""
