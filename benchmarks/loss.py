@@ -2,7 +2,8 @@
 
 What is timed: Σ over N rows of a divergence of two heads over V = 50,257 tokens, with the gradients by hidden rows and
 by the student's head (widths 256 and 512), float32. The floor is the four matrix products, row-major, in tiles of the
-same memory, and nothing between them. Compiling is not in the times; it is written down beside them.
+same memory, and nothing between them. On a processor with bf16 instructions the products are also in bf16, with a floor
+of their own (`bf16_ratio`). Compiling is not in the times; it is written down beside them.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 from understudy import Divergence, ForwardKL, JensenShannon, ReverseKL, fused_divergence
 from understudy.fused_linear.tiles import rows_per_tile, tiling
 
-from .measure import Stopwatch, alternate, in_child, peak_mb, save, table
+from .measure import Stopwatch, alternate, has_bf16, in_child, peak_mb, save, table
 
 V, WIDTH, TEACHER_WIDTH = 50_257, 256, 512
 DIVERGENCES: dict[str, tuple[float, Divergence]] = {  # and how TRL and Liger call it
@@ -28,7 +29,8 @@ DIVERGENCES: dict[str, tuple[float, Divergence]] = {  # and how TRL and Liger ca
 }
 FAST = ["understudy, compiled", "understudy", "Liger, compiled"]
 SLOW = ["TRL chunked"]  # one call each
-ALSO = ["understudy, bf16 products", "Liger", "TRL plain"]  # with one of the divergences
+ALSO = ["Liger", "TRL plain"]  # with one of the divergences
+FLOOR, BF16_FLOOR, BF16 = "floor: matrix products", "floor: bf16 products", "understudy, bf16 products"
 
 
 class Task:
@@ -93,7 +95,7 @@ def implementation(name: str, which: str) -> Callable[[Task], Tensor]:
         "understudy, compiled": partial(understudy_loss, divergence, True),
         "understudy": partial(understudy_loss, divergence, False),
         "understudy, Triton": partial(understudy_loss, divergence, False, triton=True),
-        "understudy, bf16 products": partial(understudy_bf16, divergence),
+        BF16: partial(understudy_bf16, divergence),
         "Liger, compiled": partial(liger, beta, True),
         "Liger": partial(liger, beta, False),
         "TRL chunked": partial(trl_chunked, beta),
@@ -117,14 +119,28 @@ def floor(task: Task) -> None:
         grad_weight.addmm_(student[:count].t(), task.hidden[tile])
 
 
+def contestants(which: str) -> tuple[list[str], list[str]]:
+    """The names of those that take turns, and of those that are called once."""
+    fast, slow = list(FAST), SLOW + (ALSO if which == "JSD(0.5)" else [])
+    if has_bf16():
+        fast.append(BF16)
+    elif which == "JSD(0.5)":
+        slow.append(BF16)  # emulated, which is slow
+    return fast, slow
+
+
 def race(rows: int, which: str) -> dict[str, Any]:
-    task, slow = Task(rows), SLOW + (ALSO if which == "JSD(0.5)" else [])
-    implementations: dict[str, Callable[[], Any]] = {"floor: matrix products": partial(floor, task)}
+    fast, slow = contestants(which)
+    task = Task(rows)
+    implementations: dict[str, Callable[[], Any]] = {FLOOR: partial(floor, task)}
+    if has_bf16():
+        implementations[BF16_FLOOR] = partial(floor, Task(rows, dtype=torch.bfloat16))
+    for call in implementations.values():
+        call()
     first, values = {}, {}
-    for name in FAST + slow:
+    for name in fast + slow:
         implementations[name] = partial(task.run, implementation(name, which))
-    floor(task)
-    for name in FAST:
+    for name in fast:
         start = time.perf_counter()
         values[name] = implementations[name]()
         first[name] = time.perf_counter() - start
@@ -132,7 +148,9 @@ def race(rows: int, which: str) -> dict[str, Any]:
     for name in slow:
         clocks[name] = Stopwatch()
         values[name] = clocks[name].time(implementations[name])
-    result = {name: clock.summary(clocks["floor: matrix products"]) for name, clock in clocks.items()}
+    result = {name: clock.summary(clocks[FLOOR]) for name, clock in clocks.items()}
+    if has_bf16():
+        result[BF16]["bf16_ratio"] = clocks[BF16].summary(clocks[BF16_FLOOR])["ratio"]
     for name, value in values.items():
         result[name]["value"] = value / rows
         if name in first:

@@ -90,6 +90,16 @@ def save(name: str, content: dict[str, Any], folder: Path = RESULTS) -> None:
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
+def processor() -> dict[str, Any]:
+    """What torch knows of the processor: instruction sets as booleans, sizes of caches in bytes."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+def has_bf16() -> bool:
+    """Does the processor multiply in bfloat16 itself?"""
+    return any(processor().get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
 def machine() -> dict[str, Any]:
     model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
@@ -97,7 +107,9 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in _lines("/proc/cpuinfo")),
+        "flags": sorted(name for name, value in processor().items() if value is True),
+        "l2_cache_kib": processor().get("l2_cache_size", 0) // 2**10,
+        "bf16_instructions": has_bf16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),

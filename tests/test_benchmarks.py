@@ -1,4 +1,4 @@
-"""`make bench-gpu`: a dry run on tiny shapes makes every table, and a machine without a GPU is told so."""
+"""Benchmarks: a dry run of `make bench-gpu`, what `make bench` measures on which processor, and the tables of docs."""
 
 import json
 from importlib.util import find_spec
@@ -14,10 +14,14 @@ ABSENT = {"Liger": "liger_kernel", "TRL": "trl", "understudy, Triton": "triton"}
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def importable(monkeypatch):
     if not (ROOT / "benchmarks").is_dir():
         pytest.skip("the benchmarks are not part of an installed package")
     monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture
+def gpu(importable, monkeypatch):
     monkeypatch.setattr(trainer, "compiles", trainer.compiles)  # benchmarks.step replaces it
     from benchmarks import gpu
 
@@ -64,3 +68,51 @@ def test_without_a_gpu_the_command_is_refused_with_a_remedy(gpu, capsys):
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "there is no CUDA device here: `--tiny` is a dry run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_products_have_their_own_floor_where_the_processor_has_instructions_for_them(
+    bf16, importable, monkeypatch
+):
+    from benchmarks import loss, tables
+
+    monkeypatch.setattr(loss, "V", 40)
+    monkeypatch.setattr(loss.Task.__init__, "__defaults__", (40, 8, 16))
+    monkeypatch.setattr(loss, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(loss, "implementation", lambda name, which: lambda task: task.hidden.sum())
+    times = {f"{which}, N = 4096": loss.race(6, which) for which in loss.DIVERGENCES}
+    for which, rows in zip(loss.DIVERGENCES, times.values(), strict=True):
+        assert (loss.BF16_FLOOR in rows) == bf16
+        assert (loss.BF16 in rows) == (bf16 or which == "JSD(0.5)")
+    aims = [aim.row({"loss": {"times": times}}) for aim in tables.AIMS if "bf16" in aim.text]
+    for (_, _, measured, verdict), rows in zip(aims, times.values(), strict=True):
+        if bf16:
+            assert measured == f"{rows[loss.BF16]['bf16_ratio']:.2f}"
+        else:
+            assert (measured, verdict) == ("", "not measured: no bf16 instructions here")
+
+
+def test_the_tables_of_docs_are_those_of_the_measurements(importable):
+    from benchmarks import tables
+
+    pages = {page: (ROOT / page).read_text("utf-8") for page in tables.PAGES}
+    assert sum(page.count("<!-- table: ") for page in pages.values()) > 5
+    for name, page in pages.items():
+        assert tables.written(page, tables.load()) == page, f"{name}: run `python -m benchmarks.tables`"
+
+
+@pytest.mark.parametrize(
+    ("most", "value", "verdict"),
+    [(True, 1.2, "met"), (True, 1.5, "**missed by 20%**"), (False, 2.0, "met"), (False, 1.0, "**missed by 20%**")],
+)
+def test_an_aim_that_is_missed_says_by_how_much(most, value, verdict, importable):
+    from benchmarks.tables import Aim
+
+    assert Aim("seconds", lambda _: value, 1.25, most=most).row({})[-1] == verdict
+
+
+def test_a_name_of_which_there_is_no_table_is_refused(importable):
+    from benchmarks import tables
+
+    with pytest.raises(ValueError, match="there is no table 'speed'"):
+        tables.written("<!-- table: speed -->\n<!-- end -->", {})

@@ -179,6 +179,25 @@ def test_grad_log_q_is_q_times_the_derivative_of_value_by_q(divergence):
 
 
 @every
+def test_value_and_gradient_at_once_are_value_and_gradient(divergence):
+    for log_p, log_q in (random_pair(50), random_pair(50, spread=100.0)):
+        value, grad = divergence.value_and_grad(log_p, log_q, log_p.exp(), log_q.exp())
+        assert torch.equal(value, divergence.value(log_p, log_q))
+        assert torch.equal(grad, divergence.grad_log_q(log_p, log_q))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("distance", [1e-3, 1e-2, 1e-1])
+def test_float32_stays_accurate_where_the_student_is_nearly_the_teacher(beta, distance):
+    """The value is second order in the distance, so that a first-order rounding error would be larger than it."""
+    teacher, direction = (torch.randn(6, 140, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    student = teacher + distance * direction
+    exact = JensenShannon(beta)(teacher.double().log_softmax(-1), student.double().log_softmax(-1))
+    rough = JensenShannon(beta)(teacher.log_softmax(-1), student.log_softmax(-1))
+    torch.testing.assert_close(rough.double(), exact, rtol=1e-6 / distance, atol=0)
+
+
+@every
 @pytest.mark.parametrize("size", [3, 1000])
 def test_float32_stays_accurate(divergence, size):
     log_p, log_q = random_pair(size)

@@ -17,6 +17,7 @@ gradient 0. Where only the supports differ, the value is what the formula says (
 `grad_log_q` stays finite. Shapes: N rows, V events.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,10 @@ class Divergence(ABC):
     def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """h_v = q_v ∂f/∂q_v, elementwise: the derivative of Σ f with respect to log q_v."""
 
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """f and h at once, where the probabilities are known too: those of a tile are, from its softmax."""
+        return self.value(log_p, log_q), self.grad_log_q(log_p, log_q)
+
     @property
     def factor(self) -> float:
         """What the sum of values is multiplied by: τ² with `rescale`, else 1."""
@@ -88,30 +93,37 @@ class _Sum(torch.autograd.Function):
         return None, upstream[..., None] * ctx.divergence.grad_log_q(*ctx.saved_tensors), None
 
 
+class _Joint(Divergence):
+    """A divergence defined by `value_and_grad`, because f and h contain the same terms."""
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return self.value_and_grad(log_p, log_q, log_p.exp(), log_q.exp())[0]
+
+    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return self.value_and_grad(log_p, log_q, log_p.exp(), log_q.exp())[1]
+
+    @abstractmethod
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
-class ForwardKL(Divergence):
+class ForwardKL(_Joint):
     """KL(p‖q) = Σ p log(p/q), h = −p. Covers every mode of the teacher (word-level KD; GKD §2)."""
 
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _times_log_ratio(log_p, log_q)
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return -log_p.exp()
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        return _times_log_ratio(p, log_p, log_q), -p
 
 
 @dataclass(frozen=True)
-class ReverseKL(Divergence):
+class ReverseKL(_Joint):
     """KL(q‖p) = Σ q log(q/p), h = q (log(q/p) + 1). Seeks one mode of the teacher (MiniLLM; GKD §2)."""
 
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _times_log_ratio(log_q, log_p)
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_q.exp() * (_log_ratio(log_q, log_p).clamp(max=_STEEPEST) + 1)
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        return _times_log_ratio(q, log_q, log_p), q * (_log_ratio(log_q, log_p).clamp(max=_STEEPEST) + 1)
 
 
 @dataclass(frozen=True)
-class JensenShannon(Divergence):
+class JensenShannon(_Joint):
     """Generalized JSD (GKD, Agarwal et al. 2024, Eq. 1). **β weights the teacher**, in the mixture and in front:
 
         JSD_β(p‖q) = β KL(p‖m) + (1−β) KL(q‖m),   m = βp + (1−β)q,   h = (1−β) q log(q/m)
@@ -134,16 +146,12 @@ class JensenShannon(Divergence):
     def _scale(self) -> float:
         return 1 / (self.beta * (1 - self.beta)) if self.normalized else 1.0
 
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.beta in (0, 1):
-            return (ForwardKL() if self.beta == 0 else ReverseKL()).value(log_p, log_q)
-        p_to_m, q_to_m = _log_ratios_to_mixture(log_p, log_q, self.beta)
-        return (self.beta * self._scale) * log_p.exp() * p_to_m + ((1 - self.beta) * self._scale) * log_q.exp() * q_to_m
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        if self.beta in (0, 1):
-            return (ForwardKL() if self.beta == 0 else ReverseKL()).grad_log_q(log_p, log_q)
-        return ((1 - self.beta) * self._scale) * log_q.exp() * _log_ratios_to_mixture(log_p, log_q, self.beta)[1]
+            return (ForwardKL() if self.beta == 0 else ReverseKL()).value_and_grad(log_p, log_q, p, q)
+        p_to_m, q_to_m = _log_ratios_to_mixture(log_p, log_q, p, q, self.beta)
+        grad = ((1 - self.beta) * self._scale) * q * q_to_m
+        return (self.beta * self._scale) * p * p_to_m + grad, grad
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ class TotalVariation(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewKL(Divergence):
+class SkewKL(_Joint):
     """KL(p‖m) with m = αp + (1−α)q, h = −(1−α) p q/m. At most −log α (DistiLLM, Ko et al. 2024, Eq. 4)."""
 
     alpha: float = 0.1
@@ -167,19 +175,15 @@ class SkewKL(Divergence):
         super().__post_init__()
         _check_alpha("skew_kl", self.alpha)
 
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha == 0:
-            return ForwardKL().value(log_p, log_q)
-        return log_p.exp() * _log_ratios_to_mixture(log_p, log_q, self.alpha)[0]
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        if self.alpha == 0:
-            return ForwardKL().grad_log_q(log_p, log_q)
-        return (self.alpha - 1) * log_p.exp() * _log_ratios_to_mixture(log_p, log_q, self.alpha)[1].exp()
+            return ForwardKL().value_and_grad(log_p, log_q, p, q)
+        p_to_m, q_to_m = _log_ratios_to_mixture(log_p, log_q, p, q, self.alpha)
+        return p * p_to_m, (self.alpha - 1) * p * q_to_m.exp()
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(Divergence):
+class SkewReverseKL(_Joint):
     """KL(q‖m) with m = (1−α)p + αq, h = q (log(q/m) + 1 − αq/m). At most −log α (DistiLLM, Eq. 5).
 
     The mixture's q is differentiated too; DistiLLM-2's script holds it constant.
@@ -191,16 +195,11 @@ class SkewReverseKL(Divergence):
         super().__post_init__()
         _check_alpha("skew_reverse_kl", self.alpha)
 
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value_and_grad(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha == 0:
-            return ReverseKL().value(log_p, log_q)
-        return log_q.exp() * _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha)[1]
-
-    def grad_log_q(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        if self.alpha == 0:
-            return ReverseKL().grad_log_q(log_p, log_q)
-        q_to_m = _log_ratios_to_mixture(log_p, log_q, 1 - self.alpha)[1]
-        return log_q.exp() * (q_to_m + 1 - self.alpha * q_to_m.exp())
+            return ReverseKL().value_and_grad(log_p, log_q, p, q)
+        q_to_m = _log_ratios_to_mixture(log_p, log_q, p, q, 1 - self.alpha)[1]
+        return q * q_to_m, q * (q_to_m + 1 - self.alpha * q_to_m.exp())
 
 
 @dataclass(frozen=True)
@@ -249,24 +248,31 @@ def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(log_a == -torch.inf, 0, log_a - log_b)
 
 
-def _times_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     """a log(a/b), and 0 where a is 0 or too small for its dtype, even if b = 0."""
-    a = log_a.exp()
     return torch.where(a == 0, 0, a * (log_a - log_b))
 
 
-def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m) for m = weight · p + (1 − weight) · q.
 
     Through log(m/q) = log1p(weight · (p/q − 1)) or its mirror image, whichever has the smaller weight: exact near p = q
-    and for weights near 0 and 1. Beyond ±80 nats the smaller of p and q adds nothing, so the ratio may be cut there.
+    and for weights near 0 and 1. Probabilities below e⁻⁶⁴, which add nothing, count as e⁻⁶⁴.
     """
-    ratio = _difference(log_p, log_q).clamp(-80, 80)
+    ratio = log_p.clamp(min=-64) - log_q.clamp(min=-64)
+    p, q = p.clamp(min=math.exp(-64)), q.clamp(min=math.exp(-64))
     if weight <= 0.5:
-        m_to_q = torch.log1p(weight * torch.expm1(ratio))
+        m_to_q = torch.log1p(weight * _relative_difference(p, q, ratio))
         return ratio - m_to_q, -m_to_q
-    m_to_p = torch.log1p((1 - weight) * torch.expm1(-ratio))
+    m_to_p = torch.log1p((1 - weight) * _relative_difference(q, p, -ratio))
     return -m_to_p, -ratio - m_to_p
+
+
+def _relative_difference(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
+    """a/b − 1; where a ≈ b, the Taylor series of exp(log(a/b)) − 1, since a − b would be rounding errors."""
+    x, largest = log_ratio, (720 * torch.finfo(a.dtype).eps) ** (1 / 5)  # beyond it x⁶/6! is above x · rounding
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))
+    return torch.where(x.abs() < largest, series, (a - b) / b)
 
 
 def _growth(log_p: Tensor, log_q: Tensor, total: float, power: float) -> Tensor:

@@ -5,8 +5,8 @@ import torch
 from projected import COMPILES, N, V, generator, leaves, random_projected, top_k
 from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
 
-from understudy.divergences import ForwardKL, JensenShannon
-from understudy.fused_linear import compiling, head, kernel
+from understudy.divergences import ForwardKL, JensenShannon, ReverseKL
+from understudy.fused_linear import compiling, kernel
 from understudy.fused_linear.compiling import compiling_pays_off
 from understudy.fused_linear.distributions import Dense
 from understudy.fused_linear.loss import chosen_log_prob, divergence_loss, fused_divergence, row_values
@@ -35,7 +35,6 @@ def kinds(monkeypatch):
         monkeypatch.setattr(
             kernel, name, lambda *args, compiled=compiled: used.append(compiled) or kernel._kernel(*args)
         )
-    monkeypatch.setattr(head, "_compiled_sum_exp", head._sum_exp)
     return used
 
 
@@ -100,17 +99,25 @@ def test_compiled_row_losses_equal_the_plain_ones(weights, kind):
         torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-12)
 
 
+@COMPILES
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JensenShannon(0.3), JensenShannon(0.7)], ids=str)
+def test_a_tile_is_compiled_as_one_loop_over_rows_whose_intermediate_results_are_one_row(divergence):
+    from torch._inductor import config, metrics
+
+    metrics.reset()
+    tensors = [torch.randn(n, 4, generator=generator()) for n in (40, 500, 40, 500)]
+    with tiling(compiled=True), config.patch(force_disable_caches=True):
+        fused_divergence(divergence, *tensors[:2], *(x.requires_grad_() for x in tensors[2:])).backward()
+    [loop] = metrics.cpp_outer_loop_fused_inner_counts
+    assert loop.local_buffer_number >= 2, "the exponentials of student and teacher"
+
+
 @pytest.mark.parametrize("error", [InternalTorchDynamoError, FailOnRecompileLimitHit])
-@pytest.mark.parametrize("broken", [kernel._compiled_kernel, head._compiled_sum_exp], ids=["kernel", "sum of exp"])
-def test_where_compiling_fails_the_fallback_runs_and_one_warning_is_logged(
-    broken, error, monkeypatch, caplog, tile_rows
-):
+def test_where_compiling_fails_the_fallback_runs_and_one_warning_is_logged(error, monkeypatch, caplog, tile_rows):
     def fail(*_):
         raise error("no such thing as a compiler")
 
-    for function in (kernel._compiled_kernel, head._compiled_sum_exp):
-        monkeypatch.setattr(function, "_kernel", function._fallback)
-    monkeypatch.setattr(broken, "_kernel", fail)
+    monkeypatch.setattr(kernel._compiled_kernel, "_kernel", fail)
     student, teacher = random_projected(seed=1), random_projected(seed=2)
     expected = ForwardKL()(teacher.log_probs().detach(), student.log_probs())
     for _ in range(2):

@@ -4,17 +4,10 @@ Shapes: C rows of a tile, V vocabulary, D width.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from .compiling import CompiledFunction
-from .tiles import row_blocks
-
-NOT_COMPILED = "the loss cannot be compiled here, which makes it slower"
-COMPILE_WHOLE = {"fullgraph": True, "dynamic": True}  # a function in several graphs would need several more tiles
 
 
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,44 +85,40 @@ class TileLogits:
 
     product: Tensor  # (C, V)
     transform: Transform
-    normalizer: Tensor | None = None  # (C, 1) log Σ exp for the temperature that will be used, if it is computed
 
     def rows(self, rows: slice) -> "TileLogits":
-        return TileLogits(
-            self.product[rows], self.transform, None if self.normalizer is None else self.normalizer[rows]
-        )
-
-    def normalized(self, temperature: float) -> "TileLogits":
-        """The same with its normalizer.
-
-        The logarithm is outside the compiled function: one number per row between two passes would split the kernel,
-        and its intermediate results would no longer be one row.
-        """
-        peak, total = _compiled_sum_exp(self.product, self.transform, temperature)
-        return replace(self, normalizer=peak + total.log())
+        return TileLogits(self.product[rows], self.transform)
 
     def logits(self) -> Tensor:
         return self.transform(self.product.to(softmax_dtype(self.product.dtype)))
 
-    def log_probs(self, temperature: float = 1.0, logits: Tensor | None = None) -> Tensor:
-        """(C, V) log-softmax over the temperature, of `logits()` if the caller has not computed them already."""
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        """(C, V) log-probabilities."""
+        logits = _soften(self.logits(), temperature)
+        return _softmax_of_a_row_at_a_time(logits)[0] if torch.compiler.is_compiling() else logits.log_softmax(-1)
+
+    def softmax(self, temperature: float = 1.0, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(C, V) log-probabilities and probabilities, of `logits()` if the caller has not computed them already."""
         logits = _soften(self.logits() if logits is None else logits, temperature)
-        return logits.log_softmax(-1) if self.normalizer is None else logits - self.normalizer
+        if torch.compiler.is_compiling():
+            return _softmax_of_a_row_at_a_time(logits)
+        log_probs = logits.log_softmax(-1)
+        return log_probs, log_probs.exp()
 
 
 def _soften(logits: Tensor, temperature: float) -> Tensor:
     return logits / temperature if temperature != 1.0 else logits
 
 
-def _sum_exp(product: Tensor, transform: Transform, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = _soften(transform(product.to(softmax_dtype(product.dtype))), temperature)
+def _softmax_of_a_row_at_a_time(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities, as torch compiles them into one loop over rows with what comes after them.
+
+    Each exponential is computed once. torch splits the loop where a number per row is computed outside of a loop over
+    tokens, and intermediate results are then of all rows, not of one. So the logarithm of the sum is the largest one
+    over 16 equal sums; the comparison, which is always true, is what makes torch keep that as a loop over tokens.
+    """
     peak = logits.amax(-1, keepdim=True)
-    return peak, (logits - peak).exp().sum(-1, keepdim=True)
-
-
-def _sum_exp_in_blocks(product: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    blocks = [_sum_exp(product[rows], *options) for rows in row_blocks(product)]
-    return tuple(map(torch.cat, zip(*blocks, strict=True)))
-
-
-_compiled_sum_exp = CompiledFunction(_sum_exp, NOT_COMPILED, fallback=_sum_exp_in_blocks, **COMPILE_WHOLE)
+    powers = (logits - peak).exp()
+    total = powers.sum(-1, keepdim=True)
+    log_total = torch.where(logits[:, :16] <= peak, total, torch.nan).log().amax(-1, keepdim=True)
+    return (logits - peak) - log_total, powers / total

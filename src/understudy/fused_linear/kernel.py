@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .compiling import CompiledFunction
-from .head import COMPILE_WHOLE, NOT_COMPILED, TileLogits
+from .head import TileLogits
 from .tiles import current_tiling, row_blocks
 
 
@@ -24,12 +24,8 @@ class RowLoss(Protocol):
         """The loss of some of the rows."""
         ...
 
-    def normalized(self) -> "RowLoss":
-        """The same with the normalizer of the teacher's logits, if the loss uses any."""
-        ...
-
-    def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        """Values (C,) and, if asked for, their derivative (C, V) with respect to `log_q`."""
+    def __call__(self, log_q: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Values (C,) and, if the probabilities are given too, their derivative (C, V) with respect to `log_q`."""
         ...
 
 
@@ -49,7 +45,7 @@ def tile_loss(
     if not current_tiling().compiled:
         return _block_by_block(student, row_loss, weights, temperature, grad_product)
     weights = weights.clone()  # not a view: code compiled for all of a tensor's memory is compiled again for a part
-    return _compiled_kernel(student.normalized(temperature), row_loss.normalized(), weights, temperature, grad_product)
+    return _compiled_kernel(student, row_loss, weights, temperature, grad_product)
 
 
 def _block_by_block(
@@ -65,15 +61,23 @@ def _block_by_block(
 def _kernel(
     student: TileLogits, row_loss: RowLoss, weights: Tensor, temperature: float, grad_product: Tensor | None
 ) -> Tensor:
+    if grad_product is None:
+        return row_loss(student.log_probs(temperature), None)[0]
     logits = student.logits()
-    log_q = student.log_probs(temperature, logits)
-    values, grad_log_q = row_loss(log_q, differentiate=grad_product is not None)
-    if grad_log_q is not None and grad_product is not None:
+    log_q, q = student.softmax(temperature, logits)
+    values, grad_log_q = row_loss(log_q, q)
+    if grad_log_q is not None:
         # ∂/∂z_v = h_v − q_v Σ h, then through the temperature and the model's transform of its product
-        grad = torch.addcmul(grad_log_q, log_q.exp(), grad_log_q.sum(-1, keepdim=True), value=-1)
+        grad = torch.addcmul(grad_log_q, q, grad_log_q.sum(-1, keepdim=True), value=-1)
         scale = weights[:, None].to(grad.dtype) / temperature
         grad_product.copy_(student.transform.grad_product(grad * scale, logits))
     return values
 
 
-_compiled_kernel = CompiledFunction(_kernel, NOT_COMPILED, fallback=_block_by_block, **COMPILE_WHOLE)
+_compiled_kernel = CompiledFunction(
+    _kernel,
+    "the loss cannot be compiled here, which makes it slower",
+    fallback=_block_by_block,
+    fullgraph=True,  # a function in several graphs would need several more tiles
+    dynamic=True,
+)

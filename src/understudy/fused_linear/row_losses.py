@@ -22,21 +22,27 @@ class DivergenceLoss:
     def rows(self, rows: slice) -> "DivergenceLoss":
         return DivergenceLoss(self.divergence, self.teacher.rows(rows))
 
-    def normalized(self) -> "DivergenceLoss":
-        if not isinstance(self.teacher, TileLogits):
-            return self
-        return DivergenceLoss(self.divergence, self.teacher.normalized(self.divergence.temperature))
-
-    def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, log_q: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         divergence, teacher = self.divergence, self.teacher
-        log_p = teacher.log_probs(temperature=divergence.temperature).to(log_q.device, log_q.dtype)
-        events = teacher.merge(log_q) if isinstance(teacher, TopK | EventRows) else log_q
-        # scaled before the sum: one number per row between two passes would split a compiled kernel
-        values = _scale(divergence.value(log_p, events), divergence.factor).sum(-1)
-        if not differentiate:
-            return values, None
-        grad = _scale(divergence.grad_log_q(log_p, events), divergence.factor)
-        return values, teacher.unmerge_gradient(grad, events, log_q) if isinstance(teacher, TopK | EventRows) else grad
+        merges = isinstance(teacher, TopK | EventRows)
+        events = teacher.merge(log_q) if merges else log_q
+        if q is None:
+            log_p = teacher.log_probs(temperature=divergence.temperature).to(log_q.device, log_q.dtype)
+            return self._sums(divergence.value(log_p, events)), None
+        log_p, p = (x.to(log_q.device, log_q.dtype) for x in self._softmax_of_teacher())
+        value, grad = divergence.value_and_grad(log_p, events, p, events.exp() if merges else q)
+        grad = _scale(grad, divergence.factor)
+        return self._sums(value), teacher.unmerge_gradient(grad, events, log_q) if merges else grad
+
+    def _softmax_of_teacher(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self.teacher, TileLogits):
+            return self.teacher.softmax(self.divergence.temperature)
+        log_p = self.teacher.log_probs(temperature=self.divergence.temperature)
+        return log_p, log_p.exp()
+
+    def _sums(self, elements: Tensor) -> Tensor:
+        """(C,); scaled before the sum, since a number per row between two passes would split a compiled kernel."""
+        return _scale(elements, self.divergence.factor).sum(-1)
 
 
 def _scale(elements: Tensor, factor: float) -> Tensor:
@@ -52,13 +58,10 @@ class ChosenLogProb:
     def rows(self, rows: slice) -> "ChosenLogProb":
         return ChosenLogProb(self.tokens[rows])
 
-    def normalized(self) -> "ChosenLogProb":
-        return self
-
-    def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, log_q: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         index = self.tokens[:, None].to(log_q.device)
         values = log_q.gather(-1, index)[:, 0]
-        return values, torch.zeros_like(log_q).scatter_(-1, index, 1.0) if differentiate else None
+        return values, torch.zeros_like(log_q).scatter_(-1, index, 1.0) if q is not None else None
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,10 @@ class EventLogProb:
     def rows(self, rows: slice) -> "EventLogProb":
         return EventLogProb(self.events, self.event[rows])
 
-    def normalized(self) -> "EventLogProb":
-        return self
-
-    def __call__(self, log_q: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, log_q: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         index, merged = self.event[:, None].to(log_q.device), self.events.of_student(log_q)
         values = merged.gather(-1, index)[:, 0]
-        if not differentiate:
+        if q is None:
             return values, None
         one = torch.zeros_like(merged).scatter_(-1, index, 1.0)
         return values, self.events.token_gradient(one, merged, log_q)
