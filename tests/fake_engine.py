@@ -1,13 +1,18 @@
 """A fake vLLM that generates: it speaks the schema of vLLM's server, with weights that it loads from folders.
 
-It answers as a handler of httpx's MockTransport. Tokens are drawn from the model by a stream of the request's seed,
-and do not depend on what else is asked.
+It answers as a handler of httpx's MockTransport, or as a program in the place of vLLM's server. Tokens are drawn from
+the model by a stream of the request's seed, and do not depend on what else is asked.
 """
 
+import copy
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import httpx2
@@ -27,12 +32,14 @@ class FakeVLLMEngine:
         stale: says that it has loaded weights, and keeps those before (as vLLM does with a tied head).
         dies_after: ends at this many requests for responses, once; it is back at the next one, without weights.
         missing: paths that it does not have.
+        base: the model below adapters; None: it is in the folder beside theirs, as for a server that was started.
     """
 
     stale: bool = False
     dies_after: int | None = None
     missing: tuple[str, ...] = ()
     model: Any = None
+    base: Any = None
     adapters: dict[str, Any] = field(default_factory=dict)
     version: str = "default"
     loads: int = 0
@@ -42,6 +49,7 @@ class FakeVLLMEngine:
         path = request.url.path
         content = json.loads(request.content) if request.content else {}
         routes: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "/health": lambda _: {},
             "/v1/models": lambda _: {"object": "list", "data": [{"id": "student", "max_model_len": 64}]},
             "/weight_info": lambda _: {"weight_version": self.version},
             "/update_weight_version": self.name_weights,
@@ -75,7 +83,8 @@ class FakeVLLMEngine:
     def load_adapters(self, content: dict[str, Any]) -> Any:
         from peft import PeftModel
 
-        base = AutoModelForCausalLM.from_pretrained(Path(content["lora_path"]).parent / "model", dtype=torch.float32)
+        folder = Path(content["lora_path"]).parent / "model"
+        base = copy.deepcopy(self.base) or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.adapters[content["lora_name"]] = PeftModel.from_pretrained(base, content["lora_path"]).eval()
         self.loads += 1
         return "Success"
@@ -114,3 +123,36 @@ class FakeVLLMEngine:
             if tokens[-1] in content["stop_token_ids"]:
                 break
         return tokens, log_probs
+
+
+def interpreter(folder: Path) -> str:
+    """What can stand for `python` of rollout vllm: runs this file in the place of vLLM's server."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def serve(arguments: list[str]) -> None:
+    """Serve until the process is ended; its number is in the log, by which tests end it."""
+    engine, one_at_a_time = FakeVLLMEngine(), Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("content-length", 0)))
+            with one_at_a_time:
+                answer = engine(httpx2.Request(self.command, f"http://localhost{self.path}", content=content))
+            self.send_response(answer.status_code)
+            self.send_header("content-length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+        do_GET = do_POST
+
+    torch.set_num_threads(1)
+    print(json.dumps({"pid": os.getpid(), "arguments": arguments}), flush=True)
+    ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

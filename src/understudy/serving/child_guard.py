@@ -1,4 +1,4 @@
-"""Run a command and end it, with all that it started, when standard input closes: when the parent is done, or gone.
+"""Run a command, and end it with all that it started when standard input says so, or closes: the parent is gone.
 
 A program of its own, run by its path: `python child_guard.py COMMAND …`.
 """
@@ -33,8 +33,7 @@ def _default_signals() -> None:
 
 
 def _end_with_input(child: "subprocess.Popen[bytes]") -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the program ends
-        pass
+    os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when the program ends
     child.terminate()  # it ends what it has started, and frees shared memory
     with suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE)

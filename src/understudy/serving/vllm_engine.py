@@ -26,12 +26,13 @@ _ROUNDING = 1e-3  # of the logarithm of a probability of 1
 
 @dataclass(frozen=True)
 class Job:
-    """One response to generate; `banned` are ids beyond the tokenizer's, which a padded vocabulary has."""
+    """One response to generate; `banned` are the ids from the tokenizer's vocabulary to that of a padded model."""
 
     prompt: list[int]
     seed: int
     sampling: Sampling  # with stop tokens
     banned: range
+    replica: int | None = None  # the one that is to generate it; None: any
 
     def biases(self) -> dict[int, float]:
         """What is added to the logits of the banned ids."""
@@ -48,8 +49,8 @@ class Generated(NamedTuple):
 class Engine(Protocol):
     """Generates with weights that are loaded from folders."""
 
-    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
-        """A response to each job; raises TeacherError when `is_alive` says that the server has ended."""
+    def generate(self, jobs: Sequence[Job], check: Callable[[], None]) -> list[Generated]:
+        """A response to each job; `check` is called meanwhile, and raises what is to end this."""
         ...
 
     def load_model(self, folder: Path) -> None: ...
@@ -73,7 +74,7 @@ class ServedEngine:
         self._client = client
         self.loaded: tuple[str, str] | None = None
 
-    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
+    def generate(self, jobs: Sequence[Job], check: Callable[[], None]) -> list[Generated]:
         """See `Engine`; all requests are under way at once.
 
         Raises:
@@ -81,7 +82,8 @@ class ServedEngine:
         """
         futures = [
             self._client.submit(
-                Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES)
+                Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES),
+                None if job.replica is None else self._client.replicas[job.replica],
             )
             for job in jobs
         ]
@@ -89,8 +91,7 @@ class ServedEngine:
             while wait(futures, _POLL, FIRST_EXCEPTION).not_done:
                 if failed := [future for future in futures if future.done() and future.exception() is not None]:
                     failed[0].result()
-                if not is_alive():
-                    raise TeacherError(f"the server at {self._client.replicas[0].url} has ended")
+                check()
             return [future.result() for future in futures]
         finally:
             for future in futures:
@@ -191,7 +192,7 @@ def checked(response: Generated, job: Job, url: str) -> Generated:
     (tokens, log_probs), sampling = response, job.sampling
     if not 0 < len(tokens) <= sampling.max_new_tokens:
         raise wrong(url, f"a response of {len(tokens)} tokens where 1 to {sampling.max_new_tokens} were asked for")
-    if any(token in job.banned for token in tokens):
+    if not all(0 <= token < job.banned.start for token in tokens):
         raise wrong(url, "a token that the tokenizer does not have")
     stop = set(sampling.stop_ids)
     if stop.intersection(tokens[:-1]) or (tokens[-1] not in stop and len(tokens) < sampling.max_new_tokens):

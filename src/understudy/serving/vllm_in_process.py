@@ -37,7 +37,7 @@ class InProcessEngine:
         self._count = 0  # of adapters loaded so far
         self._sleep()
 
-    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
+    def generate(self, jobs: Sequence[Job], check: Callable[[], None]) -> list[Generated]:
         """See `Engine`."""
         self._wake_up()
         try:
