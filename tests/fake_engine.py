@@ -8,7 +8,9 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -133,12 +135,12 @@ def interpreter(folder: Path) -> str:
     return str(path)
 
 
-def serve(arguments: list[str]) -> None:
-    """Serve until the process is ended; its number is in the log, by which tests end it."""
-    engine, one_at_a_time = FakeVLLMEngine(), Lock()
+def server_of(engine: FakeVLLMEngine, port: int = 0) -> ThreadingHTTPServer:
+    """An HTTP server on the loopback interface, by default at a free port."""
+    one_at_a_time = Lock()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+        def do_GET(self) -> None:
             content = self.rfile.read(int(self.headers.get("content-length", 0)))
             with one_at_a_time:
                 answer = engine(httpx2.Request(self.command, f"http://localhost{self.path}", content=content))
@@ -147,12 +149,24 @@ def serve(arguments: list[str]) -> None:
             self.end_headers()
             self.wfile.write(answer.content)
 
-        do_GET = do_POST
+        do_POST = do_GET  # noqa: N815
 
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+@contextmanager
+def served(engine: FakeVLLMEngine) -> Iterator[str]:
+    """The URL of a server in a thread of this process."""
+    with server_of(engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+if __name__ == "__main__":  # until the process is ended; its number is in the log, by which tests end it
     torch.set_num_threads(1)
-    print(json.dumps({"pid": os.getpid(), "arguments": arguments}), flush=True)
-    ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1:])
+    print(json.dumps({"pid": os.getpid(), "arguments": sys.argv[1:]}), flush=True)
+    server_of(FakeVLLMEngine(), int(sys.argv[sys.argv.index("--port") + 1])).serve_forever()

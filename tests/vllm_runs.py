@@ -1,6 +1,7 @@
-"""A process of a run with rollout vllm: `python -m torch.distributed.run … vllm_runs.py KIND FOLDER`.
+"""A process of runs with rollout vllm: `python -m torch.distributed.run … vllm_runs.py KIND FOLDER [URL]`.
 
-The first process starts a fake server for each case. The same runs in one process are what the results are compared with.
+The fake server is at the URL, or is started by the first process. The same runs in one process are what the results are
+compared with.
 """
 
 import json
@@ -10,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
 from fakes import ragged_examples
 from loop import logged, short_sampling, student, trainer
@@ -22,7 +22,7 @@ from understudy.rollouts.vllm import VLLMRollout
 from understudy.sampling import Schedule
 from understudy.training.trainer import StudentTrainer
 
-CASES = {"ddp": ["ahead", "killed"], "fsdp": ["whole, tied", "adapters"]}
+CASES = {"ddp": ["ahead, killed"], "fsdp": ["tied", "adapters"], "zero3": ["tied", "adapters"]}
 
 
 def started(log: Path) -> list[dict[str, Any]]:
@@ -38,26 +38,25 @@ class KillServer(TrainerCallback):
             os.kill(started(Path(args.output_dir) / "vllm.log")[-1]["pid"], signal.SIGKILL)
 
 
-def run_of(folder: Path, kind: str, case: str, processes: int, server: Any = None) -> StudentTrainer:
+def run_of(
+    folder: Path, kind: str, case: str, processes: int, url: str = "http://vllm:8000", transport: Any = None
+) -> StudentTrainer:
     """Four steps of four examples, over all processes. Adam's large epsilon keeps rounding small.
 
-    Without a `server` one is started, by fake_engine's `interpreter`, which is in the folder above.
+    Without a `url` a server is started, by fake_engine's `interpreter`, which is in the folder above.
     """
-    if server is None:
-        rollout = VLLMRollout(start=True, python=str(folder.parent / "python"), wait=60)
-    else:
-        rollout = VLLMRollout(url="http://vllm:8000", _transport=httpx2.MockTransport(server))
+    place = {"url": url} if url else {"start": True, "python": str(folder.parent / "python")}
     return trainer(
         folder,
         GKD(on_policy=1.0),
         student("llama+lora" if case == "adapters" else "llama", tied="tied" in case),
         None,
-        rollout,
+        VLLMRollout(**place, wait=60, _transport=transport),
         short_sampling(),
         ragged_examples(16),
         options={
-            "schedule": Schedule(ahead=int(case == "ahead")),
-            "callbacks": [KillServer()] if case == "killed" and server is None else [],
+            "schedule": Schedule(ahead=int("ahead" in case)),
+            "callbacks": [] if url else [KillServer()],
         },
         per_device_train_batch_size=4 // processes,
         adam_epsilon=1e-3,
@@ -65,21 +64,17 @@ def run_of(folder: Path, kind: str, case: str, processes: int, server: Any = Non
     )
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, url: str) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for case in CASES[kind]:
-        run = run_of(folder / case, "one" if kind == "ddp" else kind, case, 2)
+        run = run_of(folder / case, "one" if kind == "ddp" else kind, case, 2, url)
         run.train()
-        results[case] = {
-            "weights": whole_weights(run),
-            "versions": logged(run, "weight_version"),
-            "servers": len(started(folder / case / "vllm.log")),
-        }
+        results[case] = {"weights": whole_weights(run), "versions": logged(run, "weight_version")}
     if os.environ["RANK"] == "0":
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from understudy.rollouts.vllm import VLLMRollout
 from understudy.sampling import Sampling
-from understudy.serving.student_weights import WeightFolder, check_adapters, model_weights
+from understudy.serving.student_weights import WeightFolder, model_weights
 from understudy.step import Step
 from understudy.teacher import TeacherError
 

@@ -1,21 +1,23 @@
 """Training with rollout vllm and a fake server: versions, faults, responses generated ahead, several processes."""
 
-import gc
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
 import pytest
 import torch
 import vllm_runs
-from fake_engine import FakeVLLMEngine, interpreter
+from fake_engine import FakeVLLMEngine, interpreter, served
 from loop import difference, logged, same, student, trainer, weights
-from vllm_runs import CASES, run_of, started
+from sharded_runs import whole_weights
+from vllm_runs import run_of, started
 
 from understudy.methods.gkd import GKD
 from understudy.rollouts.vllm import VLLMRollout
@@ -25,14 +27,14 @@ from understudy.teacher import TeacherError
 from understudy.training.checkpoint import last_checkpoint
 
 AHEAD = Schedule(ahead=1)
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+NEEDS_DEEPSPEED = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: pip install .[deepspeed]")
 
 
-def served(kind, **options):
+def server_for(kind, **options):
     """A server of others; with adapters it has been given the model below them."""
-    server = FakeVLLMEngine(**options)
-    if "lora" in kind:
-        server.base = student(kind).unload()
-    return server
+    base = student("llama+lora").unload() if kind in ("llama+lora", "adapters") else None
+    return FakeVLLMEngine(**options, base=base)
 
 
 def run(folder, server, resume=False, model=None, schedule=None):
@@ -79,8 +81,8 @@ def test_ahead_the_student_is_not_read_while_it_is_trained(kind, tmp_path, monke
         monkeypatch.setattr(
             student_engine, name, lambda m, read=read: readers.append(threading.current_thread().name) or read(m)
         )
-    whole = run(tmp_path / "whole", served(kind), model=student(kind), schedule=AHEAD)
-    server = served(kind, dies_after=13)
+    whole = run(tmp_path / "whole", server_for(kind), model=student(kind), schedule=AHEAD)
+    server = server_for(kind, dies_after=13)
     again = run(tmp_path / "again", server, model=student(kind), schedule=AHEAD)
     assert server.dies_after is None, "it has died"
     assert logged(again, "weight_version") == [0, 0, 1, 2]
@@ -88,39 +90,18 @@ def test_ahead_the_student_is_not_read_while_it_is_trained(kind, tmp_path, monke
     assert set(readers) == {"MainThread"}
 
 
-def test_a_started_server_that_is_killed_is_started_again_and_none_is_left(tmp_path):
-    interpreter(tmp_path)
-    killed = run_of(tmp_path / "killed", "one", "killed", 1)
-    killed.train()
-    servers = started(tmp_path / "killed" / "vllm.log")
-    assert len(servers) == 2
-    assert servers[0]["arguments"] == servers[1]["arguments"]
-    assert logged(killed, "weight_version") == [0, 1, 2, 3]
-    alone = run_of(tmp_path / "alone", "one", "killed", 1, FakeVLLMEngine())
-    alone.train()
-    assert difference(weights(killed.model), weights(alone.model)) < 1e-6
-    del killed
-    gc.collect()
-    assert not any(psutil.pid_exists(server["pid"]) for server in servers)
-
-
-def torchrun(folder: Path, kind: str) -> dict:
+def torchrun(kind: str, folder: Path, url: str = "") -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(Path(vllm_runs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_addr", "127.0.0.1", "--master_port", str(port), vllm_runs.__file__, kind, str(folder)),
+            *("--master_addr", "127.0.0.1", "--master_port", str(port), vllm_runs.__file__, kind, str(folder), url),
         ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": path,
-            "GLOO_SOCKET_IFNAME": "lo",
-            "DS_ACCELERATOR": "cpu",
-        },
+        env={**os.environ, **own},
         capture_output=True,
         text=True,
         timeout=280,
@@ -130,15 +111,29 @@ def torchrun(folder: Path, kind: str) -> dict:
     return torch.load(folder / "results.pt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_share_a_server_that_the_first_one_starts(kind, tmp_path):
-    """Also ahead, when it is killed, sharded, and with adapters; they end with the weights of one process."""
-    interpreter(tmp_path)
-    results = torchrun(tmp_path, kind)
-    for case in CASES[kind]:
-        alone = run_of(tmp_path / "alone", "one", case, 1, served("llama+lora" if case == "adapters" else "llama"))
+def check(results: dict[str, Any], folder: Path) -> None:
+    """The runs end with the weights of the same run of one process."""
+    for case, result in results.items():
+        alone = run_of(folder / "alone", "one", case, 1, transport=httpx2.MockTransport(server_for(case)))
         alone.train()
-        assert results[case]["versions"] == logged(alone, "weight_version")
-        assert difference(results[case]["weights"], weights(alone.model)) < 1e-6
-        assert results[case]["servers"] == (2 if case == "killed" else 1)
+        assert result["versions"] == logged(alone, "weight_version"), case
+        assert difference(result["weights"], whole_weights(alone)) < 1e-6, case
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_server_that_is_started_again_when_it_is_killed_and_none_is_left(tmp_path):
+    """While its responses are generated ahead."""
+    interpreter(tmp_path)
+    results = torchrun("ddp", tmp_path)
+    servers = started(tmp_path / "ahead, killed" / "vllm.log")
+    assert len(servers) == 2
+    assert servers[0]["arguments"] == servers[1]["arguments"]
+    assert not any(psutil.pid_exists(server["pid"]) for server in servers)
+    check(results, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
+def test_a_sharded_student_is_gathered_for_a_server_of_others(kind, tmp_path):
+    with served(server_for("adapters")) as url:
+        check(torchrun(kind, tmp_path, url), tmp_path)

@@ -4,8 +4,8 @@ Weights are loaded when responses are next needed, and not while they are genera
 version. After every call the engine is asked for its version: if it was started again meanwhile, everything is
 generated again with the student's weights and the same seeds.
 
-The student is read in `prepare` alone, which writes its weights to a folder: the engine loads them from there, once more
-if it was started again, while the student may already be trained in another thread.
+The student is read in `prepare` alone, which writes its weights to a folder. The engine loads them from there, once
+more if it was started again, while the student may already be trained in another thread.
 """
 
 import logging
@@ -69,6 +69,7 @@ class StudentEngine:
         self._process: VLLMProcess | None = None
         self._guard: int | None = None  # the process that runs the server, on this machine
         self._engine: Engine | None = None
+        self._cancelled = threading.Event()  # of generating
         self._is_written = self._is_loaded = False  # the student's present weights
         # In a thread these processes communicate beside those of training, which must not mix.
         self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if is_distributed() else None
@@ -104,9 +105,10 @@ class StudentEngine:
             TeacherError: if the engine does not answer or cannot be started again; on all processes.
             RuntimeError: when `cancelled` is set; on this process.
         """
+        self._cancelled = cancelled or threading.Event()
         for _ in range(_ATTEMPTS):
             self.prepare()
-            responses, error = self._attempt(jobs, cancelled)
+            responses, error = self._attempt(jobs)
             outcomes = self.from_all_processes(error)
             if failures := [outcome for outcome in outcomes if outcome not in ("", _LOST)]:
                 raise TeacherError(failures[0], on_all_processes=True)
@@ -120,18 +122,11 @@ class StudentEngine:
         """The item of every process."""
         return from_all_processes([item], self._group)
 
-    def _attempt(self, jobs: Sequence[Job], cancelled: threading.Event | None) -> tuple[list[Generated], str]:
+    def _attempt(self, jobs: Sequence[Job]) -> tuple[list[Generated], str]:
         """Responses, or what went wrong: `_LOST`, or an error."""
         assert self._engine is not None
-
-        def check() -> None:
-            if cancelled is not None and cancelled.is_set():
-                raise RuntimeError("generating was cancelled")
-            if not self._is_alive():
-                raise TeacherError("the vLLM server has ended")
-
         try:
-            responses = self._engine.generate(jobs, check) if jobs else []
+            responses = self._engine.generate(jobs) if jobs else []
         except TeacherError as error:
             ended = not self._is_alive()
             return [], _LOST if ended or self._was_restarted() else str(error)
@@ -140,6 +135,13 @@ class StudentEngine:
     def _was_restarted(self) -> bool:
         """Does the engine answer, but with other weights?"""
         return isinstance(self._engine, ServedEngine) and self._engine.was_restarted()
+
+    def _check(self) -> None:
+        """Raise what is to end requests that are under way."""
+        if self._cancelled.is_set():
+            raise RuntimeError("generating was cancelled")
+        if not self._is_alive():
+            raise TeacherError(f"the vLLM server that was started for this run has ended{self._log()}")
 
     def _is_alive(self) -> bool:
         """Is a server that was started for this run running? Others are waited for by the client."""
@@ -171,7 +173,16 @@ class StudentEngine:
         self._on_first_process(write)
 
     def _load(self) -> None:
-        """Start the server or the engine, unless it is there, and have it load what is written."""
+        """Start the server or the engine, unless it is there, and have it load what is written; again, if it ends."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            self._start()
+            try:
+                return self._send()
+            except TeacherError:
+                if self._is_alive() or attempt == _ATTEMPTS:
+                    raise
+
+    def _start(self) -> None:
         assert self._folder is not None
         if self._process_for is not None and not (self._process and self._process.is_running):
             if self._process is None:
@@ -181,6 +192,10 @@ class StudentEngine:
             self._process.wait_until_ready()
         if self._engine is None:
             self._engine = self._engine_for(self._folder.model) if self._engine_for else self._served()
+
+    def _send(self) -> None:
+        assert self._engine is not None
+        assert self._folder is not None
         if self._has_adapters:
             self._engine.load_adapters(self._folder.adapters_of(self._model))
         else:
@@ -188,7 +203,7 @@ class StudentEngine:
 
     def _served(self) -> ServedEngine:
         assert self._client_for is not None
-        return ServedEngine(self._client_for(self._urls))
+        return ServedEngine(self._client_for(self._urls), self._check)
 
     def _share(self) -> None:
         """Tell the other processes where the server is, and what it has loaded."""

@@ -8,8 +8,8 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from ..method import process_rank
 from ..models.sharding import is_shard
@@ -70,7 +71,8 @@ class WeightFolder:
         for name in [name for name in weights if name.rpartition(".")[0] in (embeddings, head)]:
             weights[name] = weights[name][:vocabulary]
         shared = weights[f"{embeddings}.weight"].contiguous()
-        bare.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # one file
+        with _without_progress_bars():
+            bare.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # one file
         files = {"weights.safetensors": (folder / "model.safetensors").rename(folder / "weights.safetensors")}
         if _is_tied(bare):
             files["head.safetensors"] = folder / "head.safetensors"
@@ -187,6 +189,17 @@ def _remove_abandoned(place: Path) -> None:
     for lock in place.glob(f"{_PREFIX}*/{_LOCK}"):
         with suppress(OSError, Timeout), FileLock(lock, timeout=0):
             shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _is_tied(model: Any) -> bool:

@@ -6,17 +6,19 @@ meanwhile has another, so that responses of other weights are never taken for th
 
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..sampling import Sampling
 from ..teacher import TeacherError
 from .checks import wrong
 from .client import Client, Reply, Request, Unavailable
 from .handshake import START
+
+T = TypeVar("T")
 
 _DEADLINES = 10  # generating and loading take longer than scoring: in units of the client's timeout
 _POLL = 1.0  # seconds between looks at whether the server is still there
@@ -49,8 +51,8 @@ class Generated(NamedTuple):
 class Engine(Protocol):
     """Generates with weights that are loaded from folders."""
 
-    def generate(self, jobs: Sequence[Job], check: Callable[[], None]) -> list[Generated]:
-        """A response to each job; `check` is called meanwhile, and raises what is to end this."""
+    def generate(self, jobs: Sequence[Job]) -> list[Generated]:
+        """A response to each job."""
         ...
 
     def load_model(self, folder: Path) -> None: ...
@@ -65,41 +67,37 @@ class Engine(Protocol):
 class ServedEngine:
     """vLLM's server, started with VLLM_SERVER_DEV_MODE=1; or replicas of it.
 
+    Args:
+        check: is called while answers are waited for, and raises what is to end that.
+
     Attributes:
         loaded: the model's name in requests, the server's own or that of adapters, and the version of the weights;
             processes that share a server take it from the one that loads.
     """
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, client: Client, check: Callable[[], None]) -> None:
+        self._client, self._check = client, check
         self.loaded: tuple[str, str] | None = None
 
-    def generate(self, jobs: Sequence[Job], check: Callable[[], None]) -> list[Generated]:
+    def generate(self, jobs: Sequence[Job]) -> list[Generated]:
         """See `Engine`; all requests are under way at once.
 
         Raises:
             TeacherError: for a server that does not answer, or not with responses.
         """
-        futures = [
-            self._client.submit(
-                Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES),
-                None if job.replica is None else self._client.replicas[job.replica],
-            )
-            for job in jobs
-        ]
-        try:
-            while wait(futures, _POLL, FIRST_EXCEPTION).not_done:
-                if failed := [future for future in futures if future.done() and future.exception() is not None]:
-                    failed[0].result()
-                check()
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        return self._results(
+            [
+                self._client.submit(
+                    Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES),
+                    None if job.replica is None else self._client.replicas[job.replica],
+                )
+                for job in jobs
+            ]
+        )
 
     def load_model(self, folder: Path) -> None:
         """Reload the weights of every replica from a folder that it can read."""
-        name = self._client.submit(Request("/v1/models", _first_model), self._client.replicas[0]).result()
+        [name] = self._results([self._client.submit(Request("/v1/models", _first_model), self._client.replicas[0])])
         self._on_every_replica("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         self._mark(name)
 
@@ -140,14 +138,25 @@ class ServedEngine:
         self, path: str, content: Any, read: Callable[[Reply], None] | None = None, optional: bool = False
     ) -> None:
         request = Request(path, read or (lambda reply: None), content, deadlines=_DEADLINES, optional=optional)
-        for future in [self._client.submit(request, replica) for replica in self._client.replicas]:
-            try:
-                future.result()
-            except TeacherError as error:
-                if "status 404" not in str(error):
-                    raise
-                message = f"{error}: start it with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-                raise TeacherError(message) from None
+        try:
+            self._results([self._client.submit(request, replica) for replica in self._client.replicas])
+        except TeacherError as error:
+            if "status 404" not in str(error):
+                raise
+            message = f"{error}: start it with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            raise TeacherError(message) from None
+
+    def _results(self, futures: Sequence[Future[T]]) -> list[T]:
+        """The results of requests that are under way; the first error ends them all."""
+        try:
+            while wait(futures, _POLL, FIRST_EXCEPTION).not_done:
+                if failed := [future for future in futures if future.done() and future.exception() is not None]:
+                    failed[0].result()
+                self._check()
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def _content(self, job: Job) -> dict[str, Any]:
         sampling = job.sampling
