@@ -89,9 +89,7 @@ class StudentEngine:
         Raises:
             TeacherError: if it cannot be started or does not answer, and if there is no room; on all processes.
         """
-        if not self._is_written:
-            self._write()
-            self._is_written = True
+        self.write()
         if not self._is_loaded:
             self._on_first_process(self._load)
             if is_distributed():
@@ -147,8 +145,14 @@ class StudentEngine:
         """Is a server that was started for this run running? Others are waited for by the client."""
         return self._process.is_running if self._process else self._guard is None or is_alive(self._guard)
 
-    def _write(self) -> None:
-        """Write the weights; those of a model below adapters once, if a vLLM is started with it."""
+    def write(self) -> None:
+        """Write the weights that have changed; those of a model below adapters once, if a vLLM is started with it.
+
+        Raises:
+            TeacherError: if there is no room; on all processes.
+        """
+        if self._is_written:
+            return
         bare, starts = without_adapters(self._model), bool(self._process_for or self._engine_for)
         is_first = self._folder is None
         writes_model = not self._has_adapters or (starts and self.from_all_processes(is_first)[0])
@@ -171,6 +175,7 @@ class StudentEngine:
                 ) from None
 
         self._on_first_process(write)
+        self._is_written = True
 
     def _load(self) -> None:
         """Start the server or the engine, unless it is there, and have it load what is written; again, if it ends."""
