@@ -214,7 +214,7 @@ def test_what_would_fail_at_the_first_response_is_refused_when_the_student_is_bo
 
 def test_a_temperature_that_vllm_would_replace_is_refused():
     engine = rollout(FakeVLLMEngine()).bind(tiny("llama"), words())
-    with pytest.raises(ValueError, match="temperature 0 or at 0.01"):
+    with pytest.raises(ValueError, match=r"temperature 0 or at 0\.01"):
         engine.generate(PROMPTS, Sampling(4, temperature=0.001), Step(0))
 
 
@@ -254,7 +254,9 @@ def test_a_full_disk_ends_with_one_sentence(monkeypatch):
 
     monkeypatch.setattr("understudy.serving.student_weights.save_file", full)
     engine = rollout(FakeVLLMEngine()).bind(tiny("llama", tied=True), words())
-    with pytest.raises(TeacherError, match="No space left on device.*name a folder with room in the rollout's weights"):
+    with pytest.raises(
+        TeacherError, match=r"No space left on device.*name a folder with room in the rollout.s weights"
+    ):
         engine.generate(PROMPTS, SAMPLING, Step(0))
 
 
