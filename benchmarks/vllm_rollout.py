@@ -1,6 +1,6 @@
 """What rollout vllm costs in a step: sending the student's weights by files, and generating, beside `generate`.
 
-What is timed: 16 prompts of 32 tokens and responses of 64, temperature 1, of Llamas with random weights in float32. vLLM
+What is timed: responses of 64 tokens to 16 prompts of 32, temperature 1, of Llamas with random weights in float32. vLLM
 is a server that the rollout starts, with one thread, as the student's process has; the two take turns. `write` is the
 folder in memory, `load` is vLLM's `reload_weights` with the cache reset and the version; both are once a step.
 

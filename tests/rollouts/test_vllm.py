@@ -17,7 +17,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from understudy.recipe import RecipeError, load
 from understudy.rollouts.vllm import VLLMRollout
+from understudy.run.prepare import prepare
 from understudy.sampling import Sampling
 from understudy.serving.student_weights import WeightFolder, model_weights
 from understudy.step import Step
@@ -148,6 +150,17 @@ def test_a_server_without_its_development_routes_is_refused_with_the_variable_th
         engine.generate(PROMPTS, SAMPLING, Step(0))
 
 
+def test_a_server_that_cannot_read_the_weights_is_told_from_one_that_is_away():
+    class Elsewhere(FakeVLLMEngine):
+        def reload(self, content):
+            message = "Call to collective_rpc method failed: no such folder"
+            return httpx2.Response(500, json={"error": {"message": message, "type": "InternalServerError"}})
+
+    engine = rollout(Elsewhere(), wait=0.05).bind(tiny("llama"), words())
+    with pytest.raises(TeacherError, match=r"no such folder\).*it has to read /.*: name a folder that both share"):
+        engine.generate(PROMPTS, SAMPLING, Step(0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -212,6 +225,16 @@ def test_what_would_fail_at_the_first_response_is_refused_when_the_student_is_bo
         VLLMRollout(start=True, python="python").bind(quantized, words())
 
 
+@pytest.mark.parametrize(("name", "key"), [("dpkd", "dpkd"), ("gkd", "evaluate.exposure_bias")])
+def test_a_recipe_that_needs_the_teacher_s_responses_is_refused_before_models_are_loaded(name, key):
+    overrides = ["evaluate.exposure_bias=8", "rollout={vllm: {url: 'http://vllm:8000', max_new_tokens: 64}}"]
+    recipe = load(f"playground/{name}", overrides)
+    with pytest.raises(
+        RecipeError, match=rf"student's responses only, and {key} needs the teacher's too: use generate"
+    ):
+        prepare(recipe)
+
+
 def test_a_temperature_that_vllm_would_replace_is_refused():
     engine = rollout(FakeVLLMEngine()).bind(tiny("llama"), words())
     with pytest.raises(ValueError, match=r"temperature 0 or at 0\.01"):
@@ -254,9 +277,7 @@ def test_a_full_disk_ends_with_one_sentence(monkeypatch):
 
     monkeypatch.setattr("understudy.serving.student_weights.save_file", full)
     engine = rollout(FakeVLLMEngine()).bind(tiny("llama", tied=True), words())
-    with pytest.raises(
-        TeacherError, match=r"No space left on device.*name a folder with room in the rollout.s weights"
-    ):
+    with pytest.raises(TeacherError, match=r"No space left on device.*name a folder with room in"):
         engine.generate(PROMPTS, SAMPLING, Step(0))
 
 

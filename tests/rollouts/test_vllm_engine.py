@@ -3,9 +3,14 @@
 vLLM is not installed with the package; `make engines` installs it, and without it these tests are skipped.
 """
 
+import json
 import os
 import signal
+import subprocess
+import sysconfig
+from pathlib import Path
 
+import colocated
 import httpx2
 import psutil
 import pytest
@@ -17,6 +22,7 @@ from peft import LoraConfig
 from schema import missing, schema
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
+import understudy
 from understudy.batch import Example
 from understudy.divergences import ReverseKL
 from understudy.evaluation.evaluate import distance
@@ -202,13 +208,33 @@ def compare(folder, tokenizer, tmp_path, **options):
     return served
 
 
+@pytest.mark.timeout(900)
 def test_gkd_ends_where_it_does_with_generate_though_the_server_is_killed(folder, tokenizer, tmp_path):
     served = compare(folder, tokenizer, tmp_path, kills=True)
     assert (tmp_path / "served" / "vllm.log").read_text().count("Application startup complete") == 2
     assert served.writers.student.rollout._engine._process.is_running
 
 
+@pytest.mark.timeout(900)
 def test_adapters_alone_do_the_same(folder, tokenizer, tmp_path):
     config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
     served = compare(folder, tokenizer, tmp_path, peft_config=config, learning_rate=1e-2)
     assert served.writers.student.rollout._engine.checked == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora"])
+def test_vllm_in_this_process_has_the_student_s_weights(kind, folder):
+    """In a process with vLLM's interpreter; there is no sleep without a GPU."""
+    paths = [str(Path(understudy.__file__).parents[1]), sysconfig.get_paths()["purelib"]]
+    done = subprocess.run(
+        [engine_python(), colocated.__file__, str(folder), kind, ":".join(paths)],
+        env={**os.environ, **SETTINGS},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["version"] for line in lines] == [0, 1, 2]
+    assert all(line["error"] < 1e-3 and line["same"] for line in lines)

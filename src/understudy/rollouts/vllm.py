@@ -59,6 +59,7 @@ class VLLMRollout(SamplingRollout):
 
     name: ClassVar[str] = "vllm"
     is_remote: ClassVar[bool] = True
+    authors: ClassVar[frozenset[Author]] = frozenset({"student"})
 
     batch_size: int = 256
     url: str | list[str] | None = None
@@ -95,7 +96,7 @@ class VLLMRollout(SamplingRollout):
         self._folder = folder
 
     @property
-    def runs_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def runs_ahead(self) -> bool:
         """See `Rollout`: not on the GPU on which the student is trained."""
         return not self.colocate
 
@@ -105,7 +106,7 @@ class VLLMRollout(SamplingRollout):
         Raises:
             ValueError: for a teacher, for weights that vLLM does not have, and where there is no vLLM to start.
         """
-        if author != "student":
+        if author not in self.authors:
             raise ValueError(
                 "rollout vllm generates the student's responses only: use generate where the method trains on the "
                 "teacher's, or a teacher that generates them itself"

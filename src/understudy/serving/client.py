@@ -128,7 +128,7 @@ class Client:
     def _start(self) -> None:
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         limits = httpx2.Limits(max_connections=None, keepalive_expiry=30)
-        without_proxy = dict.fromkeys(("all://127.0.0.1", "all://localhost"))
+        without_proxy: dict[str, Any] = {"all://127.0.0.1": None, "all://localhost": None}
         self._http = httpx2.AsyncClient(
             headers=headers, limits=limits, timeout=None, transport=self._transport, mounts=without_proxy
         )

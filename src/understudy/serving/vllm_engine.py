@@ -23,6 +23,7 @@ T = TypeVar("T")
 _DEADLINES = 10  # generating and loading take longer than scoring: in units of the client's timeout
 _POLL = 1.0  # seconds between looks at whether the server is still there
 _BANNED = -100.0  # the bias of a token that is never to be drawn
+_NO_ROUTE = "status 404: Not Found"  # other replies with 404 say what is not there
 _ROUNDING = 1e-3  # of the logarithm of a probability of 1
 
 
@@ -97,14 +98,15 @@ class ServedEngine:
 
     def load_model(self, folder: Path) -> None:
         """Reload the weights of every replica from a folder that it can read."""
-        [name] = self._results([self._client.submit(Request("/v1/models", _first_model), self._client.replicas[0])])
-        self._on_every_replica("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        name = self._first_model()
+        self._load("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}, folder)
         self._mark(name)
 
     def load_adapters(self, folder: Path) -> None:
         """Load LoRA adapters in every replica, under a new name, and remove the ones before."""
         before, name = self.loaded, f"student-{secrets.token_hex(4)}"
-        self._on_every_replica("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self._first_model()
+        self._load("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, folder)
         if before is not None:
             self._on_every_replica("/v1/unload_lora_adapter", {"lora_name": before[0]}, optional=True)
         self._mark(name)
@@ -127,6 +129,21 @@ class ServedEngine:
         except TeacherError:
             return None
 
+    def _first_model(self) -> str:
+        """The name of the server's own model; a server that is away is waited for."""
+        requests = [self._client.submit(Request("/v1/models", _first_model), each) for each in self._client.replicas]
+        return self._results(requests)[0]
+
+    def _load(self, path: str, content: Any, folder: Path) -> None:
+        """Have every replica load what is in the folder. It has just answered, so an error is not waited for."""
+        try:
+            self._on_every_replica(path, content, patience=START)
+        except TeacherError as error:
+            if "(status " not in str(error) or _NO_ROUTE in str(error):
+                raise
+            message = f"{error}; it has to read {folder}: name a folder that both share in the rollout's weights"
+            raise TeacherError(message) from None
+
     def _mark(self, name: str) -> None:
         """Forget keys and values of earlier weights, and give the weights a new version."""
         self._on_every_replica("/reset_prefix_cache", {}, _succeeded)
@@ -135,15 +152,20 @@ class ServedEngine:
         self.loaded = name, version
 
     def _on_every_replica(
-        self, path: str, content: Any, read: Callable[[Reply], None] | None = None, optional: bool = False
+        self,
+        path: str,
+        content: Any,
+        read: Callable[[Reply], None] | None = None,
+        optional: bool = False,
+        patience: float | None = None,
     ) -> None:
         request = Request(path, read or (lambda reply: None), content, deadlines=_DEADLINES, optional=optional)
         try:
-            self._results([self._client.submit(request, replica) for replica in self._client.replicas])
+            self._results([self._client.submit(request, replica, patience) for replica in self._client.replicas])
         except TeacherError as error:
-            if "status 404" not in str(error):
+            if _NO_ROUTE not in str(error):
                 raise
-            message = f"{error}: start it with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            message = f"{error}, which needs VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
             raise TeacherError(message) from None
 
     def _results(self, futures: Sequence[Future[T]]) -> list[T]:
