@@ -1,4 +1,4 @@
-"""Rollout vllm with vLLM in its own process: `PYTHON colocated.py MODEL whole|lora PATHS`, with the interpreter of vLLM.
+"""Rollout vllm with vLLM in its own process: `PYTHON colocated.py MODEL whole|lora PATHS`, by vLLM's interpreter.
 
 That environment has vLLM and PyTorch; what else the package needs comes from PATHS. It prints a line of JSON for each
 of three versions of the weights.
