@@ -104,6 +104,16 @@ class StudentEngine:
             RuntimeError: when `cancelled` is set; on this process.
         """
         self._cancelled = cancelled or threading.Event()
+        try:
+            return self._generate(jobs)
+        finally:
+            self._cancelled = threading.Event()
+
+    def from_all_processes(self, item: Any) -> list[Any]:
+        """The item of every process."""
+        return from_all_processes([item], self._group)
+
+    def _generate(self, jobs: Sequence[Job]) -> list[Generated]:
         for _ in range(_ATTEMPTS):
             self.prepare()
             responses, error = self._attempt(jobs)
@@ -115,10 +125,6 @@ class StudentEngine:
             logger.warning("vLLM has lost the student's weights, or has ended; they are loaded again")
             self._is_loaded = False
         raise TeacherError(f"vLLM ended or lost the student's weights {_ATTEMPTS} times in a row{self._log()}", True)
-
-    def from_all_processes(self, item: Any) -> list[Any]:
-        """The item of every process."""
-        return from_all_processes([item], self._group)
 
     def _attempt(self, jobs: Sequence[Job]) -> tuple[list[Generated], str]:
         """Responses, or what went wrong: `_LOST`, or an error."""
