@@ -87,3 +87,30 @@ def test_a_server_that_cannot_start_is_an_error_with_what_its_log_says(tmp_path)
     process.start()
     with pytest.raises(TeacherError, match=r"ended before it was ready \(RuntimeError: no memory for the cache\): see"):
         process.wait_until_ready()
+
+
+CLEANING = """
+import os, signal, subprocess, sys, time
+if sys.argv[1] != "clean":
+    child = subprocess.Popen([sys.executable, __file__, "clean"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    print("ready", flush=True)
+    time.sleep(60)
+def clean(*_):
+    time.sleep(0.5)
+    open(__file__ + ".cleaned", "w").close()
+    sys.exit()
+signal.signal(signal.SIGTERM, clean)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_server_leaves_behind_has_the_time_to_free_its_memory(tmp_path):
+    """As Python's resource tracker, without which every server that ends would leave some 400 MB in /dev/shm."""
+    process = VLLMProcess("model", tmp_path / "log", python=script(tmp_path, CLEANING))
+    process.start()
+    while "ready" not in (tmp_path / "log").read_text():
+        pass
+    process.stop()
+    assert (tmp_path / "program.py.cleaned").exists()
