@@ -1,13 +1,20 @@
 """A fake vLLM that generates: it speaks the schema of vLLM's server, with weights that it loads from folders.
 
-It answers as a handler of httpx's MockTransport. Tokens are drawn from the model by a stream of the request's seed,
-and do not depend on what else is asked.
+It answers as a handler of httpx's MockTransport, or as a program in the place of vLLM's server. Tokens are drawn from
+the model by a stream of the request's seed, and do not depend on what else is asked.
 """
 
+import copy
 import json
-from collections.abc import Callable
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import httpx2
@@ -27,12 +34,14 @@ class FakeVLLMEngine:
         stale: says that it has loaded weights, and keeps those before (as vLLM does with a tied head).
         dies_after: ends at this many requests for responses, once; it is back at the next one, without weights.
         missing: paths that it does not have.
+        base: the model below adapters; None: it is in the folder beside theirs, as for a server that was started.
     """
 
     stale: bool = False
     dies_after: int | None = None
     missing: tuple[str, ...] = ()
     model: Any = None
+    base: Any = None
     adapters: dict[str, Any] = field(default_factory=dict)
     version: str = "default"
     loads: int = 0
@@ -42,6 +51,7 @@ class FakeVLLMEngine:
         path = request.url.path
         content = json.loads(request.content) if request.content else {}
         routes: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "/health": lambda _: {},
             "/v1/models": lambda _: {"object": "list", "data": [{"id": "student", "max_model_len": 64}]},
             "/weight_info": lambda _: {"weight_version": self.version},
             "/update_weight_version": self.name_weights,
@@ -75,7 +85,8 @@ class FakeVLLMEngine:
     def load_adapters(self, content: dict[str, Any]) -> Any:
         from peft import PeftModel
 
-        base = AutoModelForCausalLM.from_pretrained(Path(content["lora_path"]).parent / "model", dtype=torch.float32)
+        folder = Path(content["lora_path"]).parent / "model"
+        base = copy.deepcopy(self.base) or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.adapters[content["lora_name"]] = PeftModel.from_pretrained(base, content["lora_path"]).eval()
         self.loads += 1
         return "Success"
@@ -114,3 +125,48 @@ class FakeVLLMEngine:
             if tokens[-1] in content["stop_token_ids"]:
                 break
         return tokens, log_probs
+
+
+def interpreter(folder: Path) -> str:
+    """What can stand for `python` of rollout vllm: runs this file in the place of vLLM's server."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def server_of(engine: FakeVLLMEngine, port: int = 0) -> ThreadingHTTPServer:
+    """An HTTP server on the loopback interface, by default at a free port."""
+    one_at_a_time = Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = self.rfile.read(int(self.headers.get("content-length", 0)))
+            with one_at_a_time:
+                answer = engine(httpx2.Request(self.command, f"http://localhost{self.path}", content=content))
+            self.send_response(answer.status_code)
+            self.send_header("content-length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+@contextmanager
+def served(engine: FakeVLLMEngine) -> Iterator[str]:
+    """The URL of a server in a thread of this process."""
+    with server_of(engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+if __name__ == "__main__":  # until the process is ended; its number is in the log, by which tests end it
+    torch.set_num_threads(1)
+    print(json.dumps({"pid": os.getpid(), "arguments": sys.argv[1:]}), flush=True)
+    server_of(FakeVLLMEngine(), int(sys.argv[sys.argv.index("--port") + 1])).serve_forever()

@@ -58,12 +58,16 @@ def process_rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
-def from_all_processes(items: list[_Item]) -> list[_Item]:
-    """The lists of all processes one after the other, on every process; all must call this equally often."""
+def from_all_processes(items: list[_Item], group: Any = None) -> list[_Item]:
+    """The lists of all processes one after the other, on every process; all must call this equally often.
+
+    Args:
+        group: a process group of all of them, for a thread beside which another one communicates.
+    """
     if not is_distributed():
         return items
     lists: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(lists, items)
+    torch.distributed.all_gather_object(lists, items, group=group)
     return [item for part in lists for item in part]
 
 

@@ -22,6 +22,7 @@ class Rollout(ABC):
     """
 
     is_remote: ClassVar[bool] = False  # does another process generate, which may fail?
+    authors: ClassVar[frozenset[Author]] = frozenset({"student", "teacher"})  # whose responses it can generate
     batch_size: int | None = None  # sequences generated at once; None: as many as there are
     runs_ahead: ClassVar[bool] = False  # may it generate in a thread while the model is trained? See `for_thread`
 

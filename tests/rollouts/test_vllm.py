@@ -1,32 +1,28 @@
-"""Rollout vllm with a fake server: its weights, its faults, and runs that survive them or end with a checkpoint.
+"""Rollout vllm with a fake server: its weights, its faults, and what is refused.
 
 What a real vLLM does is in tests/rollouts/test_vllm_engine.py; both speak the same schema.
 """
 
-import subprocess
 import sys
 import types
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import httpx2
-import psutil
 import pytest
 import torch
 from fake_engine import FakeVLLMEngine
 from fakes import VOCABULARY, ragged_examples, tiny, words
-from loop import logged, same, student, teacher, trainer, weights
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from understudy.batch import Example
-from understudy.methods.gkd import GKD
+from understudy.recipe import RecipeError, load
 from understudy.rollouts.vllm import VLLMRollout
+from understudy.run.prepare import prepare
 from understudy.sampling import Sampling
-from understudy.serving.student_weights import WeightFolder, has_adapters
-from understudy.serving.vllm_process import VLLMProcess
+from understudy.serving.student_weights import WeightFolder, model_weights
 from understudy.step import Step
 from understudy.teacher import TeacherError
-from understudy.training.checkpoint import last_checkpoint
 
 PROMPTS = ragged_examples(6, seed=3, responses=False)
 SAMPLING = Sampling(max_new_tokens=5, logprobs=True)
@@ -48,7 +44,7 @@ def test_log_probabilities_are_the_student_s_after_every_change_of_its_weights(k
     engine = rollout(server).bind(model, words())
     if kind == "llama+lora":  # such a server is started with the base model, which is never sent again
         engine._engine._folder = WeightFolder()
-        engine._engine._folder.write_model(model)
+        engine._engine._folder.write_model(model.get_base_model(), model_weights(model.get_base_model()))
     for step in (0, 1, 2):
         responses = engine.generate(PROMPTS, SAMPLING, Step(step))
         assert {example.columns["weight_version"] for example in responses} == {step}
@@ -66,7 +62,7 @@ def test_log_probabilities_are_the_student_s_after_every_change_of_its_weights(k
 def test_a_padded_vocabulary_is_cut_in_what_is_written_for_a_server_of_our_own():
     model = tiny("phi", vocabulary=VOCABULARY + 11)
     folder = WeightFolder()
-    loaded = AutoModelForCausalLM.from_pretrained(folder.write_model(model, VOCABULARY))
+    loaded = AutoModelForCausalLM.from_pretrained(folder.write_model(model, model_weights(model), VOCABULARY))
     ids = torch.tensor([[5, 9, 13]])
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits[..., :VOCABULARY])
     path = folder.path
@@ -110,7 +106,7 @@ def test_requests_have_the_sampling_as_it_is_and_a_seed_of_their_own():
 def test_a_server_that_was_started_again_gets_the_weights_again_and_gives_the_same_responses():
     model = tiny("llama")
     expected = rollout(FakeVLLMEngine()).bind(model, words()).generate(PROMPTS, SAMPLING, Step(3))
-    server = FakeVLLMEngine(dies_after=4)  # after the check of one response, in the middle of six
+    server = FakeVLLMEngine(dies_after=5)  # after the check of two responses, in the middle of six
     responses = rollout(server).bind(model, words()).generate(PROMPTS, SAMPLING, Step(3))
     assert responses == expected
     assert server.loads == 2
@@ -153,13 +149,25 @@ def test_a_server_without_its_development_routes_is_refused_with_the_variable_th
         engine.generate(PROMPTS, SAMPLING, Step(0))
 
 
+def test_a_server_that_cannot_read_the_weights_is_told_from_one_that_is_away():
+    class Elsewhere(FakeVLLMEngine):
+        def reload(self, content):
+            message = "Call to collective_rpc method failed: no such folder"
+            return httpx2.Response(500, json={"error": {"message": message, "type": "InternalServerError"}})
+
+    engine = rollout(Elsewhere(), wait=0.05).bind(tiny("llama"), words())
+    with pytest.raises(TeacherError, match=r"no such folder\).*it has to read /.*: name a folder that both share"):
+        engine.generate(PROMPTS, SAMPLING, Step(0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "one of url"),
         ({"start": True, "colocate": True}, "one of url"),
         ({"url": "localhost"}, "is no server's URL"),
-        ({"url": "http://vllm:1", "python": "python3"}, "leave it out"),
+        ({"url": "http://vllm:1", "python": "python3"}, "leave them out"),
+        ({"colocate": True, "env": {"CUDA_VISIBLE_DEVICES": 1}}, "leave them out"),
         ({"url": "http://vllm:1", "options": {"dtype": "float32"}}, "at url itself"),
         ({"start": True, "timeout": 0}, "are seconds"),
         ({"start": True, "batch_size": 0}, "batch_size >= 1"),
@@ -170,102 +178,123 @@ def test_options_that_cannot_be_meant_are_refused(options, message):
         VLLMRollout(**options)
 
 
-def test_a_teacher_and_other_adapters_than_lora_are_refused():
-    with pytest.raises(ValueError, match="student's responses only"):
-        VLLMRollout(start=True).bind(tiny("llama"), words(), "teacher")
-    model = types.SimpleNamespace(peft_config={"default": types.SimpleNamespace(peft_type="IA3")})
-    with pytest.raises(ValueError, match="LoRA adapters, and none of the kind IA3"):
-        has_adapters(model)
+def with_lora(**options):
+    return get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], **options))
 
 
-def run(folder, server, resume=False):
-    made = trainer(
-        folder, GKD(on_policy=1.0), model=student(), with_teacher=teacher(), rollout=rollout(server, wait=0.05)
-    )
-    made.train(resume_from_checkpoint=resume)
-    return made
+def unfrozen():
+    model = with_lora()
+    model.get_base_model().lm_head.weight.requires_grad = True
+    return model
 
 
-def test_weights_move_every_step_and_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):
-    whole = run(tmp_path / "whole", FakeVLLMEngine())
-    assert logged(whole, "weight_version") == [0, 1, 2, 3]
-
-    class Gone(FakeVLLMEngine):
-        def complete(self, content):
-            if len(self.asked) > 11:  # a check and 4 responses a step, one more check after the first step
-                return httpx2.Response(503)
-            return super().complete(content)
-
-    with pytest.raises(TeacherError, match=r"does not answer.*; stopped after step 2, and the same command resumes"):
-        run(tmp_path / "gone", Gone())
-    assert last_checkpoint(tmp_path / "gone") == str(tmp_path / "gone" / "checkpoint-2")
-    resumed = run(tmp_path / "gone", FakeVLLMEngine(), resume=True)
-    assert logged(resumed) == logged(whole)
-    assert same(weights(resumed.model), weights(whole.model))
-
-
-def script(tmp_path, text):
-    """An interpreter that runs `text` in place of vLLM."""
-    (tmp_path / "program.py").write_text(text)
-    path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "program.py"} "$@"\n')
-    path.chmod(0o755)
-    return str(path)
-
-
-SERVER = """
-import sys, http.server
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-print(sys.argv[1:], flush=True)
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-"""
-
-
-def test_a_server_is_started_with_its_options_and_ends_with_this_process_or_when_it_is_told(tmp_path):
-    process = VLLMProcess(
-        "model", tmp_path / "run" / "vllm.log", python=script(tmp_path, SERVER), options={"a_b": True}
-    )
-    process.start()
-    process.wait_until_ready()
-    assert "'--generation-config', 'vllm', '--a-b'" in (tmp_path / "run" / "vllm.log").read_text()
-    assert httpx2.get(process.url).status_code == 200
-    process.stop()
-    assert not process.is_running
-    with pytest.raises(httpx2.ConnectError):
-        httpx2.get(process.url)
+def two_adapters():
+    model = with_lora()
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    return model
 
 
 @pytest.mark.parametrize(
-    "end", ["pass", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit(3)"]
+    ("model", "message"),
+    [
+        (lambda: get_peft_model(tiny("llama"), IA3Config(target_modules=["q_proj"], feedforward_modules=[])), "IA3"),
+        (lambda: with_lora(use_dora=True), "with use_dora"),
+        (lambda: with_lora(modules_to_save=["lm_head"]), "with modules_to_save"),
+        (unfrozen, "lm_head.weight is trained beside them"),
+        (two_adapters, "one set of the student's adapters"),
+    ],
 )
-def test_no_server_is_left_behind_however_its_parent_ends(end, tmp_path):
-    program = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-from pathlib import Path
-from understudy.serving.vllm_process import VLLMProcess
-process = VLLMProcess("model", Path({str(tmp_path / "log")!r}), python={script(tmp_path, SERVER)!r})
-process.start()
-process.wait_until_ready()
-print(process._process.pid, flush=True)
-{end}
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(done.stdout)).wait(20)
-    port = (tmp_path / "log").read_text().split("'--port', '")[1].split("'")[0]
-    with pytest.raises(httpx2.ConnectError):
-        httpx2.get(f"http://127.0.0.1:{port}")
+def test_adapters_that_vllm_would_not_have_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(FakeVLLMEngine()).bind(model(), words())
 
 
-def test_a_server_that_cannot_start_is_an_error_with_what_its_log_says(tmp_path):
-    python = script(tmp_path, "raise RuntimeError('no memory for the cache')")
-    process = VLLMProcess("model", tmp_path / "log", python=python)
-    process.start()
-    with pytest.raises(TeacherError, match=r"ended before it was ready \(RuntimeError: no memory for the cache\): see"):
-        process.wait_until_ready()
+def test_what_would_fail_at_the_first_response_is_refused_when_the_student_is_bound(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="student's responses only"):
+        rollout(FakeVLLMEngine()).bind(tiny("llama"), words(), "teacher")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for options in ({"colocate": True}, {"start": True}):
+        with pytest.raises(ValueError, match="there is no vLLM in this environment"):
+            VLLMRollout(**options).bind(tiny("llama"), words())
+    with pytest.raises(ValueError, match="is not there: create it"):
+        rollout(FakeVLLMEngine(), weights=str(tmp_path / "none")).bind(tiny("llama"), words())
+    quantized = tiny("llama")
+    quantized.hf_quantizer = object()
+    with pytest.raises(ValueError, match="serve the quantized model yourself"):
+        VLLMRollout(start=True, python="python").bind(quantized, words())
+
+
+@pytest.mark.parametrize(("name", "key"), [("dpkd", "dpkd"), ("gkd", "evaluate.exposure_bias")])
+def test_a_recipe_that_needs_the_teacher_s_responses_is_refused_before_models_are_loaded(name, key):
+    overrides = ["evaluate.exposure_bias=8", "rollout={vllm: {url: 'http://vllm:8000', max_new_tokens: 64}}"]
+    recipe = load(f"playground/{name}", overrides)
+    with pytest.raises(
+        RecipeError, match=rf"student's responses only, and {key} needs the teacher's too: use generate"
+    ):
+        prepare(recipe)
+
+
+def test_a_temperature_that_vllm_would_replace_is_refused():
+    engine = rollout(FakeVLLMEngine()).bind(tiny("llama"), words())
+    with pytest.raises(ValueError, match=r"temperature 0 or at 0\.01"):
+        engine.generate(PROMPTS, Sampling(4, temperature=0.001), Step(0))
+
+
+def test_every_replica_is_compared_with_the_student():
+    class Rounded(FakeVLLMEngine):
+        """As one that was started with another dtype, or another model."""
+
+        def respond(self, model, content):
+            tokens, log_probs = super().respond(model, content)
+            return tokens, [value - 0.01 for value in log_probs]
+
+    replicas = {"one": FakeVLLMEngine(), "two": Rounded()}
+    transport = httpx2.MockTransport(lambda request: replicas[request.url.host](request))
+    options = {"url": ["http://one:1", "http://two:1"], "_transport": transport, "wait": 5.0}
+    with pytest.raises(TeacherError, match=r"off by 0\.01: "):
+        VLLMRollout(**options).bind(tiny("llama"), words()).generate(PROMPTS, SAMPLING, Step(0))
+    tolerant = VLLMRollout(**options, tolerance=0.02).bind(tiny("llama"), words())
+    assert len(tolerant.generate(PROMPTS, SAMPLING, Step(0))) == len(PROMPTS)
+
+
+def test_log_probabilities_at_the_temperature_of_sampling_are_refused():
+    class Processed(FakeVLLMEngine):
+        """As one that was started with --logprobs-mode processed_logprobs."""
+
+        def respond(self, model, content):
+            tokens, log_probs = super().respond(model, content)
+            return tokens, [value * (1 + (content["temperature"] == 0.5)) for value in log_probs]
+
+    engine = rollout(Processed()).bind(tiny("llama"), words())
+    with pytest.raises(TeacherError, match=r"raw log-probabilities \(--logprobs-mode\)"):
+        engine.generate(PROMPTS, SAMPLING, Step(0))
+
+
+def test_a_full_disk_ends_with_one_sentence(monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("understudy.serving.student_weights.save_file", full)
+    engine = rollout(FakeVLLMEngine()).bind(tiny("llama", tied=True), words())
+    with pytest.raises(TeacherError, match=r"No space left on device.*name a folder with room in"):
+        engine.generate(PROMPTS, SAMPLING, Step(0))
+
+
+def test_weights_that_a_killed_process_has_left_are_removed_and_those_of_a_running_one_stay(tmp_path):
+    """The system releases a lock with the process that held it."""
+    running = WeightFolder(str(tmp_path))
+    left = tmp_path / f"{running.path.name}-left"
+    left.mkdir()
+    (left / "lock").touch()
+    (left / "weights").write_text("many")
+    own = WeightFolder(str(tmp_path))
+    assert set(tmp_path.iterdir()) == {running.path, own.path}
+
+
+def test_weights_are_not_kept_in_memory_that_has_no_room_for_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("understudy.serving.student_weights.shutil.disk_usage", lambda _: types.SimpleNamespace(free=9))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert WeightFolder(size=10).path.parent == tmp_path
 
 
 def test_vllm_in_this_process_has_the_weights_and_sleeps_in_between(monkeypatch):
@@ -312,7 +341,7 @@ def test_vllm_in_this_process_has_the_weights_and_sleeps_in_between(monkeypatch)
                 outputs.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tokens, logprobs=asked)]))
             return outputs
 
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams, __spec__=1))
     monkeypatch.setattr("understudy.serving.vllm_in_process.torch.cuda.is_available", lambda: True)
     model = tiny("llama", vocabulary=VOCABULARY + 5)
     engine = VLLMRollout(colocate=True, options={"gpu_memory_utilization": 0.3}).bind(model, words())
@@ -326,10 +355,3 @@ def test_vllm_in_this_process_has_the_weights_and_sleeps_in_between(monkeypatch)
     assert calls[0]["enable_sleep_mode"]
     assert server.loads == 2
     assert calls[-1] == "sleep 1"
-
-
-def test_without_vllm_in_this_environment_colocate_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    engine = VLLMRollout(colocate=True).bind(tiny("llama"), words())
-    with pytest.raises(ValueError, match="needs vLLM in this environment"):
-        engine.generate([Example([5, 6], [])], SAMPLING, Step(0))

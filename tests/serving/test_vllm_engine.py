@@ -4,7 +4,6 @@ vLLM is not installed with the package; `make engines` installs it, and without 
 """
 
 import json
-from itertools import chain
 
 import httpx2
 import pytest
@@ -12,6 +11,7 @@ import torch
 from engines import STORIES, TINYSTORIES, tinystories, tokens_of_stories, vllm_server
 from folders import described, write
 from rich.console import Console
+from schema import missing, schema
 from servers import FakeVLLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,27 +59,6 @@ def test_wider_heads_change_no_logit(model, tokenizer):
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (TINYSTORIES, model)
         )
     torch.testing.assert_close(wider, own, rtol=0, atol=1e-4)
-
-
-def schema(value):
-    """The types of a JSON value, with the names of objects; token ids as keys are one name."""
-    if isinstance(value, dict):
-        return {"<id>" if name.isdigit() else name: schema(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [schema(part) for part in value]
-    return "number" if isinstance(value, int | float) else type(value).__name__
-
-
-def missing(fake, real, path="reply"):
-    """What the fake server's reply has and the real one's has not, or has with another type."""
-    if isinstance(fake, dict) and isinstance(real, dict):
-        absent = [f"{path}.{name}" for name in fake.keys() - real.keys()]
-        pairs = [(f"{path}.{name}", fake[name], real[name]) for name in fake.keys() & real.keys()]
-    elif isinstance(fake, list) and isinstance(real, list) and len(fake) == len(real):
-        absent, pairs = [], [(f"{path}[{i}]", f, r) for i, (f, r) in enumerate(zip(fake, real, strict=True))]
-    else:
-        return [] if fake == real else [f"{path}: {fake} is {real}"]
-    return [*absent, *chain.from_iterable(missing(f, r, place) for place, f, r in pairs)]
 
 
 def in_order(reply):

@@ -223,15 +223,21 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def generation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within this block, without dropout; a sharded model with its weights gathered."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within this block, without dropout."""
     was_training = model.training
     model.eval()
     try:
-        with gathered(model), nullcontext() if is_sharded(model) else _column_major_weights(model):
-            yield
+        yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def generation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within this block; a sharded model with its weights gathered."""
+    with evaluation_mode(model), gathered(model), nullcontext() if is_sharded(model) else _column_major_weights(model):
+        yield
 
 
 @contextmanager

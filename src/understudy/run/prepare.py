@@ -78,6 +78,8 @@ def prepare(recipe: Recipe, refusals: Refusals | None = None) -> Prepared:
     if method is not None:
         with attempt("teacher"):
             _check_teacher(recipe, method, parts["teacher"])
+        with attempt("rollout"):
+            _check_authors(recipe, method, parts["rollout"], parts["teacher"])
     parts["configs"] = configs = _check_configs(recipe, parts["teacher"], method, refusals)
     if configs.tokenizer is not None:
         if sampling is not None:
@@ -95,6 +97,18 @@ def _check_rollout(recipe: Recipe, method: Method, rollout: Rollout, sampling: S
         check_rollout(method, rollout, sampling, schedule)
     except ValueError as error:
         raise recipe.error("rollout", str(error)) from None
+
+
+def _check_authors(recipe: Recipe, method: Method, rollout: Rollout | None, teacher: Teacher | None) -> None:
+    """Refuse a rollout that cannot generate the teacher's responses where they are needed."""
+    if rollout is None or teacher is None or "teacher" in rollout.authors:
+        return
+    generates = "teacher" in method.authors and teacher.rollout() is None
+    if generates or recipe.evaluate.exposure_bias:
+        needs = recipe.method[0] if generates else "evaluate.exposure_bias"
+        name = recipe.rollout[0]
+        message = f"rollout {name} generates the student's responses only, and {needs} needs the teacher's too"
+        raise recipe.error("rollout", f"{message}: use generate")
 
 
 def _check_stop_ids(recipe: Recipe, sampling: Sampling, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run a command and end it, with all that it started, when standard input closes: when the parent is done, or gone.
+"""Run a command, and end it with all that it started when standard input says so, or closes: the parent is gone.
 
 A program of its own, run by its path: `python child_guard.py COMMAND …`.
 """
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
@@ -22,8 +23,17 @@ def run(command: list[str]) -> int:
     )
     threading.Thread(target=_end_with_input, args=(child,), daemon=True).start()
     code = child.wait()
-    _signal(child, signal.SIGKILL)  # processes that it left behind
+    _end_group(child)
     return code
+
+
+def _end_group(child: "subprocess.Popen[bytes]") -> None:
+    """End what a command has left behind; Python's resource tracker, which frees shared memory, ends last."""
+    _signal(child, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE
+    while _signal(child, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal(child, signal.SIGKILL)
 
 
 def _default_signals() -> None:
@@ -33,17 +43,20 @@ def _default_signals() -> None:
 
 
 def _end_with_input(child: "subprocess.Popen[bytes]") -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the program ends
-        pass
-    child.terminate()  # it ends what it has started, and frees shared memory
-    with suppress(subprocess.TimeoutExpired):
+    os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when the program ends
+    child.terminate()  # it ends what it has started
+    try:
         child.wait(_GRACE)
-    _signal(child, signal.SIGKILL)
+    except subprocess.TimeoutExpired:
+        _signal(child, signal.SIGKILL)
 
 
-def _signal(child: "subprocess.Popen[bytes]", number: int) -> None:
+def _signal(child: "subprocess.Popen[bytes]", number: int) -> bool:
+    """Send a signal to the processes of the child's group, if there are any."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, number)
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -128,7 +128,10 @@ class Client:
     def _start(self) -> None:
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         limits = httpx2.Limits(max_connections=None, keepalive_expiry=30)
-        self._http = httpx2.AsyncClient(headers=headers, limits=limits, timeout=None, transport=self._transport)
+        without_proxy: dict[str, Any] = {"all://127.0.0.1": None, "all://localhost": None}
+        self._http = httpx2.AsyncClient(
+            headers=headers, limits=limits, timeout=None, transport=self._transport, mounts=without_proxy
+        )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self._loop,), daemon=True, name="understudy-client").start()
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)

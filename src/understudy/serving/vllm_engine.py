@@ -6,11 +6,11 @@ meanwhile has another, so that responses of other weights are never taken for th
 
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..sampling import Sampling
 from ..teacher import TeacherError
@@ -18,20 +18,24 @@ from .checks import wrong
 from .client import Client, Reply, Request, Unavailable
 from .handshake import START
 
+T = TypeVar("T")
+
 _DEADLINES = 10  # generating and loading take longer than scoring: in units of the client's timeout
 _POLL = 1.0  # seconds between looks at whether the server is still there
 _BANNED = -100.0  # the bias of a token that is never to be drawn
+_NO_ROUTE = "status 404: Not Found"  # other replies with 404 say what is not there
 _ROUNDING = 1e-3  # of the logarithm of a probability of 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """One response to generate; `banned` are ids beyond the tokenizer's, which a padded vocabulary has."""
+    """One response to generate; `banned` are the ids from the tokenizer's vocabulary to that of a padded model."""
 
     prompt: list[int]
     seed: int
     sampling: Sampling  # with stop tokens
     banned: range
+    replica: int | None = None  # the one that is to generate it; None: any
 
     def biases(self) -> dict[int, float]:
         """What is added to the logits of the banned ids."""
@@ -48,8 +52,8 @@ class Generated(NamedTuple):
 class Engine(Protocol):
     """Generates with weights that are loaded from folders."""
 
-    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
-        """A response to each job; raises TeacherError when `is_alive` says that the server has ended."""
+    def generate(self, jobs: Sequence[Job]) -> list[Generated]:
+        """A response to each job."""
         ...
 
     def load_model(self, folder: Path) -> None: ...
@@ -64,48 +68,45 @@ class Engine(Protocol):
 class ServedEngine:
     """vLLM's server, started with VLLM_SERVER_DEV_MODE=1; or replicas of it.
 
+    Args:
+        check: is called while answers are waited for, and raises what is to end that.
+
     Attributes:
         loaded: the model's name in requests, the server's own or that of adapters, and the version of the weights;
             processes that share a server take it from the one that loads.
     """
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, client: Client, check: Callable[[], None]) -> None:
+        self._client, self._check = client, check
         self.loaded: tuple[str, str] | None = None
 
-    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
+    def generate(self, jobs: Sequence[Job]) -> list[Generated]:
         """See `Engine`; all requests are under way at once.
 
         Raises:
             TeacherError: for a server that does not answer, or not with responses.
         """
-        futures = [
-            self._client.submit(
-                Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES)
-            )
-            for job in jobs
-        ]
-        try:
-            while wait(futures, _POLL, FIRST_EXCEPTION).not_done:
-                if failed := [future for future in futures if future.done() and future.exception() is not None]:
-                    failed[0].result()
-                if not is_alive():
-                    raise TeacherError(f"the server at {self._client.replicas[0].url} has ended")
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        return self._results(
+            [
+                self._client.submit(
+                    Request("/v1/completions", partial(_read, job=job), self._content(job), deadlines=_DEADLINES),
+                    None if job.replica is None else self._client.replicas[job.replica],
+                )
+                for job in jobs
+            ]
+        )
 
     def load_model(self, folder: Path) -> None:
         """Reload the weights of every replica from a folder that it can read."""
-        name = self._client.submit(Request("/v1/models", _first_model), self._client.replicas[0]).result()
-        self._on_every_replica("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        name = self._first_model()
+        self._load("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}, folder)
         self._mark(name)
 
     def load_adapters(self, folder: Path) -> None:
         """Load LoRA adapters in every replica, under a new name, and remove the ones before."""
         before, name = self.loaded, f"student-{secrets.token_hex(4)}"
-        self._on_every_replica("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self._first_model()
+        self._load("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, folder)
         if before is not None:
             self._on_every_replica("/v1/unload_lora_adapter", {"lora_name": before[0]}, optional=True)
         self._mark(name)
@@ -128,6 +129,21 @@ class ServedEngine:
         except TeacherError:
             return None
 
+    def _first_model(self) -> str:
+        """The name of the server's own model; a server that is away is waited for."""
+        requests = [self._client.submit(Request("/v1/models", _first_model), each) for each in self._client.replicas]
+        return self._results(requests)[0]
+
+    def _load(self, path: str, content: Any, folder: Path) -> None:
+        """Have every replica load what is in the folder. It has just answered, so an error is not waited for."""
+        try:
+            self._on_every_replica(path, content, patience=START)
+        except TeacherError as error:
+            if "(status " not in str(error) or _NO_ROUTE in str(error):
+                raise
+            message = f"{error}; it has to read {folder}: name a folder that both share in the rollout's weights"
+            raise TeacherError(message) from None
+
     def _mark(self, name: str) -> None:
         """Forget keys and values of earlier weights, and give the weights a new version."""
         self._on_every_replica("/reset_prefix_cache", {}, _succeeded)
@@ -136,17 +152,33 @@ class ServedEngine:
         self.loaded = name, version
 
     def _on_every_replica(
-        self, path: str, content: Any, read: Callable[[Reply], None] | None = None, optional: bool = False
+        self,
+        path: str,
+        content: Any,
+        read: Callable[[Reply], None] | None = None,
+        optional: bool = False,
+        patience: float | None = None,
     ) -> None:
         request = Request(path, read or (lambda reply: None), content, deadlines=_DEADLINES, optional=optional)
-        for future in [self._client.submit(request, replica) for replica in self._client.replicas]:
-            try:
-                future.result()
-            except TeacherError as error:
-                if "status 404" not in str(error):
-                    raise
-                message = f"{error}: start it with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-                raise TeacherError(message) from None
+        try:
+            self._results([self._client.submit(request, replica, patience) for replica in self._client.replicas])
+        except TeacherError as error:
+            if _NO_ROUTE not in str(error):
+                raise
+            message = f"{error}, which needs VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            raise TeacherError(message) from None
+
+    def _results(self, futures: Sequence[Future[T]]) -> list[T]:
+        """The results of requests that are under way; the first error ends them all."""
+        try:
+            while wait(futures, _POLL, FIRST_EXCEPTION).not_done:
+                if failed := [future for future in futures if future.done() and future.exception() is not None]:
+                    failed[0].result()
+                self._check()
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def _content(self, job: Job) -> dict[str, Any]:
         sampling = job.sampling
@@ -191,7 +223,7 @@ def checked(response: Generated, job: Job, url: str) -> Generated:
     (tokens, log_probs), sampling = response, job.sampling
     if not 0 < len(tokens) <= sampling.max_new_tokens:
         raise wrong(url, f"a response of {len(tokens)} tokens where 1 to {sampling.max_new_tokens} were asked for")
-    if any(token in job.banned for token in tokens):
+    if not all(0 <= token < job.banned.start for token in tokens):
         raise wrong(url, "a token that the tokenizer does not have")
     stop = set(sampling.stop_ids)
     if stop.intersection(tokens[:-1]) or (tokens[-1] not in stop and len(tokens) < sampling.max_new_tokens):

@@ -1,6 +1,6 @@
 """vLLM in this process, on the trainer's GPU: while the student learns it sleeps, its weights in main memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class InProcessEngine:
         self._count = 0  # of adapters loaded so far
         self._sleep()
 
-    def generate(self, jobs: Sequence[Job], is_alive: Callable[[], bool]) -> list[Generated]:
+    def generate(self, jobs: Sequence[Job]) -> list[Generated]:
         """See `Engine`."""
         self._wake_up()
         try:

@@ -8,14 +8,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..batch import Author, Example
 from ..files import write_atomic
 from ..method import from_all_processes, process_rank
-from ..rollout import Rollout, with_response
+from ..rollout import WEIGHT_VERSION, Rollout, with_response
 from ..sampling import Sampling
 from ..step import Step
 
@@ -28,6 +28,7 @@ class _Response(NamedTuple):
     tokens: list[int]
     truncated: bool
     streams: dict[str, list[float]]
+    columns: dict[str, int]  # of the rollout's own
 
 
 class _Call(NamedTuple):
@@ -57,9 +58,7 @@ class RecordingRollout(Rollout):
     def generate(self, prompts: Sequence[Example], sampling: Sampling, step: Step) -> list[Example]:
         """See `Rollout`."""
         examples = self._rollout.generate(prompts, sampling, step)
-        streams = [{name: list(values) for name, values in e.streams.items()} for e in examples]
-        responses = [_Response(e.author, e.response, e.truncated, s) for e, s in zip(examples, streams, strict=True)]
-        self._recorded.calls.append(_Call(_key(prompts, sampling), responses))
+        self._recorded.calls.append(_Call(_key(prompts, sampling), [_recorded(example) for example in examples]))
         return examples
 
 
@@ -84,10 +83,18 @@ class ReplayingRollout(Rollout):
             )
             return self._rollout.generate(prompts, sampling, step)
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
-        return [
-            with_response(prompt, r.tokens, r.author, r.truncated, r.streams)
-            for prompt, r in zip(repeated, call.responses, strict=True)
-        ]
+        return [_with_recorded(*pair) for pair in zip(repeated, call.responses, strict=True)]
+
+
+def _recorded(example: Example) -> _Response:
+    streams = {name: list(values) for name, values in example.streams.items()}
+    columns = {name: value for name, value in example.columns.items() if name == WEIGHT_VERSION}
+    return _Response(example.author, example.response, example.truncated, streams, columns)
+
+
+def _with_recorded(prompt: Example, response: _Response) -> Example:
+    example = with_response(prompt, response.tokens, response.author, response.truncated, response.streams)
+    return replace(example, columns={**example.columns, **response.columns})
 
 
 def _key(prompts: Sequence[Example], sampling: Sampling) -> str:

@@ -87,7 +87,8 @@ class Collector:
         if self.schedule.ahead:
             metrics.record({"staleness": torch.tensor(float(step.number in self._responses))})
         if self.schedule.ahead and step.number + 1 < step.total:
-            self._begin(epoch, batches, replace(step, number=step.number + 1))
+            with metrics.timer("generate"):  # the weights may have to be sent before the thread begins
+                self._begin(epoch, batches, replace(step, number=step.number + 1))
         return examples, len(loaded)
 
     def _examples(self, ahead: _Ahead | None, loaded: _Batches, step: Step) -> list[Example]:

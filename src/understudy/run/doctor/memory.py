@@ -129,9 +129,9 @@ def _steps(
 
 
 def _writers(prepared: Prepared, student: Any, teachers: Mapping[str, Any]) -> dict[str, Any]:
-    """The models that generate responses, by author."""
+    """The models that generate responses in this process, by author."""
     authors = prepared.method.authors
-    writers = {"student": student} if "student" in authors else {}
+    writers = {"student": student} if "student" in authors and not prepared.rollout.is_remote else {}
     return {**writers, "teacher": next(iter(teachers.values()))} if "teacher" in authors and teachers else writers
 
 
