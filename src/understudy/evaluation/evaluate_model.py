@@ -18,7 +18,7 @@ from ..recipe.arguments import construct, name_and_fields
 from ..rollouts.generate import GenerateRollout
 from ..sampling import Sampling
 from ..teacher import Capability, Teacher
-from ..teachers import TEACHERS, check_provides, check_scores_responses, check_tokens
+from ..teachers import TEACHERS, check_teacher, check_tokens
 from .evaluate import Evaluation, check, evaluate
 from .settings import EvalSettings
 
@@ -131,8 +131,7 @@ def _teacher(block: str | Mapping[str, Any]) -> Teacher:
     teacher: Teacher = construct(TEACHERS.get(name), fields, f"teacher.{name}", registry=TEACHERS)
     if teacher.needs_student:
         raise ValueError("an evaluation has no student in training that could be the teacher: name a model")
-    check_provides(teacher, frozenset({Capability.TOP_K}), "the distance to a teacher")
-    check_scores_responses(teacher, {"student"}, "an evaluation")
+    check_teacher(teacher, frozenset({Capability.TOP_K}), {"student"}, "an evaluation with a teacher")
     return teacher
 
 

@@ -13,6 +13,17 @@ from ..teacher import Capability, Teacher, TeacherError, covers, describe
 TEACHERS: Registry[Teacher] = Registry("teacher", __name__, Teacher)
 
 
+def check_teacher(teacher: Teacher | None, required: frozenset[Capability], authors: Set[Author], method: str) -> None:
+    """Refuse a teacher that cannot give `method` what it requires, for responses of these authors.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    check_provides(teacher, required, method)
+    if required:
+        check_scores_responses(teacher, authors, method)
+
+
 def check_provides(teacher: Teacher | None, required: frozenset[Capability], method: str) -> None:
     """Refuse a teacher that does not provide what a method requires.
 

@@ -35,7 +35,7 @@ from ..sampling import Sampling, Schedule
 from ..scores import Scores, divergence_metrics, metrics_by_teacher
 from ..step import Step
 from ..teacher import Capability, Teacher
-from ..teachers import check_provides, check_scores_responses
+from ..teachers import check_teacher
 from .best_checkpoint import LoadBestState
 from .callbacks import AfterStep, CheckGradients, StopAtBudget, SyncRollout
 from .checkpoint import last_checkpoint, step_of
@@ -110,8 +110,7 @@ class StudentTrainer(ResumableTrainer):
         limit, args = args.save_total_limit, adapted(args)
         sampling, schedule, teacher = sampling or Sampling(), schedule or Schedule(), as_teacher(teacher)
         check_rollout(method, rollout, sampling, schedule)
-        check_provides(teacher, method.requires, type(method).__name__)
-        check_scores_responses(teacher if method.requires else None, method.authors, type(method).__name__)
+        check_teacher(teacher, method.requires, method.authors, type(method).__name__)
         processing_class, student = as_tokenizer(processing_class, student), as_student(student, peft_config, args.seed)
         check_models(student, teacher, processing_class, args)
         rows = RowReader(processing_class, method, sampling, student, teacher, data_options or {})
