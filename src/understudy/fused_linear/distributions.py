@@ -220,7 +220,8 @@ def top_k_tiles(
     for start in range(0, count, size):
         rows = slice(start, start + size)
         log_probs = distribution.log_probs(rows)
-        yield rows, log_probs, *log_probs.topk(k)
+        values, support = log_probs.topk(k)
+        yield rows, log_probs, values, support
 
 
 def likeliest(distribution: Distribution, tokens: Tensor, k: int) -> TopK:
