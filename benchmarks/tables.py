@@ -15,7 +15,7 @@ from typing import Any
 from .measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/performance.md", "docs/measurements/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/measurements/performance.md")
 PARTS = ("loss", "rollouts", "step", "quality_per_second")
 
 OURS, EAGER, BF16, FLOOR, BF16_FLOOR = (

@@ -88,9 +88,10 @@ class Registry(Generic[T]):
         return next(cls for cls in self._classes(self.package) if snake_case(cls.__name__) == name)
 
     def _classes(self, module: str) -> list[type[T]]:
-        """The subclasses of `base` that the module itself defines."""
+        """The subclasses of `base` that the module itself defines, without abstract ones."""
         content = [x for x in vars(importlib.import_module(module)).values() if is_class(x)]
-        return [x for x in content if issubclass(x, self.base) and x is not self.base and x.__module__ == module]
+        defined = [x for x in content if x.__module__ == module and issubclass(x, self.base)]
+        return [x for x in defined if not inspect.isabstract(x)]
 
     def _entry_points(self) -> dict[str, str]:
         """The entry points of installed packages: from the name to `module:Class`."""

@@ -198,9 +198,9 @@ def test_the_fake_server_answers_in_vllm_s_schema(rollout, model):
 
 def compare(folder, tokenizer, tmp_path, **options):
     """The run with vLLM ends within 5 % of the reverse KL of the run with `generate`; it is returned."""
-    kills = options.pop("kills", False)
+    kills, rollout = options.pop("kills", False), vllm()  # which skips the test where there is no vLLM
     own = train(tmp_path / "own", folder, tokenizer, GenerateRollout(), **options)
-    served = train(tmp_path / "served", folder, tokenizer, vllm(), kills, **options)
+    served = train(tmp_path / "served", folder, tokenizer, rollout, kills, **options)
     assert logged(served, "weight_version") == list(range(STEPS))
     expected = reverse_kl(own.model, folder, tokenizer)
     assert expected < 0.7 * reverse_kl(student(folder), folder, tokenizer), "the test must see something"

@@ -2,9 +2,12 @@
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from fakes import ragged_examples
 from loop import logged, same, student, trainer, weights
 from transformers import TrainerCallback
@@ -19,12 +22,13 @@ from understudy.methods.promptkd import PromptKD
 from understudy.methods.seqkd import SeqKD
 from understudy.models.twin import is_twin, twin_of
 from understudy.reward import Reward
+from understudy.rollout import Writers
 from understudy.rollouts.continuous import ContinuousRollout
 from understudy.rollouts.generate import GenerateRollout
 from understudy.sampling import Sampling, Schedule
 from understudy.step import Step
 from understudy.training.checkpoint import last_checkpoint
-from understudy.training.collecting import cut
+from understudy.training.collecting import Collector, cut
 from understudy.training.signals import StopOnSignal
 
 AHEAD = {"schedule": Schedule(ahead=1)}
@@ -266,6 +270,18 @@ def test_what_cannot_be_followed_is_refused_before_training(name, tmp_path):
     method, fields, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, method, options={"schedule": Schedule(**fields)}, **options)
+
+
+REWARDED = GKD(distillation=0.5, divergence=ReverseKL(), reward=Reward([lambda prompts, responses: [0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"), [("MULTI_CPU", REWARDED, "advantages compare"), ("FSDP", GKD(), "a sharded student")]
+)
+def test_processes_that_would_communicate_in_two_threads_are_refused(kind, method, message):
+    two: Any = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        Collector(method, Writers(), Schedule(ahead=1), two)
 
 
 @pytest.mark.parametrize("fields", [{"ahead": 2}, {"prefix": 0}, {"prefix_start": 0}])

@@ -52,12 +52,17 @@ class Collector:
     """Calls the method's `collect` for each step, in time or ahead.
 
     Raises:
-        ValueError: for a schedule ahead with weights that are gathered at every use.
+        ValueError: for a schedule ahead that would communicate with other processes beside training.
     """
 
     def __init__(self, method: Method, writers: Writers, schedule: Schedule, accelerator: Accelerator) -> None:
         if schedule.ahead and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError("a sharded student (FSDP, DeepSpeed) cannot generate while it is trained: set ahead to 0")
+        if schedule.ahead and accelerator.num_processes > 1 and getattr(method, "reward", None) is not None:
+            raise ValueError(
+                "advantages compare the rewards of all processes, which a thread beside training cannot do: "
+                "set ahead to 0, or train with one process"
+            )
         self.method, self.writers, self.schedule, self.device = method, writers, schedule, accelerator.device
         self._processes = accelerator.num_processes
         self.restart()
