@@ -26,13 +26,8 @@ def demo(
 
 
 def distill(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe: a file, or a name such as playground/gkd.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as training.max_steps=100."),
-    ] = None,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
     restart: options.Restart = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the first example; write and train nothing.")
@@ -60,13 +55,8 @@ def distill(
 
 
 def doctor(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe: a file, or a name such as playground/gkd.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as training.max_steps=100."),
-    ] = None,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="As distill --restart: an earlier run may be there.")
     ] = False,

@@ -3,12 +3,17 @@
 import logging
 import math
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..terminal import is_first_process
 
+Recipe = Annotated[Path, typer.Argument(help="A recipe: a file, or a name such as playground/gkd.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as training.max_steps=100.")
+]
 Split = Annotated[str, typer.Option(help="The dataset's split to evaluate on.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N rows.")]
 Metrics = Annotated[list[str] | None, typer.Option("--metric", help="A further metric, such as rouge_l, bleu or chrf.")]

@@ -131,7 +131,9 @@ class ServedEngine:
 
     def _first_model(self) -> str:
         """The name of the server's own model; a server that is away is waited for."""
-        requests = [self._client.submit(Request("/v1/models", _first_model), each) for each in self._client.replicas]
+        requests = [
+            self._client.submit(Request("/v1/models", _read_first_model), each) for each in self._client.replicas
+        ]
         return self._results(requests)[0]
 
     def _load(self, path: str, content: Any, folder: Path) -> None:
@@ -233,7 +235,7 @@ def checked(response: Generated, job: Job, url: str) -> Generated:
     return response
 
 
-def _first_model(reply: Reply) -> str:
+def _read_first_model(reply: Reply) -> str:
     try:
         return str(reply.json()["data"][0]["id"])
     except (KeyError, IndexError, TypeError):

@@ -133,11 +133,11 @@ def _ends(section: Section, recipe: Recipe, prepared: Prepared, sides: list[_Sid
     several = "any of " if len(ids) > 1 else ""
     add(green(f"a response ends with {several}{', '.join(_token(tokenizer, i) for i in ids)}"))
     if student.end is not None and student.end != tokenizer.eos_token:
-        end_id, told = tokenizer.convert_tokens_to_ids(student.end), student.generation_ids
+        end_id = tokenizer.convert_tokens_to_ids(student.end)
         message = f"the chat template ends a message with {student.end}, and the tokenizer's EOS is "
         message += f"{tokenizer.eos_token}: a response of the data ends with "
         message += "the former in conversations and with the latter elsewhere, and generation stops at both"
-        if recipe.student.model is not None and end_id not in told:
+        if recipe.student.model is not None and end_id not in student.generation_ids:
             message += "; the untrained student may not know the former: watch the share of truncated responses"
             add(yellow(f"{message}, or begin with sft on conversations"))
         else:
